@@ -1,0 +1,36 @@
+"""Online learning of recurrent and spiking neural networks with eligibility traces, on JAX."""
+
+from . import nn as nn
+from ._compile import compile as compile
+from ._compiler.diagnostics import CompilationRecord as CompilationRecord
+from ._compiler.diagnostics import DiagnosticKind as DiagnosticKind
+from ._compiler.diagnostics import DiagnosticLevel as DiagnosticLevel
+from ._compiler.executor import ETraceGraphExecutor as ETraceGraphExecutor
+from ._compiler.executor import ETraceVjpGraphExecutor as ETraceVjpGraphExecutor
+from ._compiler.graph import ETraceGraph as ETraceGraph
+from ._compiler.graph import compile_etrace_graph as compile_etrace_graph
+from ._compiler.groups import HiddenGroup as HiddenGroup
+from ._compiler.module_info import ModuleInfo as ModuleInfo
+from ._compiler.module_info import extract_module_info as extract_module_info
+from ._compiler.relations import HiddenParamOpRelation as HiddenParamOpRelation
+from ._compiler.report import CompilationReport as CompilationReport
+from ._learners.base import EligibilityTrace as EligibilityTrace
+from ._learners.base import ETraceAlgorithm as ETraceAlgorithm
+from ._learners.config import ETraceConfig as ETraceConfig
+from ._learners.io_dim import ES_D_RTRL as ES_D_RTRL
+from ._learners.io_dim import IODimVjpAlgorithm as IODimVjpAlgorithm
+from ._learners.io_dim import pp_prop as pp_prop
+from ._learners.vjp import ETraceVjpAlgorithm as ETraceVjpAlgorithm
+from ._ops import ETPPrimitive as ETPPrimitive
+from ._ops import element_wise as element_wise
+from ._ops import matmul as matmul
+from ._ops import register_primitive as register_primitive
+from ._sequence import ETraceVmap as ETraceVmap
+from ._sequence import SequenceDriverMixin as SequenceDriverMixin
+from ._types import CompilationError as CompilationError
+from ._types import MultiStepData as MultiStepData
+from ._types import NotSupportedError as NotSupportedError
+from ._types import SingleStepData as SingleStepData
+
+__version__ = "0.3.0"
+__version_info__ = (0, 3, 0)

@@ -1,0 +1,147 @@
+"""One call from a model to a ready learner."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import brainstate
+import jax
+import jax.numpy as jnp
+
+from ._learners.base import ETraceAlgorithm, head
+from ._learners.config import ETraceConfig
+from ._learners.io_dim import IODimVjpAlgorithm, pp_prop
+from ._sequence import ETraceVmap
+from ._types import CompilationError
+
+__all__ = ["compile"]
+
+NAMES: dict[str, type[ETraceAlgorithm]] = {
+    "pp_prop": pp_prop,
+    "es_d_rtrl": pp_prop,
+    "esd_rtrl": pp_prop,
+}
+
+
+ENGINES: dict[str, type[ETraceAlgorithm]] = {"io_factorized": IODimVjpAlgorithm}
+
+
+def compile(
+    model: brainstate.nn.Module,
+    algorithm: str | type[ETraceAlgorithm] | ETraceConfig,
+    *example_inputs: Any,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    verbose: int = 0,
+    vmap: bool = False,
+    **options: Any,
+) -> ETraceAlgorithm | ETraceVmap:
+    """Initialise a model's states, make a learner of it and compile it.
+
+    Parameters
+    ----------
+    model : brainstate.nn.Module
+        The model; its states are always initialised anew (``brainstate.nn.init_all_states``).
+    algorithm : str, ETraceAlgorithm subclass or ETraceConfig
+        The learning rule by name (``'pp_prop'``, ``'es_d_rtrl'``, ``'esd_rtrl'``), by class, or by coordinates.
+    *example_inputs : pytree of array, jax.ShapeDtypeStruct or scalar
+        At least one; the structure of later ``update(*inputs)``.
+    batch_size : int, optional
+        Batch axis of the states; ``None`` for none. With ``vmap`` it is required, and the size of the mapped axis.
+    seed : int, optional
+        Seed of the state initialisation; the global generator is restored.
+    verbose : {0, 1, 2}
+        Level of the report that is printed; 0 prints none.
+    vmap : bool
+        Whether the model is written for one sample and mapped over the batch: every leaf of the example inputs, and
+        of later inputs, has the batch as axis 0.
+    **options
+        Passed to the learner's constructor.
+
+    Returns
+    -------
+    ETraceAlgorithm
+        The learner; with ``vmap`` an :class:`ETraceVmap` whose ``module`` is the learner of one sample.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, no example input, a bad ``verbose``, or ``vmap`` without ``batch_size``.
+    TypeError
+        For an ``algorithm`` of another kind, or a missing or unknown option.
+    CompilationError
+        If nothing in the model is trainable online.
+
+    Examples
+    --------
+    >>> import braintrace, jax.numpy as jnp
+    >>> learner = braintrace.compile(braintrace.nn.GRUCell(2, 3), 'pp_prop', jnp.zeros(2), decay_or_rank=0.9)
+    >>> learner(jnp.ones(2)).shape
+    (3,)
+    """
+    if not isinstance(model, brainstate.nn.Module):
+        raise TypeError(f"The model must be a brainstate.nn.Module, got {type(model).__name__}.")
+    if isinstance(algorithm, ETraceConfig):
+        if "config" in options:
+            raise TypeError("The config is given twice: as algorithm and as an option. Pass it once.")
+        options["config"] = algorithm
+    rule = _find(algorithm)
+    if not example_inputs:
+        raise ValueError("Pass at least one example input, with the shapes and dtypes of later calls.")
+    if isinstance(verbose, bool) or verbose not in (0, 1, 2):
+        raise ValueError(f"verbose must be 0, 1 or 2, got {verbose!r}.")
+    learner = rule(model, **options)
+    with contextlib.nullcontext() if seed is None else brainstate.random.seed_context(seed):
+        if vmap:
+            sample = _first_sample(example_inputs, batch_size)
+
+            @brainstate.transform.vmap_new_states(state_tag="new", axis_size=batch_size)
+            def initialise():
+                brainstate.nn.init_all_states(model)
+                learner.compile_graph(*sample)
+
+            initialise()
+        else:
+            brainstate.nn.init_all_states(model, batch_size=batch_size)
+            learner.compile_graph(*example_inputs)
+    if not learner.graph.hidden_param_op_relations:
+        raise CompilationError(
+            f"Nothing in {type(model).__name__} is trainable online: no parameter drives a hidden state through a "
+            "marked operation. Route parameters through operations such as braintrace.matmul or the layers of "
+            "braintrace.nn.\n" + learner.report.to_str(2)
+        )
+    if verbose:
+        learner.report.show(level=verbose)
+    return ETraceVmap(learner, vmap_states="new") if vmap else learner
+
+
+def _first_sample(inputs: tuple[Any, ...], batch_size: int | None) -> Any:
+    if batch_size is None:
+        raise ValueError("With vmap=True pass batch_size, the size of the mapped axis.")
+    for leaf in jax.tree.leaves(inputs):
+        if not jnp.shape(leaf) or jnp.shape(leaf)[0] != batch_size:
+            raise ValueError(
+                f"With vmap=True axis 0 of every example leaf must be the batch of {batch_size}, got a leaf of shape "
+                f"{jnp.shape(leaf)}."
+            )
+    return jax.tree.map(head, inputs)
+
+
+def _find(algorithm: Any) -> type[ETraceAlgorithm]:
+    if isinstance(algorithm, ETraceConfig):
+        if algorithm.trace_factorization not in ENGINES:
+            raise NotImplementedError(f"There is no engine for trace_factorization={algorithm.trace_factorization!r}.")
+        return ENGINES[algorithm.trace_factorization]
+    if isinstance(algorithm, str):
+        name = algorithm.strip().lower()
+        if name not in NAMES:
+            raise ValueError(f"Unknown algorithm {algorithm!r}; the names are {', '.join(sorted(NAMES))}.")
+        return NAMES[name]
+    if isinstance(algorithm, type):
+        if issubclass(algorithm, ETraceAlgorithm):
+            return algorithm
+        raise TypeError(f"algorithm must be a subclass of ETraceAlgorithm, got the class {algorithm.__name__}.")
+    raise TypeError(
+        f"algorithm must be a name, a subclass of ETraceAlgorithm or an ETraceConfig, got {type(algorithm).__name__}."
+    )

@@ -1,0 +1,313 @@
+"""Cut evaluation: the derivatives D and df of a group with every operation's output held fixed.
+
+The equations between a group's old values, the outputs of its operations and its new values form a small program
+``F``. One reverse pass of ``F`` from each hidden variable gives that row of D and of every df. Where ``F`` acts
+position by position these are the derivatives themselves; where it mixes positions, the reverse pass is repeated for
+one position at a time along the mixed axes, which gives the true diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._jax import Literal, Var, bind_equation, consts_of, eval_jaxpr, is_tracer, prune
+from .._types import Path
+from .flow import Flow, is_marked
+from .module_info import ModuleInfo
+from .positions import Label, is_aligned, own_label, propagate, unaligned_axes
+
+__all__ = ["Cut", "Entry", "Slice", "differentiate_cut", "slice_group"]
+
+
+class Entry(NamedTuple):
+    """One entry of D or df: known to be zero, a known constant, or the ``slot``-th value computed every step."""
+
+    kind: str  # 'zero', 'constant' or 'varying'
+    value: Any = None  # a scalar, or an array over positions
+    slot: int = -1
+
+    def read(self, varying: Sequence[Any]) -> Any | None:
+        """The value, or ``None`` for a known zero."""
+        return None if self.kind == "zero" else self.value if self.kind == "constant" else varying[self.slot]
+
+    def __repr__(self) -> str:
+        if self.kind == "constant":
+            return f"{np.ravel(self.value)[0]:.4g}"
+        return {"zero": "0", "varying": "*"}[self.kind]
+
+
+class Slice(NamedTuple):
+    """The program F of a group."""
+
+    positions: tuple[int, ...]  # of its equations in the step
+    olds: tuple[Var, ...]  # old values of the members
+    ys: dict[int, Var]  # operation index -> output, held fixed
+    externals: tuple[Any, ...]  # everything else that F reads
+    constants: dict[Any, Any]  # known values among what it reads
+    news: tuple[Any, ...]  # new values of the members
+
+
+class Cut(NamedTuple):
+    """D and df of a group.
+
+    Attributes
+    ----------
+    D : tuple of tuple of Entry
+        ``D[a][b]`` is the derivative of hidden variable ``a`` with respect to the old ``b``, per position.
+    df : dict
+        Operation index -> one entry per hidden variable.
+    inputs : tuple of Var
+        What ``program`` reads.
+    program : ClosedJaxpr
+        Computes the varying entries.
+    aligned : frozenset of int
+        Operations from which every path within F is position by position.
+    """
+
+    D: tuple[tuple[Entry, ...], ...]
+    df: dict[int, tuple[Entry, ...]]
+    inputs: tuple[Any, ...]
+    program: Any
+    aligned: frozenset
+
+    def varying(self, values: Sequence[Any]) -> list[Any]:
+        return eval_jaxpr(self.program, *values)
+
+
+def slice_group(info: ModuleInfo, flow: Flow, paths: Sequence[Path]) -> Slice:
+    """Collect F backward from the new values."""
+    own = set(paths)
+    eqns = info.jaxpr.eqns
+    made_at = {v: i for i, e in enumerate(eqns) for v in e.outvars}
+    op_of = {op.y: op for op in flow.ops}
+    shapes = {p: tuple(s.varshape) for p, s in zip(info.compiled_state_paths, info.compiled_model_states) if p in own}
+    olds = tuple(info.hidden_path_to_invar[p] for p in paths)
+    news = tuple(info.hidden_path_to_outvar[p] for p in paths)
+    member_of = {v: set(ps) for v, ps in flow.members.items()}
+    ys: dict[int, Var] = {}
+    externals: dict[Any, None] = {}
+    inside: set[int] = set()
+
+    def belongs(var):
+        labels = flow.labels.get(var, {})
+        if any(s[0] == "new" and s[1] in own and not is_aligned(lab, shapes[s[1]]) for s, lab in labels.items()):
+            return False
+        return any(s[0] == "y" or s[1] in own for s in labels)
+
+    pending = [v for v in news if not isinstance(v, Literal)]
+    seen = set()
+    while pending:
+        var = pending.pop()
+        if var in seen:
+            continue
+        seen.add(var)
+        if var in olds:
+            continue
+        is_member = bool(member_of.get(var, set()) & own)
+        op = op_of.get(var)
+        if op is not None:
+            ys[op.index] = var
+            if not op.primitive.gradient_enabled:
+                continue
+        elif var not in made_at or not (is_member or (var not in member_of and belongs(var))):
+            externals[var] = None
+            continue
+        inside.add(made_at[var])
+        pending.extend(v for v in eqns[made_at[var]].invars if not isinstance(v, Literal))
+    values = dict(zip(info.jaxpr.constvars, consts_of(info.closed_jaxpr)))
+    constants = {v: values[v] for v in externals if v in values and not is_tracer(values[v])}
+    varying = tuple(v for v in externals if v not in constants)
+    return Slice(tuple(sorted(inside)), olds, dict(sorted(ys.items())), varying, constants, news)
+
+
+def evaluate_slice(eqns: Sequence[Any], part: Slice, olds, ys, externals) -> list[Any]:
+    """New values of F; transparent operations inside F add their held-fixed value's perturbation."""
+    env = part.constants | dict(zip(part.externals, externals)) | dict(zip(part.olds, olds))
+    env |= {part.ys[k]: y for k, y in ys.items()}
+    read = lambda v: v.val if isinstance(v, Literal) else env[v]  # noqa: E731
+    op_index = {v: k for k, v in part.ys.items()}
+    for position in part.positions:
+        eqn = eqns[position]
+        values = [read(v) for v in eqn.invars]
+        if is_marked(eqn):
+            outs = eqn.primitive.outputs(values, eqn.params)
+            y = eqn.outvars[eqn.primitive.y_index]
+            held = ys[op_index[y]]
+            outs[eqn.primitive.y_index] += held - jax.lax.stop_gradient(held)
+        else:
+            outs = bind_equation(eqn, values)
+        env.update(zip(eqn.outvars, outs))
+    return [jnp.asarray(read(v)) for v in part.news]
+
+
+def differentiate_cut(
+    info: ModuleInfo,
+    part: Slice,
+    varshape: tuple[int, ...],
+    slots: Sequence[tuple[int, int | None]],
+) -> Cut:
+    """Build the program for D and df and classify every entry."""
+    eqns = info.jaxpr.eqns
+    labels, y_labels = _slice_labels(eqns, part, varshape)
+    inputs = (*part.olds, *part.ys.values(), *part.externals)
+    num_old, num_y = len(part.olds), len(part.ys)
+    keys = list(part.ys)
+    y_shapes = {k: v.aval.shape for k, v in part.ys.items()}
+    inexact = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in part.news]
+
+    def rows(*values):
+        olds, ys, ext = values[:num_old], values[num_old : num_old + num_y], values[num_old + num_y :]
+        out = []
+        for a, component in slots:
+            if not inexact[a]:
+                out.append(_Row([None] * len(slots), {}))
+                continue
+
+            def new_value(olds, ys, a=a, ext=ext):
+                return evaluate_slice(eqns, part, olds, dict(zip(keys, ys)), ext)[a]
+
+            new, pull = jax.vjp(new_value, list(olds), list(ys))
+            mixed = _mixed_axes(labels[a], y_labels[a], y_shapes, varshape)
+            out.append(_row(new, pull, component, slots, keys, y_shapes, varshape, mixed))
+        return [(r.D, r.df) for r in out]
+
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inputs]
+    closed, out_shape = jax.make_jaxpr(rows, return_shape=True)(*shapes)
+    flat, tree = jax.tree.flatten(out_shape)
+    entries: list[Entry] = []
+    varying: list[int] = []
+    for i in range(len(flat)):
+        only, reads = prune(closed, [j == i for j in range(len(flat))])
+        entry = None if any(reads) else _constant(only, inputs)
+        if entry is None:
+            entry = Entry("varying", slot=len(varying))
+            varying.append(i)
+        entries.append(entry)
+    program, _ = prune(closed, [i in set(varying) for i in range(len(flat))])
+    zero = Entry("zero")
+    result = jax.tree.unflatten(tree, entries)
+    D = tuple(tuple(zero if e is None else e for e in row) for row, _ in result)
+    df = {k: tuple(row.get(k, zero) for _, row in result) for k in keys}
+    aligned = frozenset(
+        k
+        for k in keys
+        if all(k not in y_labels[a] or not _y_mixed(y_labels[a][k], y_shapes[k], varshape) for a, _ in slots)
+    )
+    return Cut(D, df, inputs, program, aligned)
+
+
+def _component(cotangent, c):
+    """Of one hidden variable; ``None`` for a state that has no derivative."""
+    if cotangent.dtype == jax.dtypes.float0:
+        return None
+    return cotangent if c is None else cotangent[..., c]
+
+
+class _Row(NamedTuple):
+    D: list[Any]
+    df: dict[int, Any]
+
+
+def _row(new, pull, component, slots, keys, y_shapes, varshape, mixed) -> _Row:
+    def cotangents(seed):
+        """Seed over positions -> cotangents of every old hidden variable and every y."""
+        full = seed if component is None else jnp.zeros_like(new).at[..., component].set(seed)
+        old_bar, y_bar = pull(full)
+        olds = [_component(old_bar[b], c) for b, c in slots]
+        return olds, [y_bar[i] for i in range(len(keys))]
+
+    ones = jnp.ones(varshape, new.dtype)
+    if not mixed:
+        D, df = cotangents(ones)
+        return _Row(list(D), dict(zip(keys, df)))
+
+    sizes = [varshape[k] for k in mixed]
+    picks = jnp.stack([g.ravel() for g in jnp.meshgrid(*map(jnp.arange, sizes), indexing="ij")], axis=-1)
+
+    def at(pick):
+        seed = ones
+        for k, i in zip(mixed, pick):
+            seed = seed * (jax.lax.broadcasted_iota(jnp.int32, varshape, k) == i).astype(seed.dtype)
+
+        def own_position(cotangent, shape):
+            lead = len(varshape) - len(shape)
+            for k, i in sorted(zip(mixed, pick), key=lambda ki: -ki[0]):
+                if k >= lead:
+                    cotangent = jax.lax.dynamic_index_in_dim(cotangent, i, k - lead, keepdims=False)
+            return cotangent
+
+        olds, ys = cotangents(seed)
+        return [None if o is None else own_position(o, varshape) for o in olds], [
+            own_position(y, y_shapes[k]) for k, y in zip(keys, ys)
+        ]
+
+    def whole(stacked):
+        return jnp.moveaxis(stacked.reshape(*sizes, *stacked.shape[1:]), range(len(mixed)), mixed)
+
+    D, df = jax.tree.map(whole, jax.vmap(at)(picks))
+    return _Row(list(D), dict(zip(keys, df)))
+
+
+def _slice_labels(eqns, part, varshape):
+    """For each new value: its labels by old value, and by operation output."""
+    env = {v: {("old", i): own_label(v.aval.shape, len(varshape))} for i, v in enumerate(part.olds)}
+    env |= {v: {("y", k): own_label(v.aval.shape, v.aval.ndim)} for k, v in part.ys.items()}
+    op_index = {v: k for k, v in part.ys.items()}
+
+    def transparent(eqn, inputs):
+        if not is_marked(eqn):
+            return None
+        y = eqn.outvars[eqn.primitive.y_index]
+        own = {("y", op_index[y]): own_label(y.aval.shape, y.aval.ndim)}
+        return [(inputs[eqn.primitive.x_index] | own) if v is y else {} for v in eqn.outvars]
+
+    propagate([eqns[p] for p in part.positions], env, transparent)
+    by_old, by_y = [], []
+    for new in part.news:
+        labels = {} if isinstance(new, Literal) else env.get(new, {})
+        by_old.append({s[1]: lab for s, lab in labels.items() if s[0] == "old"})
+        by_y.append({s[1]: lab for s, lab in labels.items() if s[0] == "y"})
+    return by_old, by_y
+
+
+def _y_mixed(label: Label, y_shape: tuple[int, ...], varshape: tuple[int, ...]) -> tuple[int, ...]:
+    """Group axes along which a position depends on another entry of y, or shares its entry with other positions."""
+    lead = len(varshape) - len(y_shape)
+    if lead < 0 or varshape[lead:] != y_shape:
+        return tuple(range(len(varshape)))
+    own = own_label(label[0].shape, len(varshape))
+    bad = [
+        k
+        for k in range(lead, len(varshape))
+        if not np.all((label[k - lead + 1] == own[k + 1]) | (label[k - lead + 1] == -1))
+    ]
+    return (*range(lead), *bad)
+
+
+def _mixed_axes(old_labels, y_labels, y_shapes, varshape) -> tuple[int, ...]:
+    axes: set[int] = set()
+    for label in old_labels.values():
+        axes.update(unaligned_axes(label, varshape))
+    for k, label in y_labels.items():
+        axes.update(_y_mixed(label, y_shapes[k], varshape))
+    return tuple(sorted(axes))
+
+
+def _constant(closed, inputs) -> Entry | None:
+    """The entry if its value can be known now."""
+    dummies = [np.zeros(v.aval.shape, v.aval.dtype) for v in inputs]
+    try:
+        with jax.ensure_compile_time_eval():
+            value = np.asarray(eval_jaxpr(closed, *dummies)[0])
+    except Exception:  # a constant of the model is itself traced (compilation inside jit)
+        return None
+    if not np.any(value):
+        return Entry("zero")
+    if value.size and np.all(value == value.flat[0]):
+        value = value.flat[0].item()  # a Python number: takes the dtype of what it multiplies
+    return Entry("constant", value)

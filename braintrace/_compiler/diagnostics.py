@@ -1,0 +1,97 @@
+"""What the compiler noticed, as records that passes return."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .._types import Path
+
+__all__ = ["CompilationRecord", "DiagnosticKind", "DiagnosticLevel", "emit"]
+
+
+class DiagnosticLevel(str, enum.Enum):  # noqa: UP042
+    """How much a record matters; warnings and errors are Python warnings too."""
+
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class DiagnosticKind(str, enum.Enum):  # noqa: UP042
+    """What a :class:`CompilationRecord` tells; the value is the name in lower case."""
+
+    RELATION_INCLUDED = "relation_included"
+    RELATION_EXCLUDED_NO_PARAMSTATE = "relation_excluded_no_paramstate"
+    RELATION_EXCLUDED_NON_TEMPORAL = "relation_excluded_non_temporal"
+    RELATION_EXCLUDED_SHAPE_MISMATCH = "relation_excluded_shape_mismatch"
+    RELATION_EXCLUDED_WEIGHT_TO_WEIGHT = "relation_excluded_weight_to_weight"
+    RELATION_EXCLUDED_SLICED_WEIGHT = "relation_excluded_sliced_weight"
+    RELATION_PARTIAL_PATH = "relation_partial_path"
+    TRAINABLE_INVAR_NOT_PARAMSTATE = "trainable_invar_not_paramstate"
+    COND_IF_CONVERTED = "cond_if_converted"
+    COND_CONVERSION_SKIPPED = "cond_conversion_skipped"
+    SCAN_UNROLLED = "scan_unrolled"
+    SCAN_UNROLL_SKIPPED = "scan_unroll_skipped"
+    SCAN_DESCENT_APPLIED = "scan_descent_applied"
+    SCAN_DESCENT_SKIPPED = "scan_descent_skipped"
+    SCAN_DESCENT_NO_RELATIONS = "scan_descent_no_relations"
+    WEIGHT_IN_WHILE = "weight_in_while"
+    WEIGHT_IN_CONTROL_FLOW = "weight_in_control_flow"
+    CONTROL_FLOW_OPAQUE_FWD = "control_flow_opaque_fwd"
+    CONTROL_FLOW_RECURRENT_MIXING = "control_flow_recurrent_mixing"
+    PRIMITIVE_INSIDE_NESTED_JIT = "primitive_inside_nested_jit"
+    PRIMITIVE_INSIDE_CONTROL_FLOW = "primitive_inside_control_flow"
+    MULTI_OUTPUT_PRIMITIVE_DETECTED = "multi_output_primitive_detected"
+    PYTREE_WEIGHT_LEAF_AMBIGUOUS = "pytree_weight_leaf_ambiguous"
+    SNAP_PATTERN_CONSERVATIVE = "snap_pattern_conservative"
+    SNAP_PATTERN_DEGENERATE = "snap_pattern_degenerate"
+    TRANSITION_TAIL_BOUNDED = "transition_tail_bounded"
+    HIDDEN_GROUP_MERGED = "hidden_group_merged"
+    STATE_MISMATCH = "state_mismatch"
+
+
+@dataclasses.dataclass(frozen=True)
+class CompilationRecord:
+    """One thing that the compiler noticed.
+
+    Attributes
+    ----------
+    kind, level : DiagnosticKind, DiagnosticLevel
+    message : str
+        What happened, to which of the user's objects, and what to do about it.
+    primitive : str or None
+        The operation's name.
+    weight_path : tuple or None
+        Path of the parameter concerned.
+    hidden_paths : tuple of tuple
+        Paths of the hidden states concerned.
+    context : mapping or None
+        Further facts, by name.
+    """
+
+    kind: DiagnosticKind
+    level: DiagnosticLevel
+    message: str
+    primitive: str | None = None
+    weight_path: Path | None = None
+    hidden_paths: tuple[Path, ...] = ()
+    context: Mapping[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        shown = [f"kind={self.kind.value!r}", f"level={self.level.value!r}"]
+        for name in ("primitive", "weight_path", "hidden_paths", "message", "context"):
+            value = getattr(self, name)
+            if value:
+                shown.append(f"{name}={value!r}")
+        return f"CompilationRecord({', '.join(shown)})"
+
+
+def emit(records: Iterable[CompilationRecord]) -> None:
+    """Show warnings and errors among the records as Python warnings."""
+    for record in records:
+        if record.level is not DiagnosticLevel.INFO:
+            warnings.warn(f"[{record.kind.value}] {record.message}", UserWarning, stacklevel=2)

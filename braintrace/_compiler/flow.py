@@ -1,0 +1,174 @@
+"""One forward labelling pass over the step: what reaches which hidden state, position by position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import brainstate
+import jax
+
+from .._jax import Literal, Var, open_jaxpr, source_line, sub_jaxprs
+from .._ops.primitive import ETPPrimitive
+from .._types import Path
+from .module_info import ModuleInfo
+from .positions import Labels, own_label, propagate
+
+__all__ = ["Flow", "MarkedOp", "Reach", "analyse_flow", "analyse_reach", "is_marked", "refuse_control_flow"]
+
+MIXING = frozenset(["dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"])
+
+
+def is_marked(eqn: Any) -> bool:
+    return isinstance(eqn.primitive, ETPPrimitive)
+
+
+def refuse_control_flow(info: ModuleInfo) -> None:
+    """Raise where a loop or branch holds a marked operation, or a ``while`` stands between hidden values."""
+    weights = set(info.invar_to_weight_path)
+    hidden = set(info.hidden_path_to_invar.values())
+    tainted = weights | hidden
+    for eqn in info.jaxpr.eqns:
+        reads = [v for v in eqn.invars if not isinstance(v, Literal)]
+        name, line = eqn.primitive.name, source_line(eqn)
+        at = f" at {line}" if line else ""
+        inner = sorted({e.primitive.name for body in sub_jaxprs(eqn) for e in _equations(body) if is_marked(e)})
+        if inner:
+            raise NotImplementedError(
+                f"The marked operation {inner[0]!r} stands inside a {name!r}{at}, where no trace can follow it. "
+                "Call it outside of the loop or branch (select between results with jnp.where; unroll short loops "
+                "in Python), or use plain JAX inside."
+            )
+        if name == "while" and any(v in tainted for v in reads):
+            raise NotImplementedError(
+                f"A while loop{at} computes with hidden states, operations or parameters, and has no reverse-mode "
+                "derivative. Use a loop of fixed length (brainstate.transform.for_loop or scan), or wrap what enters "
+                "it in jax.lax.stop_gradient."
+            )
+        if name != "stop_gradient" and (is_marked(eqn) or any(v in tainted for v in reads)):
+            tainted.update(v for v in eqn.outvars if jax.numpy.issubdtype(v.aval.dtype, jax.numpy.inexact))
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    for eqn in open_jaxpr(jaxpr).eqns:
+        yield eqn
+        for body in sub_jaxprs(eqn):
+            yield from _equations(body)
+
+
+class MarkedOp(NamedTuple):
+    """One marked operation of the step."""
+
+    index: int  # type: ignore[assignment]  # among the marked operations
+    position: int  # of its equation in the step
+    eqn: Any
+
+    @property
+    def primitive(self) -> ETPPrimitive:
+        return self.eqn.primitive
+
+    @property
+    def y(self) -> Var:
+        return self.eqn.outvars[self.primitive.y_index]
+
+    @property
+    def x(self) -> Any | None:
+        index = self.primitive.x_index
+        return None if index is None else self.eqn.invars[index]
+
+    @property
+    def operands(self) -> dict[str, Any]:
+        """Trained operands by key."""
+        return {k: self.eqn.invars[i] for k, i in self.primitive.trainables(self.eqn.params).items()}
+
+
+class Flow(NamedTuple):
+    """Sources are ``('old', path)``, ``('new', path)`` and ``('y', operation index)``."""
+
+    ops: tuple[MarkedOp, ...]
+    members: dict[Var, list[Path]]  # variables that hold a new hidden value
+    labels: dict[Any, Labels]  # of every variable, as what reads it sees them
+    into: dict[Path, Labels]  # what reaches a new hidden value without passing another one
+
+
+def analyse_flow(info: ModuleInfo) -> Flow:
+    """Label every variable; marked operations and products of hidden values end the labels of what they read."""
+    eqns = info.jaxpr.eqns
+    ops = [MarkedOp(i, p, e) for i, (p, e) in enumerate((p, e) for p, e in enumerate(eqns) if is_marked(e))]
+    op_at = {op.position: op for op in ops}
+    hidden = info.states_of(brainstate.HiddenState)
+    env: dict[Any, Labels] = {}
+    into: dict[Path, Labels] = {}
+    members: dict[Var, list[Path]] = {}
+    for path, state in hidden.items():
+        invar, outvar = info.hidden_path_to_invar[path], info.hidden_path_to_outvar[path]
+        env[invar] = {("old", path): own_label(invar.aval.shape, len(state.varshape))}
+        if isinstance(outvar, Literal) or outvar in info.jaxpr.invars:
+            into[path] = {} if isinstance(outvar, Literal) else dict(env.get(outvar, {}))
+        else:
+            members.setdefault(outvar, []).append(path)
+
+    position = 0
+
+    def cut(eqn, inputs):
+        op = op_at.get(position)
+        if op is not None:
+            through: Labels = {}
+            if op.primitive.gradient_enabled:
+                label_in = {v: lab for v, lab in zip(eqn.invars, inputs) if not isinstance(v, Literal)}
+                x = op.x
+                if x in label_in and x.aval.shape == op.y.aval.shape:
+                    through = dict(label_in[x])
+            own = {("y", op.index): own_label(op.y.aval.shape, op.y.aval.ndim)}
+            return [(through | own) if v is op.y else {} for v in eqn.outvars]
+        if eqn.primitive.name in MIXING and any(s[0] in ("old", "new") for lab in inputs for s in lab):
+            return [{} for _ in eqn.outvars]
+        return None
+
+    for position, eqn in enumerate(eqns):
+        propagate([eqn], env, cut)
+        for var in eqn.outvars:
+            for i, path in enumerate(members.get(var, ())):
+                into[path] = env.get(var, {}) if i == 0 else into[members[var][0]]
+            if var in members:
+                # What reads the variable from here on reads the first of the states that it is the new value of.
+                path = members[var][0]
+                env[var] = {("new", path): own_label(var.aval.shape, len(hidden[path].varshape))}
+    return Flow(tuple(ops), members, env, into)
+
+
+class Reach(NamedTuple):
+    """Everything downstream of a variable in the same step, whatever lies between."""
+
+    of: dict[Any, frozenset]  # variable -> sinks: ('op', index), ('group', index), ('out', None)
+
+    def groups(self, var: Any) -> frozenset:
+        return frozenset(i for kind, i in self.of.get(var, ()) if kind == "group")
+
+    def ops(self, var: Any) -> frozenset:
+        return frozenset(i for kind, i in self.of.get(var, ()) if kind == "op")
+
+
+def analyse_reach(
+    eqns: Sequence[Any], outvars: Sequence[Any], group_of_member: dict[Var, set[int]], ops: Sequence[MarkedOp]
+) -> Reach:
+    of: dict[Any, frozenset] = {}
+    op_at = {op.position: op.index for op in ops}
+
+    def add(var, sinks):
+        if not isinstance(var, Literal):
+            of[var] = of.get(var, frozenset()) | sinks
+
+    for var in outvars:
+        if not isinstance(var, Literal) and var not in group_of_member:
+            add(var, frozenset([("out", None)]))
+    for var, groups in group_of_member.items():
+        add(var, frozenset(("group", g) for g in groups))
+    for position in range(len(eqns) - 1, -1, -1):
+        eqn = eqns[position]
+        sinks = frozenset().union(*(of.get(v, frozenset()) for v in eqn.outvars))
+        if position in op_at:
+            sinks |= {("op", op_at[position])}
+        for var in eqn.invars:
+            add(var, sinks)
+    return Reach(of)

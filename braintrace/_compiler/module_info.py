@@ -1,0 +1,258 @@
+"""Model -> one flat step program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import brainstate
+import brainunit as u
+import jax
+from brainstate.util import FlattedDict
+
+from .._jax import Literal, Var, bind_equation, call_body, consts_of, is_jit, is_tracer, open_jaxpr, prune
+from .._ops.primitive import ETPPrimitive
+from .._types import NotSupportedError, Path, path_str
+from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
+
+__all__ = ["ModuleInfo", "extract_module_info"]
+
+
+class ModuleInfo(NamedTuple):
+    """One step of a model as a flat jaxpr, and what its inputs and outputs are.
+
+    Inputs are the leaves of the arguments, then the leaves of every touched state; outputs are the leaves of the
+    model's output, then the new leaves of the same states.
+
+    Attributes
+    ----------
+    closed_jaxpr : ClosedJaxpr
+        The step without nested ``jit``; its ``jaxpr`` is the property :attr:`jaxpr`.
+    compiled_model_states : tuple of State
+        The touched states in the order of first access.
+    compiled_state_paths : tuple of path
+        Their paths, in the same order.
+    retrieved_model_states : FlattedDict
+        Every state of the model, by path.
+    state_leaves : tuple of tuple of int
+        For each touched state, the positions of its leaves among the inputs (and, shifted, the outputs).
+    in_tree, out_tree : PyTreeDef
+        Structure of the arguments and of the output.
+    state_trees : tuple of PyTreeDef
+        Structure of each touched state's value.
+    hidden_path_to_invar : dict
+        Path of a hidden state to its input variable.
+    hidden_path_to_outvar : dict
+        Path of a hidden state to the output variable that holds its new value.
+    weight_path_to_invars : dict
+        Path of a parameter to its input variables, one per leaf.
+    invar_to_weight_path : dict
+        The inverse.
+    num_var_out : int
+        Number of output leaves of the model.
+    diagnostics : tuple of CompilationRecord
+    """
+
+    closed_jaxpr: Any
+    compiled_model_states: tuple[brainstate.State, ...]
+    compiled_state_paths: tuple[Path, ...]
+    retrieved_model_states: Mapping[Path, brainstate.State]
+    state_leaves: tuple[tuple[int, ...], ...]
+    in_tree: Any
+    out_tree: Any
+    state_trees: tuple[Any, ...]
+    hidden_path_to_invar: dict[Path, Var]
+    hidden_path_to_outvar: dict[Path, Any]
+    weight_path_to_invars: dict[Path, list[Var]]
+    invar_to_weight_path: dict[Var, Path]
+    num_var_out: int
+    diagnostics: tuple[CompilationRecord, ...]
+
+    @property
+    def jaxpr(self) -> Any:
+        return open_jaxpr(self.closed_jaxpr)
+
+    def dict(self) -> dict[str, Any]:
+        return self._asdict()
+
+    def __repr__(self) -> str:
+        return (
+            f"ModuleInfo(states={[path_str(p) for p in self.compiled_state_paths]}, "
+            f"equations={len(self.jaxpr.eqns)}, outputs={self.num_var_out})"
+        )
+
+    def states_of(self, *kinds: type) -> Mapping[Path, brainstate.State]:
+        """The touched states of the given classes, by path."""
+        return {p: s for p, s in zip(self.compiled_state_paths, self.compiled_model_states) if isinstance(s, kinds)}
+
+
+def extract_module_info(model: brainstate.nn.Module, *args: Any) -> ModuleInfo:
+    """Trace one step of a model with initialised states.
+
+    Parameters
+    ----------
+    model : brainstate.nn.Module
+        The model; its ``update`` is one time step.
+    *args : pytree of array or jax.ShapeDtypeStruct
+        Example arguments of one step.
+
+    Returns
+    -------
+    ModuleInfo
+
+    Raises
+    ------
+    NotSupportedError
+        If the step writes a ``ParamState``.
+    ValueError
+        If a state changes its unit, shape or structure within the step.
+    """
+    if not isinstance(model, brainstate.nn.Module):
+        raise AssertionError(f"The model must be a brainstate.nn.Module, got {type(model).__name__}.")
+    traced = brainstate.transform.StatefulFunction(model, return_only_write=False, name="braintrace")
+    args = jax.tree.map(_abstract, args)
+    traced.make_jaxpr(*args)
+    trace = traced.get_state_trace(*args)
+    states = tuple(trace.states)
+    out_shapes, new_shapes = traced.get_out_shapes(*args)
+    retrieved = FlattedDict(model.states())
+    paths, diagnostics = _name_states(states, retrieved)
+    _check_states(states, trace.been_writen, paths, new_shapes)
+
+    in_leaves, in_tree = jax.tree.flatten(args)
+    out_leaves, out_tree = jax.tree.flatten(out_shapes)
+    old_leaves = [jax.tree.leaves(s._value) for s in states]
+    positions, start = [], 0
+    for leaves in old_leaves:
+        positions.append(tuple(range(start, start + len(leaves))))
+        start += len(leaves)
+
+    closed = _flatten(traced.get_jaxpr(*args), len(out_leaves))
+    jaxpr = open_jaxpr(closed)
+    first_in, first_out = len(in_leaves), len(out_leaves)
+
+    def invars(i):
+        return [jaxpr.invars[first_in + p] for p in positions[i]]
+
+    hidden = [i for i, s in enumerate(states) if isinstance(s, brainstate.HiddenState)]
+    weights = {paths[i]: invars(i) for i, s in enumerate(states) if isinstance(s, brainstate.ParamState)}
+    return ModuleInfo(
+        closed_jaxpr=closed,
+        compiled_model_states=states,
+        compiled_state_paths=paths,
+        retrieved_model_states=retrieved,
+        state_leaves=tuple(positions),
+        in_tree=in_tree,
+        out_tree=out_tree,
+        state_trees=tuple(jax.tree.structure(s._value) for s in states),
+        hidden_path_to_invar={paths[i]: invars(i)[0] for i in hidden},
+        hidden_path_to_outvar={paths[i]: jaxpr.outvars[first_out + positions[i][0]] for i in hidden},
+        weight_path_to_invars=weights,
+        invar_to_weight_path={v: p for p, vs in weights.items() for v in vs},
+        num_var_out=len(out_leaves),
+        diagnostics=tuple(diagnostics),
+    )
+
+
+def _abstract(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+
+
+def _name_states(states, retrieved):
+    path_of = {id(s): p for p, s in retrieved.items()}
+    paths, records, unknown = [], [], 0
+    for state in states:
+        path = path_of.get(id(state))
+        if path is None:
+            path = (f"_unknown_path_{unknown}",)
+            unknown += 1
+            records.append(
+                CompilationRecord(
+                    DiagnosticKind.STATE_MISMATCH,
+                    DiagnosticLevel.WARNING,
+                    f"The step uses a {type(state).__name__} that is no attribute of the model (a random generator, "
+                    f"say). It is advanced like any other state and called {path_str(path)!r} here.",
+                )
+            )
+        paths.append(path)
+    touched = {id(s) for s in states}
+    for path, state in retrieved.items():
+        if isinstance(state, brainstate.ParamState) and id(state) not in touched:
+            records.append(
+                CompilationRecord(
+                    DiagnosticKind.STATE_MISMATCH,
+                    DiagnosticLevel.WARNING,
+                    f"The step never reads the parameter {path_str(path)!r}: it gets no gradient and is not among "
+                    "the learner's param_states.",
+                    weight_path=path,
+                )
+            )
+    return tuple(paths), records
+
+
+def _check_states(states, written, paths, new_shapes):
+    for state, was_written, path, new in zip(states, written, paths, new_shapes):
+        if was_written and isinstance(state, brainstate.ParamState):
+            raise NotSupportedError(
+                f"The step writes the parameter {path_str(path)!r}. Parameters are trained by the optimiser only; "
+                "hold values that the step changes in a HiddenState or ShortTermState."
+            )
+        old = state._value
+        is_quantity = lambda x: isinstance(x, u.Quantity)  # noqa: E731
+        if isinstance(old, u.Quantity) or isinstance(new, u.Quantity):
+            if u.get_unit(old) != u.get_unit(new):
+                raise ValueError(
+                    f"The state {path_str(path)!r} changes its unit within the step, from {u.get_unit(old)} to "
+                    f"{u.get_unit(new)}. Convert the new value before writing it."
+                )
+        old_leaves, new_leaves = (jax.tree.leaves(v, is_leaf=is_quantity) for v in (old, new))
+        shapes = [tuple(jax.numpy.shape(u.get_mantissa(v))) for v in old_leaves]
+        new_shapes_of = [tuple(v.shape) for v in new_leaves]
+        if shapes != new_shapes_of:
+            raise ValueError(
+                f"The state {path_str(path)!r} changes its shape within the step, from {shapes} to {new_shapes_of}. "
+                "Initialise it with the shape that the step writes (did the states get the right batch_size?)."
+            )
+
+
+def _flatten(closed, num_out):
+    """Inline every nested ``jit`` and keep each state's dtype, by evaluating the step again."""
+    jaxpr = open_jaxpr(closed)
+    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.invars]
+    num_state_leaves = len(jaxpr.outvars) - num_out
+    first_state = len(jaxpr.invars) - num_state_leaves
+
+    def step(*values):
+        outs = _evaluate(jaxpr, consts_of(closed), values)
+        for i in range(num_state_leaves):
+            old = values[first_state + i]
+            if outs[num_out + i].dtype != old.dtype:
+                outs[num_out + i] = outs[num_out + i].astype(old.dtype)
+        return outs
+
+    flat = jax.make_jaxpr(step)(*avals)
+    return prune(flat, [True] * len(open_jaxpr(flat).outvars))[0]
+
+
+def _foldable(eqn, inputs) -> bool:
+    """Whether an equation computes a constant of moderate size: then D and df may be known before the first step."""
+    sizes = [math.prod(v.aval.shape) for v in eqn.outvars]
+    return not any(map(is_tracer, inputs)) and sum(sizes) <= 2**20 and not isinstance(eqn.primitive, ETPPrimitive)
+
+
+def _evaluate(jaxpr, consts, values):
+    env = dict(zip(jaxpr.invars, values)) | dict(zip(jaxpr.constvars, consts))
+    read = lambda v: v.val if isinstance(v, Literal) else env[v]  # noqa: E731
+    for eqn in jaxpr.eqns:
+        inputs = [read(v) for v in eqn.invars]
+        body = call_body(eqn) if is_jit(eqn) else None
+        if not eqn.effects and _foldable(eqn, inputs):
+            with jax.ensure_compile_time_eval():
+                outs = bind_equation(eqn, inputs)
+        elif body is not None:
+            outs = _evaluate(open_jaxpr(body), consts_of(body), inputs)
+        else:
+            outs = bind_equation(eqn, inputs)
+        env.update(zip(eqn.outvars, outs))
+    return [jax.numpy.asarray(read(v)) for v in jaxpr.outvars]

@@ -1,0 +1,319 @@
+"""Which position of a source does each entry of a variable depend on?
+
+A *label* of a variable for one source holds, for every entry of the variable, the coordinates of the single source
+position that it depends on, as one integer array per source axis (and a first one that only tells whether there
+is any dependence): ``NONE`` where there is none, ``MANY`` where there are several. Labels follow differentiable
+dependence only: integers, booleans and ``stop_gradient`` end them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from .._jax import Literal, bind_equation, call_body, is_jit, open_jaxpr
+
+__all__ = ["Label", "Labels", "is_aligned", "own_label", "propagate", "unaligned_axes"]
+
+Label = tuple[np.ndarray, ...]
+Source = tuple[str, Any]  # a kind and what it names
+Labels = dict[Source, Label]
+NONE, MANY = -1, -2
+
+ELEMENTWISE = frozenset(
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp conj "
+    "convert_element_type copy copy_p cos cosh digamma div erf erf_inv erfc exp exp2 expm1 floor imag igamma "
+    "igamma_grad_a igammac integer_pow is_finite lgamma log log1p logistic max min mul ne neg nextafter not "
+    "optimization_barrier polygamma pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n "
+    "sign sin sinh sqrt square sub tan tanh zeta".split()
+)
+SCANS = frozenset(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"])
+REDUCTIONS = frozenset(["reduce_sum", "reduce_max", "reduce_min", "reduce_prod"])
+ENDS = frozenset(["stop_gradient"])
+
+
+def own_label(shape: tuple[int, ...], axes: int) -> Label:
+    """The label of a source itself: entry ``p`` depends on position ``p`` of its first ``axes`` axes."""
+    grids = [np.zeros(shape, np.int32)]
+    for k in range(axes):
+        index = np.arange(shape[k], dtype=np.int32).reshape([-1 if i == k else 1 for i in range(len(shape))])
+        grids.append(np.broadcast_to(index, shape))
+    return tuple(grids)
+
+
+def unaligned_axes(label: Label, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Source axes along which some entry of a variable, of ``shape`` plus own trailing axes, depends on another
+    position than its own."""
+    own = own_label(label[0].shape, len(label) - 1)
+    if label[0].shape[: len(shape)] != shape or len(label) - 1 != len(shape):
+        return tuple(range(len(shape)))
+    return tuple(k for k in range(len(shape)) if not np.all((label[k + 1] == own[k + 1]) | (label[k + 1] == NONE)))
+
+
+def is_aligned(label: Label, shape: tuple[int, ...]) -> bool:
+    """Whether every entry depends on its own position, or on nothing."""
+    aligned_shape = label[0].shape[: len(shape)] == shape and len(label) - 1 == len(shape)
+    return aligned_shape and not unaligned_axes(label, shape)
+
+
+def touches_own_position(label: Label, shape: tuple[int, ...]) -> bool:
+    """Whether at least one entry depends on exactly its own position."""
+    if label[0].shape[: len(shape)] != shape or len(label) - 1 != len(shape):
+        return False
+    own = own_label(label[0].shape, len(shape))
+    return bool(np.any(np.logical_and.reduce([a == b for a, b in zip(label, own)])))
+
+
+def propagate(
+    eqns: Iterable[Any],
+    env: dict[Any, Labels],
+    outputs_of: Callable[[Any, list[Labels]], list[Labels] | None],
+    _nested: bool = False,
+) -> None:
+    """Run labels through equations, adding the labels of every output variable to ``env``.
+
+    ``outputs_of(eqn, input_labels)`` may decide the output labels of an equation itself (a cut); ``None`` leaves
+    them to the equation's own rule.
+    """
+    for eqn in eqns:
+        inputs = [{} if isinstance(v, Literal) else env.get(v, {}) for v in eqn.invars]
+        outs = outputs_of(eqn, inputs)
+        if outs is None:
+            outs = _transfer(eqn, inputs, _nested)
+        for var, labels in zip(eqn.outvars, outs):
+            if labels and jax.numpy.issubdtype(var.aval.dtype, jax.numpy.inexact):
+                env[var] = {s: lab for s, lab in labels.items() if not np.all(lab[0] == NONE)}
+
+
+def no_cut(eqn: Any, inputs: list[Labels]) -> None:
+    del eqn, inputs
+
+
+def _transfer(eqn, inputs, nested) -> list[Labels]:
+    if not any(inputs) or eqn.primitive.name in ENDS:
+        return [{} for _ in eqn.outvars]
+    body = call_body(eqn) if is_jit(eqn) else None
+    if body is not None:
+        inner = open_jaxpr(body)
+        env = dict(zip(inner.invars, inputs))
+        propagate(inner.eqns, env, no_cut, nested)
+        return [{} if isinstance(v, Literal) else env.get(v, {}) for v in inner.outvars]
+    rule = _rule_for(eqn)
+    if rule is None:
+        return _many_or_derived(eqn, inputs, nested)
+    sources = dict.fromkeys(s for labels in inputs for s in labels)
+    out_shapes = [v.aval.shape for v in eqn.outvars]
+    outs: list[Labels] = [{} for _ in eqn.outvars]
+    for s in sources:
+        labels = [lab.get(s) for lab in inputs]
+        axes = max(len(lab) for lab in labels if lab is not None)
+        columns = [rule([None if lab is None else lab[k] for lab in labels], out_shapes) for k in range(axes)]
+        for i in range(len(outs)):
+            outs[i][s] = tuple(column[i] for column in columns)
+    return outs
+
+
+def _many_or_derived(eqn, inputs, nested) -> list[Labels]:
+    """An equation without a rule: look at its derivative, which is made of simpler equations."""
+    if not nested:
+        for derive in (_by_jvp, _by_vjp):
+            try:
+                return derive(eqn, inputs)
+            except Exception:  # no such derivative: try the next way, else the safe answer below
+                continue
+    sources = {s: len(lab) for labels in inputs for s, lab in labels.items()}
+    return [{s: _many(v.aval.shape, n) for s, n in sources.items()} for v in eqn.outvars]
+
+
+def _many(shape, axes) -> Label:
+    return (np.zeros(shape, np.int32), *(np.full(shape, MANY, np.int32) for _ in range(axes - 1)))
+
+
+def _differentiable(aval) -> bool:
+    return jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact)
+
+
+def _structs(variables):
+    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables]
+
+
+def _by_jvp(eqn, inputs):
+    active = [i for i, labels in enumerate(inputs) if labels and _differentiable(eqn.invars[i].aval)]
+
+    def jvp(primals, tangents):
+        def f(*xs):
+            values = list(primals)
+            for i, x in zip(active, xs):
+                values[i] = x
+            return bind_equation(eqn, values)
+
+        return jax.jvp(f, [primals[i] for i in active], tangents)[1]
+
+    jaxpr = open_jaxpr(jax.make_jaxpr(jvp)(_structs(eqn.invars), _structs([eqn.invars[i] for i in active])))
+    env = {v: inputs[i] for i, v in zip(active, jaxpr.invars[len(eqn.invars) :])}
+    propagate(jaxpr.eqns, env, no_cut, True)
+    return [{} if isinstance(v, Literal) else env.get(v, {}) for v in jaxpr.outvars]
+
+
+def _by_vjp(eqn, inputs):
+    """A reverse rule alone (``custom_vjp``): position-wise if its cotangents are."""
+    active = [i for i, labels in enumerate(inputs) if labels and _differentiable(eqn.invars[i].aval)]
+    outs = [v for v in eqn.outvars if _differentiable(v.aval)]
+
+    def vjp(primals, cotangents):
+        def f(*xs):
+            values = list(primals)
+            for i, x in zip(active, xs):
+                values[i] = x
+            return [y for v, y in zip(eqn.outvars, bind_equation(eqn, values)) if _differentiable(v.aval)]
+
+        return jax.vjp(f, *[primals[i] for i in active])[1](cotangents)
+
+    jaxpr = open_jaxpr(jax.make_jaxpr(vjp)(_structs(eqn.invars), _structs(outs)))
+    env = {v: {j: own_label(v.aval.shape, len(v.aval.shape))} for j, v in enumerate(jaxpr.invars[len(eqn.invars) :])}
+    propagate(jaxpr.eqns, env, no_cut, True)
+    result: list[Labels] = [{} for _ in eqn.outvars]
+    index = [eqn.outvars.index(v) for v in outs]
+    for i, cot in zip(active, jaxpr.outvars):
+        for j, lab in ({} if isinstance(cot, Literal) else env.get(cot, {})).items():
+            shape = eqn.outvars[index[j]].aval.shape
+            if shape != eqn.invars[i].aval.shape or not is_aligned(lab, shape):
+                raise ValueError("mixes positions")
+            for s, source_label in inputs[i].items():
+                known = result[index[j]].get(s)
+                merged = source_label if known is None else tuple(map(_combine, known, source_label))
+                result[index[j]][s] = merged
+    return result
+
+
+# -- rules on one integer array per operand ---------------------------------------------------------------------
+
+
+def _combine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    if a is b:
+        return a
+    return np.where((a == b) | (b == NONE), a, np.where(a == NONE, b, MANY)).astype(np.int32)
+
+
+def _filled(ids, shape) -> np.ndarray:
+    return np.full(shape, NONE, np.int32) if ids is None else ids
+
+
+def _reduce(ids: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    big = np.iinfo(np.int32).max
+    top = ids.max(axis=axes, initial=NONE)
+    low = np.where(ids == NONE, big, ids).min(axis=axes, initial=big)
+    return np.where(low == big, NONE, np.where(low == top, top, MANY)).astype(np.int32)
+
+
+def _elementwise(eqn):
+    def rule(ids, out_shapes):
+        known = [i for i in ids if i is not None]
+        out = known[0]
+        for other in known[1:]:
+            if out.shape != other.shape:
+                out, other = np.broadcast_to(out, out_shapes[0]), np.broadcast_to(other, out_shapes[0])
+            out = _combine(out, other)
+        return [out if out.shape == shape else np.broadcast_to(out, shape) for shape in out_shapes]
+
+    return rule
+
+
+def _moving(move: Callable[..., np.ndarray]):
+    """Data movement: the same movement of the integers."""
+
+    def make(eqn):
+        def rule(ids, out_shapes):
+            operands = [_filled(i, v.aval.shape) for i, v in zip(ids, eqn.invars)]
+            return [move(*operands, out_shape=out_shapes[0], **eqn.params)]
+
+        return rule
+
+    return make
+
+
+def _broadcast_in_dim(x, *dynamic, shape, broadcast_dimensions, out_shape, **_):
+    del dynamic, shape
+    full = [1] * len(out_shape)
+    for size, d in zip(x.shape, broadcast_dimensions):
+        full[d] = size
+    return np.broadcast_to(x.reshape(full), out_shape)
+
+
+def _slice(x, *, start_indices, limit_indices, strides, **_):
+    return x[tuple(map(slice, start_indices, limit_indices, strides or [1] * x.ndim))]
+
+
+def _pad(x, value, *, padding_config, out_shape, **_):
+    del value
+    out = np.full(out_shape, NONE, np.int32)
+    low = [max(0, lo) for lo, _, _ in padding_config]
+    steps = [inner + 1 for _, _, inner in padding_config]
+    if any(lo < 0 or hi < 0 for lo, hi, _ in padding_config):
+        return np.full(out_shape, MANY, np.int32)
+    out[tuple(slice(lo, lo + (n - 1) * st + 1, st) for lo, st, n in zip(low, steps, x.shape))] = x
+    return out
+
+
+def _reduction(eqn):
+    return lambda ids, out_shapes: [_reduce(ids[0], tuple(eqn.params["axes"])).reshape(out_shapes[0])]
+
+
+def _cumulative(eqn):
+    axis = eqn.params["axis"]
+    return lambda ids, out_shapes: [np.broadcast_to(np.expand_dims(_reduce(ids[0], (axis,)), axis), out_shapes[0])]
+
+
+def _dot_general(eqn):
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
+
+    def rule(ids, out_shapes):
+        shape = out_shapes[0]
+        free = [
+            [d for d in range(v.aval.ndim) if d not in (*c, *b)]
+            for v, c, b in zip(eqn.invars, (lhs_contract, rhs_contract), (lhs_batch, rhs_batch))
+        ]
+        out = None
+        for side, (x, contract, batch) in enumerate(zip(ids, (lhs_contract, rhs_contract), (lhs_batch, rhs_batch))):
+            if x is None:
+                continue
+            order = (*batch, *free[side], *contract)
+            x = x.transpose(order)
+            kept = len(batch) + len(free[side])
+            x = _reduce(x, tuple(range(kept, x.ndim)))
+            before = 0 if side == 0 else len(free[0])
+            after = len(free[1]) if side == 0 else 0
+            x = x.reshape(x.shape[: len(batch)] + (1,) * before + x.shape[len(batch) :] + (1,) * after)
+            x = np.broadcast_to(x, shape)
+            out = x if out is None else _combine(out, x)
+        return [out]
+
+    return rule
+
+
+RULES: Mapping[str, Callable[[Any], Any]] = {
+    **{name: _elementwise for name in ELEMENTWISE},
+    **{name: _cumulative for name in SCANS},
+    **{name: _reduction for name in REDUCTIONS},
+    "broadcast_in_dim": _moving(_broadcast_in_dim),
+    "reshape": _moving(lambda x, *dynamic, out_shape, **_: x.reshape(out_shape)),
+    "squeeze": _moving(lambda x, *, out_shape, **_: x.reshape(out_shape)),
+    "expand_dims": _moving(lambda x, *, out_shape, **_: x.reshape(out_shape)),
+    "transpose": _moving(lambda x, *, permutation, **_: x.transpose(permutation)),
+    "rev": _moving(lambda x, *, dimensions, **_: np.flip(x, dimensions)),
+    "slice": _moving(_slice),
+    "pad": _moving(_pad),
+    "concatenate": _moving(lambda *xs, dimension, **_: np.concatenate(xs, dimension)),
+    "dot_general": _dot_general,
+}
+
+
+def _rule_for(eqn):
+    make = RULES.get(eqn.primitive.name)
+    if make is None or math.prod(eqn.outvars[0].aval.shape) == 0:
+        return None
+    return make(eqn)

@@ -1,0 +1,352 @@
+"""Which parameters drive which hidden groups, through which operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import brainstate
+import jax
+import numpy as np
+
+from .._jax import Literal, Var, eval_jaxpr, sub_program
+from .._ops.primitive import ETPPrimitive
+from .._types import Path, path_str
+from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
+from .flow import Flow, MarkedOp, Reach
+from .groups import HiddenGroup
+from .module_info import ModuleInfo
+
+__all__ = ["HiddenParamOpRelation", "OperandProgram", "find_relations", "operand_program"]
+
+
+class OperandProgram(NamedTuple):
+    """What happens to parameters before they enter an operation (a mask, a sign, a sum of two).
+
+    ``program`` maps step inputs to the trained operands; ``leaves`` are the parameter leaves among its inputs.
+    """
+
+    keys: tuple[str, ...]
+    program: Any
+    inputs: tuple[int, ...]  # positions among the inputs of the step
+    leaves: tuple[int, ...]  # those of them that are parameter leaves
+    identity: tuple[int, ...] | None  # positions of the operands, if they are step inputs as they are
+
+    def operands(self, invals: Sequence[Any]) -> dict[str, jax.Array]:
+        if self.identity is not None:
+            return {k: invals[i] for k, i in zip(self.keys, self.identity)}
+        return dict(zip(self.keys, eval_jaxpr(self.program, *[invals[i] for i in self.inputs])))
+
+    def pull_back(self, invals: Sequence[Any], gradients: dict[str, jax.Array]) -> dict[int, jax.Array]:
+        """Gradients of the operands -> gradients of the parameter leaves, by position in the step's inputs."""
+        if self.identity is not None:
+            out: dict[int, jax.Array] = {}
+            for k, i in zip(self.keys, self.identity):
+                out[i] = out[i] + gradients[k] if i in out else gradients[k]
+            return out
+
+        def run(leaves):
+            values = dict(zip(self.leaves, leaves))
+            args = [values.get(i, invals[i]) for i in self.inputs]
+            return eval_jaxpr(self.program, *args)
+
+        outs, pull = jax.vjp(run, [invals[i] for i in self.leaves])
+        (bars,) = pull([gradients[k].astype(o.dtype) for k, o in zip(self.keys, outs)])
+        return dict(zip(self.leaves, bars))
+
+
+class HiddenParamOpRelation(NamedTuple):
+    """One operation whose trained operands come from parameters and whose output reaches a hidden group directly.
+
+    Attributes
+    ----------
+    key : tuple
+        ``(path of the first parameter, call index)``: names the relation.
+    primitive : ETPPrimitive
+    x_var, y_var : Var or None, Var
+        Input and output of the operation (``.aval.shape``, ``.aval.dtype``).
+    hidden_groups : tuple of HiddenGroup
+        The groups that the output reaches without passing through another group.
+    connected_hidden_paths : tuple of path
+    eqn_params : dict
+        Static parameters of the operation.
+    path_classification : dict
+        Hidden path -> ``'all_direct'``, or ``'mixed'`` where the output also acts through another operation.
+    trainable_vars, trainable_paths, trainable_leaf_indices, trainable_param_states : dict
+        Per trainable key: the operand variable, the path of its parameter, the leaf number within the parameter's
+        value and the parameter. The first parameter is named where an operand is computed from several.
+    op_index : int
+        Number of the operation among the marked operations of the step.
+    operand_program : OperandProgram
+    residual_free : bool
+        Whether every path from the output to the loss is through its hidden groups position by position.
+    """
+
+    key: tuple[Path, int]
+    primitive: ETPPrimitive
+    x_var: Any | None
+    y_var: Var
+    hidden_groups: tuple[HiddenGroup, ...]
+    connected_hidden_paths: tuple[Path, ...]
+    eqn_params: dict[str, Any]
+    path_classification: dict[Path, str]
+    trainable_vars: dict[str, Any]
+    trainable_paths: dict[str, Path]
+    trainable_leaf_indices: dict[str, int]
+    trainable_param_states: dict[str, brainstate.ParamState]
+    op_index: int
+    operand_program: OperandProgram
+    residual_free: bool
+
+    @property
+    def x(self) -> Any | None:
+        return self.x_var
+
+    @property
+    def y(self) -> Var:
+        return self.y_var
+
+    @property
+    def path(self) -> Path:
+        return self.key[0]
+
+    def dict(self) -> dict[str, Any]:
+        return self._asdict()
+
+    def __repr__(self) -> str:
+        groups = [g.index for g in self.hidden_groups]
+        return f"HiddenParamOpRelation({path_str(self.path)!r}, {self.primitive.name}, groups={groups})"
+
+
+def operand_program(info: ModuleInfo, flow: Flow, op: MarkedOp) -> tuple[OperandProgram | None, dict[str, Path], str]:
+    """The trained operands of an operation as a program of step inputs.
+
+    Returns ``(program, first parameter path by key, why not)``; the program is ``None`` if no operand comes from a
+    parameter. An operand that is a constant, or computed from hidden values, is not trained.
+    """
+    jaxpr = info.jaxpr
+    made_at = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.outvars}
+    op_positions = {o.position for o in flow.ops}
+    hidden = set(info.hidden_path_to_invar.values())
+    number = {v: i for i, v in enumerate(jaxpr.invars)}
+    paths: dict[str, Path] = {}
+    needed: set[int] = set()
+    leaves: set[Any] = set()
+    variables: dict[str, Any] = {}
+    why = "none of its operands comes from a parameter"
+    for key, var in op.operands.items():
+        if isinstance(var, Literal):
+            continue
+        positions, roots, found, pending = set(), set(), [], [var]
+        blocked = False
+        while pending:
+            v = pending.pop()
+            if v in number:
+                roots.add(v)
+                if v in info.invar_to_weight_path:
+                    found.append(v)
+                blocked |= v in hidden
+            elif v in made_at and made_at[v] not in positions:
+                positions.add(made_at[v])
+                blocked |= made_at[v] in op_positions
+                pending.extend(w for w in jaxpr.eqns[made_at[v]].invars if not isinstance(w, Literal))
+        if not found:
+            continue
+        if blocked:
+            why = "its operand is computed from hidden values or from another operation"
+            continue
+        first = min(found, key=number.__getitem__)
+        paths[key] = info.invar_to_weight_path[first]
+        variables[key] = var
+        needed |= positions
+        leaves |= roots
+    if not paths:
+        return None, {}, why
+    keys = tuple(variables)
+    if all(v in number for v in variables.values()):
+        identity = tuple(number[v] for v in variables.values())
+        return OperandProgram(keys, None, identity, identity, identity), paths, ""
+    inputs = sorted(number[v] for v in leaves)
+    used = [jaxpr.eqns[p] for p in sorted(needed)]
+    program = sub_program(info.closed_jaxpr, [jaxpr.invars[i] for i in inputs], list(variables.values()), used)
+    trained = tuple(i for i in inputs if jaxpr.invars[i] in info.invar_to_weight_path)
+    return OperandProgram(keys, program, tuple(inputs), trained, None), paths, ""
+
+
+def find_relations(
+    info: ModuleInfo,
+    flow: Flow,
+    reach: Reach,
+    groups: Sequence[HiddenGroup],
+) -> tuple[tuple[HiddenParamOpRelation, ...], list[CompilationRecord]]:
+    """Every marked operation with a parameter is a relation, or a record says why not."""
+    group_of = {p: g for g in groups for p in g.hidden_paths}
+    records: list[CompilationRecord] = []
+    relations: list[HiddenParamOpRelation] = []
+    calls: dict[Path, int] = {}
+    for op in flow.ops:
+        program, paths, why = operand_program(info, flow, op)
+        name = op.primitive.name
+        if program is None:
+            records.append(
+                CompilationRecord(
+                    DiagnosticKind.RELATION_EXCLUDED_NO_PARAMSTATE,
+                    DiagnosticLevel.WARNING,
+                    f"{name} is not trained online: {why}. Its value and gradient are those of plain JAX.",
+                    primitive=name,
+                )
+            )
+            continue
+        first = next(iter(paths.values()))
+        for key in op.operands.keys() - paths.keys():
+            records.append(
+                CompilationRecord(
+                    DiagnosticKind.TRAINABLE_INVAR_NOT_PARAMSTATE,
+                    DiagnosticLevel.INFO,
+                    f"Operand {key!r} of {name} at {path_str(first)!r} comes from no parameter and is not trained.",
+                    primitive=name,
+                    weight_path=first,
+                )
+            )
+        direct = [p for p, labels in flow.into.items() if ("y", op.index) in labels]
+        fed = sorted({group_of[p].index for p in direct})
+        usable = [i for i in fed if _broadcastable(op.y.aval.shape, groups[i].varshape)]
+        for i in fed:
+            if i not in usable:
+                records.append(
+                    CompilationRecord(
+                        DiagnosticKind.RELATION_EXCLUDED_SHAPE_MISMATCH,
+                        DiagnosticLevel.WARNING,
+                        f"The output of {name} at {path_str(first)!r} has shape {tuple(op.y.aval.shape)}, the hidden "
+                        f"states that it drives have {groups[i].varshape}: no trace is kept for this pair, and the "
+                        "parameter gets the gradient of the current step only. Give both one shape.",
+                        primitive=name,
+                        weight_path=first,
+                        hidden_paths=groups[i].hidden_paths,
+                    )
+                )
+        if not usable:
+            if not fed:
+                records.append(_excluded(name, first, op, flow, reach))
+            continue
+        used = tuple(groups[i] for i in usable)
+        through = [k for k in reach.ops(op.y) if k != op.index and _direct_groups(flow, group_of, k) & set(usable)]
+        mixed = bool(through)
+        connected = tuple(p for g in used for p in g.hidden_paths)
+        if mixed:
+            records.append(
+                CompilationRecord(
+                    DiagnosticKind.RELATION_PARTIAL_PATH,
+                    DiagnosticLevel.WARNING,
+                    f"{name} at {path_str(first)!r} reaches its hidden states directly and through another operation. "
+                    "The current step is exact; the trace keeps the direct path.",
+                    primitive=name,
+                    weight_path=first,
+                    hidden_paths=connected,
+                )
+            )
+        leaf_of = {k: _leaf(info, op.operands[k], paths[k]) for k in paths}
+        states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
+        relations.append(
+            HiddenParamOpRelation(
+                key=(first, calls.setdefault(first, 0)),
+                primitive=op.primitive,
+                x_var=op.x,
+                y_var=op.y,
+                hidden_groups=used,
+                connected_hidden_paths=connected,
+                eqn_params=dict(op.eqn.params),
+                path_classification=dict.fromkeys(connected, "mixed" if mixed else "all_direct"),
+                trainable_vars={k: op.operands[k] for k in paths},
+                trainable_paths=paths,
+                trainable_leaf_indices=leaf_of,
+                trainable_param_states={k: states[p] for k, p in paths.items()},
+                op_index=op.index,
+                operand_program=program,
+                residual_free=_residual_free(info, flow, op, used),
+            )
+        )
+        calls[first] += 1
+        records.append(
+            CompilationRecord(
+                DiagnosticKind.RELATION_INCLUDED,
+                DiagnosticLevel.INFO,
+                f"{name} at {path_str(first)!r} is trained online through {', '.join(g.name for g in used)}.",
+                primitive=name,
+                weight_path=first,
+                hidden_paths=connected,
+                context={
+                    "hidden_group_indices": tuple(usable),
+                    "path_classification": dict(relations[-1].path_classification),
+                },
+            )
+        )
+    return tuple(relations), records
+
+
+def _leaf(info, var, path) -> int:
+    leaves = info.weight_path_to_invars[path]
+    return leaves.index(var) if var in leaves else 0
+
+
+def _broadcastable(y: tuple[int, ...], varshape: tuple[int, ...]) -> bool:
+    try:
+        return np.broadcast_shapes(y, varshape) is not None
+    except ValueError:
+        return False
+
+
+def _direct_groups(flow, group_of, k) -> set[int]:
+    return {group_of[p].index for p, labels in flow.into.items() if ("y", k) in labels}
+
+
+def _excluded(name, path, op, flow, reach) -> CompilationRecord:
+    blocking = sorted(reach.ops(op.y) - {op.index})
+    if blocking and reach.groups(op.y):
+        others = [flow.ops[k] for k in blocking]
+        return CompilationRecord(
+            DiagnosticKind.RELATION_EXCLUDED_WEIGHT_TO_WEIGHT,
+            DiagnosticLevel.WARNING,
+            f"{name} at {path_str(path)!r} reaches hidden states only through another operation: its parameter gets "
+            "the exact gradient of the current step, without history.",
+            primitive=name,
+            weight_path=path,
+            context={"blocking_primitives": tuple(o.primitive.name for o in others)},
+        )
+    return CompilationRecord(
+        DiagnosticKind.RELATION_EXCLUDED_NON_TEMPORAL,
+        DiagnosticLevel.WARNING,
+        f"{name} at {path_str(path)!r} drives no hidden state (a readout, say): its parameter gets the exact gradient "
+        "of the current step, and needs no trace.",
+        primitive=name,
+        weight_path=path,
+    )
+
+
+def _residual_free(info: ModuleInfo, flow: Flow, op: MarkedOp, groups: Sequence[HiddenGroup]) -> bool:
+    """Follow y to wherever it leaves F; stop at hidden values, which the signal accounts for."""
+    if any(op.index not in g.cut.aligned for g in groups):
+        return False
+    jaxpr = info.jaxpr
+    inside = {p for g in groups for p in g.inside}
+    carried = {op.y}
+    outputs = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    if op.y in flow.members:
+        return True
+    if op.y in outputs:
+        return False
+    for position, eqn in enumerate(jaxpr.eqns):
+        if position == op.position or not any(v in carried for v in eqn.invars if not isinstance(v, Literal)):
+            continue
+        differentiable = [v for v in eqn.outvars if jax.numpy.issubdtype(v.aval.dtype, jax.numpy.inexact)]
+        if not differentiable or eqn.primitive.name == "stop_gradient":
+            continue
+        if position not in inside:
+            return False
+        for var in differentiable:
+            if var in flow.members:
+                continue
+            if var in outputs:
+                return False
+            carried.add(var)
+    return True

@@ -1,0 +1,325 @@
+"""The step as a program whose reverse pass yields the learning signals.
+
+Zeros are added to three kinds of values; their cotangents are what a learning rule needs:
+
+- to a group's *new* values, for everything that reads them except the group's own program F: the signal L,
+  explicit, because paths through other members of the group stay inside F, which D and df account for;
+- to a group's *old* values, for everything that reads them except F and whatever leads back into F: the signal L⁻;
+- to an operation's output: its total cotangent.
+
+An equation that both F and the rest of the step need is evaluated in both *worlds*, which differ only by zeros, so
+that XLA computes it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._jax import Literal, bind_equation, consts_of, eval_jaxpr, open_jaxpr, prune
+from .._types import Path
+from .flow import Flow, Reach, is_marked
+from .groups import HiddenGroup
+from .module_info import ModuleInfo
+from .relations import HiddenParamOpRelation
+
+__all__ = ["Tape", "TapeRecord", "Zeros", "build_tape"]
+
+
+class Zeros(NamedTuple):
+    """The added zeros; as cotangents they are the signals."""
+
+    new: dict[Path, jax.Array]
+    old: dict[Path, jax.Array]
+    y: dict[int, jax.Array]  # relation number -> like its output
+
+
+class TapeRecord(NamedTuple):
+    """What one step leaves for the trace update."""
+
+    x: tuple[Any, ...]  # per relation: the operation's input, or None
+    varying: tuple[tuple[Any, ...], ...]  # per group: the varying entries of D and df
+
+
+class Tape(NamedTuple):
+    """The compiled step.
+
+    Attributes
+    ----------
+    program : ClosedJaxpr
+        ``(step inputs, operands, zeros) -> (step outputs, record)``, all flat.
+    zeros_like : Zeros
+        Shapes of the zeros that the program takes: only those whose cotangent can be other than zero.
+    """
+
+    program: Any
+    in_tree: Any
+    out_tree: Any
+    zeros_like: Any
+
+    def zeros(self) -> Zeros:
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.zeros_like)
+
+    def __call__(
+        self, invals: Sequence[Any], operands: Sequence[Mapping[str, Any]], zeros: Zeros
+    ) -> tuple[list[Any], TapeRecord]:
+        flat, tree = jax.tree.flatten((list(invals), [dict(o) for o in operands], zeros))
+        assert tree == self.in_tree, (tree, self.in_tree)
+        return jax.tree.unflatten(self.out_tree, eval_jaxpr(self.program, *flat))
+
+
+class _World(NamedTuple):
+    """How a value is seen: groups whose old values are bare, and the group whose new values are."""
+
+    bare_old: frozenset
+    bare_new: int | None
+
+
+_REST = _World(frozenset(), None)
+
+
+def build_tape(
+    info: ModuleInfo,
+    flow: Flow,
+    reach: Reach,
+    groups: Sequence[HiddenGroup],
+    relations: Sequence[HiddenParamOpRelation],
+) -> Tape:
+    jaxpr = info.jaxpr
+    shape_of: Any = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)  # noqa: E731
+    differentiable: dict[Path, Any] = {
+        p: shape_of(v) for p, v in info.hidden_path_to_invar.items() if jnp.issubdtype(v.aval.dtype, jnp.inexact)
+    }
+    everything: Any = Zeros(
+        new=dict(differentiable),
+        old=dict(differentiable),
+        y={i: shape_of(r.y_var) for i, r in enumerate(relations) if not r.residual_free},
+    )
+    evaluator = _Worlds(info, flow, reach, groups, relations)
+    invals = [shape_of(v) for v in jaxpr.invars]
+    operands = [{k: shape_of(v) for k, v in r.trainable_vars.items()} for r in relations]
+
+    def trace(zeros):
+        closed, out_shape = jax.make_jaxpr(evaluator.run, return_shape=True)(invals, operands, zeros)
+        return closed, jax.tree.structure(out_shape), jax.tree.structure((invals, operands, zeros))
+
+    closed, out_tree, _ = trace(everything)
+    # Keep only the zeros that the step's outputs (not the records) can feel.
+    num_outs = len(jaxpr.outvars)
+    _, reads = prune(closed, [i < num_outs for i in range(len(open_jaxpr(closed).outvars))])
+    reads_of = jax.tree.unflatten(jax.tree.structure((invals, operands, everything)), reads)[2]
+    kept: Any = Zeros(
+        new=everything.new,
+        old={p: s for p, s in everything.old.items() if reads_of.old[p]},
+        y=everything.y,
+    )
+    closed, out_tree, in_tree = trace(kept)
+    closed, _ = prune(closed, [True] * out_tree.num_leaves)
+    return Tape(closed, in_tree, out_tree, kept)
+
+
+class _Worlds:
+    """Evaluates the step in several worlds at once; see the module's docstring."""
+
+    def __init__(self, info, flow, reach, groups, relations):
+        self.info, self.flow, self.groups, self.relations = info, flow, groups, relations
+        self.eqns = info.jaxpr.eqns
+        self.consts = dict(zip(info.jaxpr.constvars, consts_of(info.closed_jaxpr)))
+        self.number = {v: i for i, v in enumerate(info.jaxpr.invars)}
+        self.made_at = {v: i for i, e in enumerate(self.eqns) for v in e.outvars}
+        self.group_of = {p: g.index for g in groups for p in g.hidden_paths}
+        self.path_of_old = {v: p for p, v in info.hidden_path_to_invar.items()}
+        self.owner = {v: paths[0] for v, paths in flow.members.items()}
+        self.relation_at = {flow.ops[r.op_index].position: i for i, r in enumerate(relations)}
+        # Whatever leads into F, or into anything that leads there, sees bare old values.
+        downstream = [
+            frozenset().union(*(reach.groups(info.hidden_path_to_outvar[p]) for p in g.hidden_paths if self._is_var(p)))
+            for g in groups
+        ]
+        self.leads_to = [downstream[g.index] | {g.index} for g in groups]
+        self.op_world = {}
+        for position, i in self.relation_at.items():
+            fed = reach.groups(relations[i].y_var)
+            self.op_world[position] = _World(frozenset().union(*(self.leads_to[g] for g in fed)), None)
+        self._find_dependence()
+
+    def _is_var(self, path):
+        return not isinstance(self.info.hidden_path_to_outvar[path], Literal)
+
+    def _find_dependence(self):
+        """Per equation: groups whose old / new values it depends on without passing a hidden value or relation."""
+        self.old_of, self.new_of = {}, {}
+        old, new = {}, {}
+        for v, p in self.path_of_old.items():
+            old[v] = frozenset([self.group_of[p]])
+        for i, eqn in enumerate(self.eqns):
+            inputs = [v for v in eqn.invars if not isinstance(v, Literal)]
+            self.old_of[i] = frozenset().union(*(old.get(v, frozenset()) for v in inputs))
+            self.new_of[i] = frozenset().union(*(new.get(v, frozenset()) for v in inputs))
+            for v in eqn.outvars:
+                if v in self.owner:
+                    new[v], old[v] = frozenset([self.group_of[self.owner[v]]]), frozenset()
+                elif i in self.relation_at:
+                    new[v], old[v] = frozenset(), frozenset()
+                else:
+                    new[v], old[v] = self.new_of[i], self.old_of[i]
+
+    # -- which world a reader's value lives in ------------------------------------------------------------------
+
+    def _equation_world(self, position, world):
+        """Normalise: the world in which an equation that is needed in ``world`` is evaluated."""
+        if position in self.op_world:
+            world = self.op_world[position]
+        elif world.bare_new is not None and position not in self.groups[world.bare_new].inside:
+            world = _World(self.leads_to[world.bare_new], None)
+        bare_new = world.bare_new if world.bare_new in self.new_of[position] else None
+        return _World(world.bare_old & self.old_of[position], bare_new)
+
+    def _full_world(self, position, world, asked):
+        """The world that an equation's inputs are read in."""
+        if position in self.op_world:
+            return self.op_world[position]
+        if asked.bare_new is not None and position not in self.groups[asked.bare_new].inside:
+            return _World(self.leads_to[asked.bare_new], None)
+        return asked
+
+    def _needs(self, var, world):
+        """(position, world) of the equation behind a variable, if any."""
+        if isinstance(var, Literal) or var not in self.made_at:
+            return None
+        if var in self.owner:
+            g = self.group_of[self.owner[var]]
+            return self.made_at[var], _World(self.leads_to[g], g)
+        return self.made_at[var], world
+
+    # -- evaluation ---------------------------------------------------------------------------------------------
+
+    def run(self, invals, operands, zeros):
+        info = self.info
+        sinks = [(v, _REST) for v in info.jaxpr.outvars[: info.num_var_out]]
+        for path, outvar in zip(self._leaf_paths(), info.jaxpr.outvars[info.num_var_out :]):
+            sinks.append((outvar, _REST if path is None else self._own_world(path)))
+        traced = {g.index for r in self.relations for g in r.hidden_groups}
+        frontiers = [
+            [(v, _World(self.leads_to[g.index], None)) for v in g.cut.inputs] if g.index in traced else None
+            for g in self.groups
+        ]
+        xs = [
+            None if r.x_var is None else (r.x_var, self.op_world[self.flow.ops[r.op_index].position])
+            for r in self.relations
+        ]
+        wanted = [*sinks, *(f for fs in frontiers for f in fs or ()), *(x for x in xs if x is not None)]
+
+        plan = self._plan(wanted)
+        values = self._evaluate(plan, invals, operands, zeros)
+        read = lambda item: self._read(*item, values, invals, zeros)  # noqa: E731
+        outs = []
+        leaf_paths = [None] * info.num_var_out + self._leaf_paths()
+        for path, (var, world) in zip(leaf_paths, sinks):
+            value = jnp.asarray(read((var, world)))
+            if path is not None and path in zeros.new:
+                value = value + zeros.new[path]
+            outs.append(value)
+        stop = jax.lax.stop_gradient
+        varying = tuple(
+            tuple(g.cut.varying([stop(read(item)) for item in items])) if items is not None else ()
+            for g, items in zip(self.groups, frontiers)
+        )
+        return outs, TapeRecord(tuple(None if x is None else stop(read(x)) for x in xs), varying)
+
+    def _leaf_paths(self):
+        """Per state leaf among the outputs: the hidden path, or None."""
+        out = []
+        for path, leaves in zip(self.info.compiled_state_paths, self.info.state_leaves):
+            out.extend(path if path in self.group_of else None for _ in leaves)
+        return out
+
+    def _own_world(self, path):
+        g = self.group_of[path]
+        return _World(self.leads_to[g], g)
+
+    def _plan(self, wanted):
+        plan: dict[int, set] = {}
+        worlds_asked: dict[tuple[int, _World], _World] = {}
+
+        def ask(var, world):
+            need = self._needs(var, world)
+            if need is not None:
+                position, world = need
+                key = self._equation_world(position, world)
+                plan.setdefault(position, set()).add(key)
+                worlds_asked[position, key] = self._full_world(position, key, world)
+
+        for position, eqn in enumerate(self.eqns):
+            if eqn.effects:
+                plan.setdefault(position, set()).add(self._equation_world(position, _REST))
+                worlds_asked[position, self._equation_world(position, _REST)] = _REST
+        for var, world in wanted:
+            ask(var, world)
+        for position in range(len(self.eqns) - 1, -1, -1):
+            for key in plan.get(position, ()):
+                for var in self._inputs(position):
+                    ask(var, worlds_asked[position, key])
+        return {p: {k: worlds_asked[p, k] for k in keys} for p, keys in plan.items()}
+
+    def _inputs(self, position):
+        """Variables that an equation reads; the trained operands of a relation are given from outside."""
+        eqn = self.eqns[position]
+        if position not in self.relation_at:
+            return eqn.invars
+        relation = self.relations[self.relation_at[position]]
+        slots = relation.primitive.trainables(eqn.params)
+        given = {slots[k] for k in relation.trainable_vars}
+        return [v for i, v in enumerate(eqn.invars) if i not in given]
+
+    def _evaluate(self, plan, invals, operands, zeros):
+        values: dict[Any, Any] = {}
+        for position in sorted(plan):
+            eqn = self.eqns[position]
+            for key, world in plan[position].items():
+                if position in self.relation_at:
+                    outs = self._apply(position, world, values, invals, operands, zeros)
+                else:
+                    args = [self._read(v, world, values, invals, zeros) for v in eqn.invars]
+                    outs = eqn.primitive.outputs(args, eqn.params) if is_marked(eqn) else bind_equation(eqn, args)
+                values[position, key] = outs
+        return values
+
+    def _apply(self, position, world, values, invals, operands, zeros):
+        eqn, i = self.eqns[position], self.relation_at[position]
+        relation = self.relations[i]
+        slots = relation.primitive.trainables(eqn.params)
+        given = {slots[k]: w for k, w in operands[i].items()}
+        args = [
+            given[n] if n in given else self._read(v, world, values, invals, zeros) for n, v in enumerate(eqn.invars)
+        ]
+        outs = relation.primitive.outputs(args, eqn.params)
+        if i in zeros.y:
+            outs[relation.primitive.y_index] += zeros.y[i]
+        return outs
+
+    def _read(self, var, world, values, invals, zeros):
+        if isinstance(var, Literal):
+            return var.val
+        need = self._needs(var, world)
+        if need is None:
+            return self._input(var, world, invals, zeros)
+        position, asked = need
+        key = self._equation_world(position, asked)
+        value = values[position, key][self.eqns[position].outvars.index(var)]
+        path = self.owner.get(var)
+        if path is not None and path in zeros.new and world.bare_new != self.group_of[path]:
+            value = value + zeros.new[path]
+        return value
+
+    def _input(self, var, world, invals, zeros):
+        if var in self.consts:
+            return self.consts[var]
+        value = invals[self.number[var]]
+        path = self.path_of_old.get(var)
+        if path is not None and path in zeros.old and self.group_of[path] not in world.bare_old:
+            value = value + zeros.old[path]
+        return value

@@ -1,0 +1,149 @@
+"""The one door to JAX internals and versions.
+
+Everything here is decided by capability (``hasattr``, ``isinstance``), never by a version number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, Var
+from jax.interpreters import ad, batching, mlir
+from jax.interpreters import partial_eval as pe
+
+__all__ = [
+    'ClosedJaxpr', 'Jaxpr', 'Literal', 'Primitive', 'Var', 'bind_equation', 'call_body', 'close', 'consts_of',
+    'define_primitive', 'eval_jaxpr', 'is_jit', 'is_tracer', 'open_jaxpr', 'prune', 'source_line', 'sub_jaxprs',
+    'sub_program',
+]  # fmt: skip
+
+JIT_NAMES = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call", "custom_lin_call", "xla_call"})
+
+
+def open_jaxpr(jaxpr: Any) -> Any:
+    """The object that has ``eqns``, ``invars`` and ``outvars`` (the jaxpr itself where JAX has only one class)."""
+    return jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr
+
+
+def consts_of(jaxpr: Any) -> Sequence[Any]:
+    return tuple(getattr(jaxpr, "consts", ()))
+
+
+def eval_jaxpr(jaxpr: Any, *args: Any) -> list[Any]:
+    """Evaluate a closed jaxpr."""
+    return jax.core.eval_jaxpr(open_jaxpr(jaxpr), consts_of(jaxpr), *args)
+
+
+def close(jaxpr: Any, consts: Sequence[Any]) -> Any:
+    return ClosedJaxpr(jaxpr, list(consts))
+
+
+def is_tracer(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)
+
+
+def is_jit(eqn: Any) -> bool:
+    return eqn.primitive.name in JIT_NAMES
+
+
+def call_body(eqn: Any) -> Any | None:
+    """The one jaxpr that a call-like equation (jit, custom_jvp, custom_vjp, checkpoint) runs on its operands."""
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        body = eqn.params.get(name)
+        if body is not None and len(open_jaxpr(body).invars) == len(eqn.invars):
+            return body
+    return None
+
+
+def sub_jaxprs(eqn: Any) -> Iterator[Any]:
+    """Every jaxpr found in the parameters of an equation."""
+    for value in eqn.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, (ClosedJaxpr, Jaxpr)):
+                yield item
+
+
+def bind_equation(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Apply one equation to values; always returns a list."""
+    primitive, params = eqn.primitive, eqn.params
+    functions: Sequence[Any] = ()
+    if hasattr(primitive, "get_bind_params"):
+        bound = primitive.get_bind_params(params)
+        # Either the parameters alone (functions among them), or a pair (functions, parameters).
+        functions, params = bound if isinstance(bound, tuple) else ((), bound)
+    info = eqn.source_info
+    with source_info_util.user_context(info.traceback, name_stack=info.name_stack):
+        out = primitive.bind(*functions, *values, **params)
+    return list(out) if primitive.multiple_results else [out]
+
+
+def prune(closed: Any, used_outputs: Sequence[bool]) -> tuple[Any, list[bool]]:
+    """Drop the outputs not asked for and every equation that only they need.
+
+    Returns the smaller closed jaxpr, still with all of its inputs, and which inputs it reads.
+    """
+    jaxpr = open_jaxpr(closed)
+    smaller, used_inputs = pe.dce_jaxpr(jaxpr, list(used_outputs), instantiate=True)
+    _, reads = pe.dce_jaxpr(smaller, [True] * len(smaller.outvars), instantiate=False)
+    return close(smaller, consts_of(closed)), list(reads)
+
+
+def sub_program(closed: Any, invars: Sequence[Any], outvars: Sequence[Any], eqns: Sequence[Any]) -> Any:
+    """A closed jaxpr that runs some equations of another one; what it reads beside its inputs must be a constant."""
+    constants = dict(zip(open_jaxpr(closed).constvars, consts_of(closed)))
+
+    def run(*values):
+        env = constants | dict(zip(invars, values))
+        for eqn in eqns:
+            outs = bind_equation(eqn, [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars])
+            env.update(zip(eqn.outvars, outs))
+        return [env[v] for v in outvars]
+
+    return jax.make_jaxpr(run)(*[jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in invars])
+
+
+def source_line(eqn: Any) -> str:
+    """``file:line (function)`` of the user's code that made the equation, or an empty string."""
+    frames = getattr(getattr(eqn.source_info, "traceback", None), "frames", ())
+    for frame in frames:
+        name = frame.file_name
+        if not any(part in name for part in ("site-packages", "braintrace/_", "<frozen", "/lib/python")):
+            return f"{name}:{frame.line_num} ({frame.function_name})"
+    return ""
+
+
+def define_primitive(
+    primitive: Primitive,
+    impl: Callable[..., Any],
+    batch_rule: Callable[..., Any],
+) -> None:
+    """Give a primitive all its JAX rules, every one derived from ``impl`` (ordinary JAX)."""
+    primitive.def_impl(impl)
+
+    def abstract_eval(*avals, **params):
+        shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
+        out = jax.eval_shape(lambda *xs: impl(*xs, **params), *shapes)
+        return jax.tree.map(lambda s: jax.core.ShapedArray(s.shape, s.dtype), out)
+
+    primitive.def_abstract_eval(abstract_eval)
+    mlir.register_lowering(primitive, mlir.lower_fun(impl, multiple_results=primitive.multiple_results))
+
+    def jvp(primals, tangents, **params):
+        # Keep the primal marked; the tangent is linear, hence ordinary JAX that transposes by itself.
+        out = primitive.bind(*primals, **params)
+        active = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+
+        def of_active(*xs):
+            values = list(primals)
+            for i, x in zip(active, xs):
+                values[i] = x
+            return impl(*values, **params)
+
+        _, out_dot = jax.jvp(of_active, [primals[i] for i in active], [tangents[i] for i in active])
+        return out, out_dot
+
+    ad.primitive_jvps[primitive] = jvp
+    batching.primitive_batchers[primitive] = batch_rule

@@ -1,0 +1,178 @@
+"""What every learner is: a model, its compiled graph, its traces and a step counter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import brainstate
+import jax
+import jax.numpy as jnp
+from brainstate.util import FlattedDict
+
+from .._compiler.executor import ETraceGraphExecutor
+from .._compiler.graph import ETraceGraph
+from .._compiler.report import CompilationReport
+from .._sequence import SequenceDriverMixin
+from .._types import MultiStepData, Path, SingleStepData, path_str
+
+__all__ = ["ETraceAlgorithm", "EligibilityTrace"]
+
+
+class EligibilityTrace(brainstate.ShortTermState):
+    """A short-term state by another name, so that traces can be told from other states by their class.
+
+    Parameters
+    ----------
+    value : pytree of array
+        The trace.
+    name : str, optional
+
+    Examples
+    --------
+    >>> import braintrace, jax.numpy as jnp
+    >>> braintrace.EligibilityTrace(jnp.zeros(3)).value.shape
+    (3,)
+    """
+
+    __module__ = "braintrace"
+
+
+class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
+    """Abstract base of all learners.
+
+    Parameters
+    ----------
+    model : brainstate.nn.Module
+        The model; its ``update`` is one time step. It is not touched before :meth:`compile_graph`.
+    graph_executor : ETraceGraphExecutor
+        Compiles the model.
+    name : str, optional
+
+    Attributes
+    ----------
+    running_index : brainstate.LongTermState
+        Number of time steps since the last reset.
+    """
+
+    __module__ = "braintrace"
+
+    def __init__(self, model: brainstate.nn.Module, graph_executor: ETraceGraphExecutor, name: str | None = None):
+        super().__init__(name=name)
+        if not isinstance(model, brainstate.nn.Module):
+            raise TypeError(f"The model must be a brainstate.nn.Module, got {type(model).__name__}.")
+        if not isinstance(graph_executor, ETraceGraphExecutor):
+            raise TypeError(f"graph_executor must be an ETraceGraphExecutor, got {type(graph_executor).__name__}.")
+        self.model4compile = model
+        self.graph_executor = graph_executor
+        self.is_compiled = False
+        self.running_index = brainstate.LongTermState(jnp.asarray(0, jnp.int32))
+
+    @property
+    def executor(self) -> ETraceGraphExecutor:
+        return self.graph_executor
+
+    @property
+    def graph(self) -> ETraceGraph:
+        """The compiled graph; a ``ValueError`` before :meth:`compile_graph`."""
+        return self.graph_executor.graph
+
+    @property
+    def report(self) -> CompilationReport:
+        """What is trained online and what is not; a ``RuntimeError`` before :meth:`compile_graph`."""
+        if not self.is_compiled:
+            raise RuntimeError("There is no report yet. Call compile_graph(*example_inputs) first.")
+        return CompilationReport(self.graph)
+
+    def show_graph(self, verbose: bool = True, return_msg: bool = False) -> str | None:
+        """Print the report; return its text if ``return_msg``."""
+        return self.graph_executor.show_graph(verbose, return_msg)
+
+    @property
+    def param_states(self) -> FlattedDict:
+        """Path -> parameter, for the parameters that the step reads."""
+        return FlattedDict(self.graph.module_info.states_of(brainstate.ParamState))
+
+    @property
+    def hidden_states(self) -> FlattedDict:
+        """Path -> hidden state, for those that the step touches."""
+        return FlattedDict(self.graph.module_info.states_of(brainstate.HiddenState))
+
+    @property
+    def other_states(self) -> FlattedDict:
+        """Path -> state, for what the step touches beside parameters and hidden states."""
+        info = self.graph.module_info
+        known = (brainstate.ParamState, brainstate.HiddenState)
+        pairs = zip(info.compiled_state_paths, info.compiled_model_states)
+        return FlattedDict({p: s for p, s in pairs if not isinstance(s, known)})
+
+    @property
+    def path_to_states(self) -> FlattedDict:
+        return self.graph_executor.path_to_states
+
+    @property
+    def state_id_to_path(self) -> dict[int, Path]:
+        return self.graph_executor.state_id_to_path
+
+    def compile_graph(self, *args: Any) -> None:
+        """Trace one step of the model and allocate the traces; later calls do nothing.
+
+        Parameters
+        ----------
+        *args : pytree of array, jax.ShapeDtypeStruct, SingleStepData or MultiStepData
+            Example arguments of ``update``; of a window the first step counts. The model's states must be
+            initialised (``brainstate.nn.init_all_states``).
+        """
+        if self.is_compiled or brainstate.transform.in_new_state_probe():
+            return
+        self.graph_executor.compile_graph(*(_first_step(a) for a in args))
+        self.init_etrace_state(*args)
+        self.is_compiled = True
+
+    def init_etrace_state(self, *args: Any, **kwargs: Any) -> None:
+        """Allocate zero traces, as new state objects."""
+        raise NotImplementedError
+
+    def reset_state(self, batch_size: int | None = None, **kwargs: Any) -> None:
+        """Zero the traces and the step counter."""
+        raise NotImplementedError
+
+    def get_etrace_of(self, weight: brainstate.ParamState | Path) -> Any:
+        """The traces of one parameter."""
+        raise NotImplementedError
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one step of the model and advance the traces."""
+        raise NotImplementedError
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.update(*args, **kwargs)
+
+    def _path_of(self, weight: brainstate.ParamState | Path) -> Path:
+        if not self.is_compiled:
+            raise ValueError("There are no traces yet. Call compile_graph(*example_inputs) first.")
+        if isinstance(weight, brainstate.State):
+            path = self.state_id_to_path.get(id(weight))
+            if path is None:
+                raise ValueError(f"This {type(weight).__name__} is no parameter that the compiled step reads.")
+        else:
+            path = (weight,) if isinstance(weight, str) else tuple(weight)
+        if path not in self.param_states:
+            known = ", ".join(map(path_str, self.param_states))
+            raise ValueError(f"{path_str(path)!r} is no parameter that the compiled step reads; these are: {known}.")
+        return path
+
+
+def _first_step(arg: Any) -> Any:
+    def reduce(x):
+        if isinstance(x, SingleStepData):
+            return x.data
+        if isinstance(x, MultiStepData):
+            return jax.tree.map(head, x.data)
+        return x
+
+    return jax.tree.map(reduce, arg, is_leaf=lambda x: isinstance(x, (SingleStepData, MultiStepData)))
+
+
+def head(x: Any) -> Any:
+    """The first entry along axis 0 of an array or of a shape."""
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x[0]

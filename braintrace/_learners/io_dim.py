@@ -1,0 +1,285 @@
+"""pp_prop: traces that factorise into a filtered input and a filtered sensitivity."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import brainstate
+import jax
+import jax.numpy as jnp
+
+from .._traces import IOTrace, bias_correction, contract_io, df_key, init_io, instantaneous, update_io, x_keys
+from .._types import Path, path_str
+from .base import EligibilityTrace
+from .config import ETraceConfig
+from .vjp import Credit, ETraceVjpAlgorithm, legacy_options
+
+__all__ = ["ES_D_RTRL", "IODimVjpAlgorithm", "pp_prop"]
+
+
+class IODimVjpAlgorithm(ETraceVjpAlgorithm):
+    r"""Online learning with memory of the size of inputs and outputs (pp_prop, ES-D-RTRL).
+
+    For an operation :math:`y = \mathrm{op}(x, \theta)` that drives a hidden group with S variables per position,
+
+    .. math::
+
+        \epsilon_x^t &= \alpha_x\, \epsilon_x^{t-1} + x^t, \\
+        \epsilon_f^t &= \alpha_f\, D^t \epsilon_f^{t-1} + (1-\alpha_f)\, \mathrm{df}^t, \\
+        \nabla_\theta &\mathrel{+}= \epsilon_x^t \otimes \sum_s L^t_s\, \epsilon^t_{f,s} / (1 - \alpha_f^t),
+
+    where :math:`D = \partial h^t / \partial h^{t-1}` and :math:`\mathrm{df} = \partial h^t / \partial y^t` are taken
+    position by position with every operation's output held fixed, and :math:`L` is the signal that reaches the group's
+    new values. Whatever part of the current step's gradient this does not carry, and every parameter outside an
+    operation, is exact reverse mode through the current step.
+
+    Parameters
+    ----------
+    model : brainstate.nn.Module
+        The model; its ``update`` is one time step.
+    decay_or_rank : float, int, or pair of these
+        A float is the decay :math:`\alpha` in ``[0, 1)``; an int is a rank ``r >= 1`` with
+        :math:`\alpha = (r-1)/(r+1)`; a pair sets the input side and the sensitivity side.
+    name : str, optional
+    vjp_method : {'single-step', 'multi-step'}
+        See :class:`ETraceVjpAlgorithm`.
+    fast_solve : bool
+        Accepted for scripts; results do not depend on it.
+    control_flow : None
+        Accepted for scripts.
+    config : ETraceConfig, optional
+        The rule as coordinates, with ``trace_factorization='io_factorized'``; it holds the decays, so that
+        ``decay_or_rank`` may be left out.
+    random_feedback_key : int or JAX key, optional
+        Of the fixed feedback matrices of ``learning_signal='random_feedback'``.
+
+    Attributes
+    ----------
+    decay_x, decay_f : float
+        The two decays; ``decay`` is their common value.
+    etrace_xs, etrace_dfs : dict
+        Opaque key -> :class:`EligibilityTrace`: one filtered input per distinct input, shaped like it; one filtered
+        sensitivity per operation and group, shape ``V + (S,)``. Without units.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For a decay or rank out of range, or of another type.
+
+    References
+    ----------
+    .. [1] C. Wang et al., "Model-agnostic linear-memory online learning in spiking neural networks", Nature
+       Communications, 2026.
+
+    Examples
+    --------
+    >>> import brainstate, braintrace, jax.numpy as jnp
+    >>> cell = braintrace.nn.GRUCell(2, 3)
+    >>> _ = brainstate.nn.init_all_states(cell)
+    >>> learner = braintrace.pp_prop(cell, decay_or_rank=0.9)
+    >>> x = jnp.ones(2)
+    >>> learner.compile_graph(x)
+    >>> grads = brainstate.transform.grad(lambda: learner(x).sum(), learner.param_states)()
+    >>> grads['Wz', 'weight']['weight'].shape
+    (5, 3)
+    """
+
+    __module__ = "braintrace"
+
+    _default_config = ETraceConfig("io_factorized", ("scalar_leak", "jacobian"), decay=(0.9, 0.9))
+
+    def __init__(
+        self,
+        model: brainstate.nn.Module,
+        decay_or_rank: float | int | tuple[float | int, float | int] | None = None,
+        name: str | None = None,
+        vjp_method: str = "single-step",
+        fast_solve: bool = True,
+        control_flow: None = None,
+        config: ETraceConfig | None = None,
+        random_feedback_key: jax.Array | int | None = None,
+        **legacy: Any,
+    ):
+        legacy_options(legacy)
+        if decay_or_rank is None and config is None:
+            raise TypeError("Pass decay_or_rank (a decay in [0, 1), a rank >= 1, or a pair), or a config.")
+        decays = None if decay_or_rank is None else _decay_pair(decay_or_rank)
+        super().__init__(model, name, vjp_method, control_flow, config or _config_of(decays), random_feedback_key)
+        own = (self.config.decay_x, self.config.decay_f)
+        if decays is not None and decays != own:
+            raise ValueError(f"decay_or_rank gives the decays {decays}, config gives {own}. Pass one, or equal ones.")
+        self._decays = own
+        self.fast_solve = bool(fast_solve)
+
+    @property
+    def decay_x(self) -> float:
+        return self._decays[0]
+
+    @property
+    def decay_f(self) -> float:
+        return self._decays[1]
+
+    @property
+    def decay(self) -> float:
+        """The common decay; ``AttributeError`` where the two sides differ."""
+        if self.decay_x != self.decay_f:
+            raise AttributeError(f"The sides decay differently ({self._decays}); read decay_x and decay_f.")
+        return self.decay_x
+
+    def init_etrace_state(self, *args: Any, **kwargs: Any) -> None:
+        """Allocate zero traces, as new state objects; the step counter is not touched."""
+        del args, kwargs
+        for r in self.graph.hidden_param_op_relations:
+            for g in r.hidden_groups:
+                y, shape = r.y_var.aval.shape, g.varshape
+                if y != shape and not (r.x_var is None and y == shape[1:]):
+                    raise ValueError(
+                        f"The output of {r.primitive.name} at {path_str(r.path)!r} has shape {y}, the hidden states "
+                        f"{', '.join(map(path_str, g.hidden_paths))} that it drives have shape {shape}. pp_prop needs "
+                        "one shape for both: initialise the states with the batch size of the inputs, or give the "
+                        "operation the shape of the states."
+                    )
+        zeros = init_io(self.graph)
+        self.etrace_xs = {k: EligibilityTrace(v) for k, v in zeros.xs.items()}
+        self.etrace_dfs = {k: EligibilityTrace(v) for k, v in zeros.dfs.items()}
+
+    def reset_state(self, batch_size: int | None = None, **kwargs: Any) -> None:
+        """Zero the traces and the step counter; the model's states are untouched.
+
+        Parameters
+        ----------
+        batch_size : int, optional
+            New size of the batch axis of those traces that have one.
+        """
+        del kwargs
+        batched = self._batched_traces() if batch_size is not None else set()
+        for key, state in (*self.etrace_xs.items(), *self.etrace_dfs.items()):
+            shape = state.value.shape
+            shape = (batch_size, *shape[1:]) if key in batched else shape
+            state.value = jnp.zeros(shape, state.value.dtype)
+        self.running_index.value = jnp.zeros_like(self.running_index.value)
+
+    def _batched_traces(self) -> set[str]:
+        out = set()
+        relations = self.graph.hidden_param_op_relations
+        with_batch = {g.index for r in relations if r.primitive.batched for g in r.hidden_groups}
+        keys = x_keys(self.graph)
+        for i, r in enumerate(relations):
+            if r.primitive.batched and i in keys:
+                out.add(keys[i])
+            out.update(df_key(r, g.index) for g in r.hidden_groups if g.index in with_batch)
+        return out
+
+    def get_etrace_of(self, weight: brainstate.ParamState | Path) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """The traces of one parameter.
+
+        Parameters
+        ----------
+        weight : ParamState or path
+
+        Returns
+        -------
+        xs, dfs : dict
+            Key -> array; an ``element_wise`` parameter has no ``xs``.
+
+        Raises
+        ------
+        ValueError
+            Before compilation, or if ``weight`` has no trace; the message names the path.
+        """
+        path = self._path_of(weight)
+        keys = x_keys(self.graph)
+        xs, dfs = {}, {}
+        for i, r in enumerate(self.graph.hidden_param_op_relations):
+            if path in self._parameters_of(r):
+                if i in keys:
+                    xs[keys[i]] = self.etrace_xs[keys[i]].value
+                dfs.update({df_key(r, g.index): self.etrace_dfs[df_key(r, g.index)].value for g in r.hidden_groups})
+        if not dfs:
+            raise ValueError(f"The parameter {path_str(path)!r} is trained by the current step alone: it has no trace.")
+        return xs, dfs
+
+    # -- the rule -------------------------------------------------------------------------------------------------
+
+    def _get_etrace_data(self) -> IOTrace:
+        return IOTrace(
+            {k: s.value for k, s in self.etrace_xs.items()}, {k: s.value for k, s in self.etrace_dfs.items()}
+        )
+
+    def _assign_etrace_data(self, vals: IOTrace) -> None:
+        for states, values in ((self.etrace_xs, vals.xs), (self.etrace_dfs, vals.dfs)):
+            for key, state in states.items():
+                state.value = values[key]
+
+    def _update_etrace_data(self, running_index, old_traces, xs_and_dfs, Ds, weight_vals, input_is_multi_step):
+        del running_index, weight_vals, input_is_multi_step
+        return update_io(self.graph, old_traces, *xs_and_dfs, Ds, *self._decays, self.config.recursion_f)
+
+    def _trace_gradients(self, running_index, traces: IOTrace, credit: Credit) -> list[dict[str, jax.Array]]:
+        correction = bias_correction(self.decay_f, running_index)
+        entry_correction = bias_correction(self.decay_f, credit.entry_index)
+        keys = x_keys(self.graph)
+        if credit.record is not None:
+            xs, dfs, _ = self._read_record(credit.record, credit.operands)
+        out = []
+        for i, r in enumerate(self.graph.hidden_param_op_relations):
+            key = keys.get(i, "")  # an operation without an input has no x-trace
+            parts: list[tuple[Any, Any]] = []  # pairs (linear input, cotangent of the output)
+            if credit.record is not None:
+                s = contract_io(r, traces, credit.new, correction)
+                parts.append((traces.xs.get(key), s))
+                if i in credit.y:
+                    carried = instantaneous(r, dfs, credit.new)
+                    parts.append((xs.get(key), credit.y[i] if carried is None else credit.y[i] - carried))
+            s = contract_io(r, credit.entry_traces, credit.old, entry_correction)
+            parts.append((credit.entry_traces.xs.get(key), s))
+            grads = [r.primitive.weight_vjp(x, s, credit.operands[i], r.eqn_params) for x, s in parts if s is not None]
+            out.append({k: sum((g[k] for g in grads[1:]), grads[0][k]) for k in r.trainable_vars} if grads else {})
+        return out
+
+
+class pp_prop(IODimVjpAlgorithm):
+    """The learning rule of :class:`IODimVjpAlgorithm` under its published name; also called ``ES_D_RTRL``.
+
+    Takes the arguments of :class:`IODimVjpAlgorithm`.
+
+    Examples
+    --------
+    >>> import brainstate, braintrace, jax.numpy as jnp
+    >>> cell = braintrace.nn.ValinaRNNCell(2, 3)
+    >>> learner = braintrace.pp_prop(cell, decay_or_rank=19)
+    >>> learner.decay
+    0.9
+    """
+
+    __module__ = "braintrace"
+
+
+ES_D_RTRL = pp_prop
+
+
+def _config_of(decays: Any) -> ETraceConfig:
+    return ETraceConfig("io_factorized", ("scalar_leak", "jacobian"), decay=decays)
+
+
+def _decay_pair(value: Any) -> tuple[float, float]:
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise ValueError(f"decay_or_rank takes a float, an int, or a pair of these, got {len(value)} entries.")
+        return _decay(value[0]), _decay(value[1])
+    return _decay(value), _decay(value)
+
+
+def _decay(value: Any) -> float:
+    if isinstance(value, bool) or (hasattr(value, "dtype") and value.dtype == bool):
+        raise TypeError(f"decay_or_rank takes a float in [0, 1) or an int >= 1, got the bool {value}.")
+    if isinstance(value, numbers.Integral):
+        if value < 1:
+            raise ValueError(f"As a rank, decay_or_rank must be at least 1, got {value}.")
+        return (int(value) - 1) / (int(value) + 1)
+    if isinstance(value, numbers.Real):
+        if not 0.0 <= float(value) < 1.0:
+            raise ValueError(f"As a decay, decay_or_rank must lie in [0, 1), got {value}. Ranks are ints.")
+        return float(value)
+    raise ValueError(f"decay_or_rank takes a float, an int, or a pair of these, got {type(value).__name__}.")

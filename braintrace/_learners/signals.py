@@ -1,0 +1,42 @@
+"""How a learning signal is changed before it meets the traces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._compiler.groups import HiddenGroup
+
+__all__ = ["expand_modulator", "feedback_matrix", "random_feedback"]
+
+
+def feedback_matrix(key: Any, group: HiddenGroup) -> jax.Array:
+    """A fixed square matrix over the units (the last axis) of a group, entries ``0.1 N(0, 1)``."""
+    n = group.varshape[-1] if group.varshape else 1
+    return jax.lax.stop_gradient(0.1 * jax.random.normal(jax.random.fold_in(key, group.index), (n, n)))
+
+
+def random_feedback(signal: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Normalise a signal ``(..., n, S)`` over units and send it through a fixed matrix instead of the true weights."""
+    shape = signal.shape
+    signal = signal.reshape((1, *shape)) if len(shape) == 1 else signal  # a group of scalars has one unit
+    unit = signal / (jnp.linalg.norm(signal, axis=-2, keepdims=True) + 1e-8)
+    return jnp.einsum("...la,lk->...ka", unit, matrix.astype(signal.dtype)).reshape(shape)
+
+
+def expand_modulator(modulator: Any, group: HiddenGroup, dtype: Any) -> jax.Array:
+    """A third factor as a signal of shape ``V + (S,)``: a scalar, an array of shape V, or one that broadcasts."""
+    if isinstance(modulator, (list, tuple)):
+        raise TypeError(f"The modulator must be a scalar or an array, got a {type(modulator).__name__}.")
+    shape = (*group.varshape, group.num_state)
+    value = jnp.asarray(modulator, dtype)
+    value = value[..., None] if value.shape == group.varshape else value
+    try:
+        return jnp.broadcast_to(value, shape)
+    except ValueError:
+        raise ValueError(
+            f"The modulator has shape {jnp.shape(modulator)}, which does not expand to {shape} of {group.name}. Pass a "
+            f"scalar, or shape {group.varshape}."
+        ) from None

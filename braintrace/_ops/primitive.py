@@ -1,0 +1,223 @@
+"""The marked operation: a JAX primitive that knows which of its operands are trained.
+
+An operation is an ordinary JAX function ``impl``; everything else (abstract evaluation, lowering, derivatives,
+batching, the weight gradient, the linear representation of its input) is derived from it. A rule registered on
+the primitive replaces the derived one, and never changes results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._jax import Primitive, define_primitive
+
+__all__ = ["ETPPrimitive", "register_primitive"]
+
+Weights = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Overrides of what is derived from the implementation; ``None`` means derived."""
+
+    xy_to_dw: Callable[..., dict[str, jax.Array]] | None = None
+    dt_to_t: Callable[..., dict[str, jax.Array]] | None = None
+    init_drtrl: Callable[..., dict[str, jax.Array]] | None = None
+    init_pp: Callable[..., jax.Array] | None = None
+    fast_path: Any = None
+    pp_x_repr: Callable[..., jax.Array] | None = None
+    snap_anchor: Callable[..., bool] | None = None
+    snap_adjacency: Callable[..., Any] | None = None
+
+
+def _only_weight(params: Mapping[str, Any]) -> dict[str, int]:
+    del params
+    return {"weight": 1}
+
+
+class ETPPrimitive(Primitive):
+    """A JAX primitive whose trainable operands take part in eligibility traces.
+
+    Made by :func:`register_primitive`; bound like any primitive, ``p.bind(x, weight, **static_params)``.
+
+    Attributes
+    ----------
+    rules : Rules
+        The registered overrides.
+    batched : bool
+        Whether axis 0 of the input and of the output is a batch axis.
+    gradient_enabled : bool
+        Whether a walk from another operation's output to a hidden state passes through this one.
+
+    Examples
+    --------
+    >>> import braintrace, jax.numpy as jnp
+    >>> p = braintrace.register_primitive('scaled_matmul', lambda x, w, *, gain: gain * (x @ w))
+    >>> p.bind(jnp.ones(2), jnp.ones((2, 3)), gain=2.0).shape
+    (3,)
+    """
+
+    def __init__(
+        self,
+        name: str,
+        impl: Callable[..., Any],
+        *,
+        batched: bool = False,
+        gradient_enabled: bool = False,
+        trainables: Callable[[Mapping[str, Any]], dict[str, int]] | None = None,
+        x_index: int | None = 0,
+        y_index: int = 0,
+        batched_twin: ETPPrimitive | None = None,
+    ):
+        super().__init__(name)
+        self.impl_fn = impl
+        self.batched = batched
+        self.gradient_enabled = gradient_enabled
+        self.trainables = trainables or _only_weight
+        self.x_index = x_index
+        self.y_index = y_index
+        self.batched_twin = batched_twin
+        self.rules = Rules()
+        self.multiple_results = y_index > 0
+        define_primitive(self, impl, self._batch)
+
+    # -- what an engine asks ------------------------------------------------------------------------------------
+
+    def outputs(self, operands: Sequence[Any], params: Mapping[str, Any]) -> list[Any]:
+        """All outputs for the given operands, as plain JAX."""
+        out = self.impl_fn(*operands, **params)
+        return list(out) if self.multiple_results else [out]
+
+    def x_repr(self, x: Any, weights: Weights) -> Any:
+        """The representation of the input that the operation is linear in and that an x-trace filters."""
+        if self.rules.pp_x_repr is not None:
+            avals = {k: jax.ShapeDtypeStruct(w.shape, w.dtype) for k, w in weights.items()}
+            return self.rules.pp_x_repr(x, avals)
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        return x.astype(jnp.result_type(*weights.values()))
+
+    def weight_vjp(
+        self, x: Any, cotangent: jax.Array, weights: Weights, params: Mapping[str, Any]
+    ) -> dict[str, jax.Array]:
+        """Gradient of the trained operands for input (representation) ``x`` and a cotangent of the output."""
+        if self.rules.xy_to_dw is not None:
+            return dict(self.rules.xy_to_dw(x, cotangent, dict(weights), **params))
+        slots = self.trainables(params)
+
+        def apply(ws):
+            operands: list[Any] = [None] * (len(slots) + (self.x_index is not None))
+            if self.x_index is not None:
+                operands[self.x_index] = x
+            for key, index in slots.items():
+                operands[index] = ws[key]
+            return self.outputs(operands, params)[self.y_index]
+
+        y, pull = jax.vjp(apply, dict(weights))
+        return pull(cotangent.astype(y.dtype))[0]
+
+    # -- registration of overrides ------------------------------------------------------------------------------
+
+    def register_etp_rules(self, **rules: Any) -> ETPPrimitive:
+        """Replace derived rules; see the arguments of :class:`Rules`. Unknown names are a ``TypeError``."""
+        self.rules = dataclasses.replace(self.rules, **{k: v for k, v in rules.items() if v is not None})
+        return self
+
+    def register_xy_to_dw(self, fn: Callable[..., dict[str, jax.Array]]) -> Callable[..., Any]:
+        """``(x, cotangent, weights, **params) -> {key: gradient}``."""
+        self.register_etp_rules(xy_to_dw=fn)
+        return fn
+
+    def register_dt_to_t(self, fn: Callable[..., dict[str, jax.Array]]) -> Callable[..., Any]:
+        """``(cotangent, trace, **params) -> trace`` times the cotangent of the output position of each entry."""
+        self.register_etp_rules(dt_to_t=fn)
+        return fn
+
+    def register_init_drtrl(self, fn: Callable[..., dict[str, jax.Array]]) -> Callable[..., Any]:
+        """``(x_var, y_var, weight_vars, S) -> {key: zeros}``."""
+        self.register_etp_rules(init_drtrl=fn)
+        return fn
+
+    def register_init_pp(self, fn: Callable[..., jax.Array]) -> Callable[..., Any]:
+        """``(x_var, y_var, weight_vars, S) -> zeros`` of shape ``y.shape + (S,)``."""
+        self.register_etp_rules(init_pp=fn)
+        return fn
+
+    # -- jax.vmap -------------------------------------------------------------------------------------------------
+
+    def _batch(self, operands, dims, **params):
+        mapped = [i for i, d in enumerate(dims) if d is not None]
+        if self.batched_twin is not None and mapped == [self.x_index]:
+            operands = list(operands)
+            i = mapped[0]
+            operands[i] = jnp.moveaxis(operands[i], dims[i], 0)
+            return self.batched_twin.bind(*operands, **params), 0
+        warnings.warn(
+            f"jax.vmap over {self.name!r} maps operands {mapped}, which is not a batch of its input alone: "
+            "it becomes plain JAX here, and its weight is invisible to online learning. "
+            "Map only the input, or give the operation a batch axis.",
+            UserWarning,
+            stacklevel=2,
+        )
+        out = jax.vmap(lambda *xs: self.impl_fn(*xs, **params), in_axes=tuple(dims))(*operands)
+        return out, jax.tree.map(lambda _: 0, out)
+
+
+def register_primitive(
+    name: str,
+    impl_fn: Callable[..., Any],
+    *,
+    batched: bool = False,
+    gradient_enabled: bool = False,
+    trainable_invars_fn: Callable[[Mapping[str, Any]], dict[str, int]] | None = None,
+    x_invar_index: int | None = 0,
+    y_outvar_index: int = 0,
+) -> ETPPrimitive:
+    """Make a marked operation of an ordinary JAX function.
+
+    Parameters
+    ----------
+    name : str
+        The primitive's name, as reports show it.
+    impl_fn : callable
+        ``impl_fn(*arrays, **static_params)``, linear in its external input; static parameters must be hashable.
+    batched : bool
+        Whether axis 0 of the input and of the output is a batch axis.
+    gradient_enabled : bool
+        Whether the operation is transparent for the walk from another operation's output to the hidden states.
+    trainable_invars_fn : callable, optional
+        ``params -> {key: operand index}``; by default ``{'weight': 1}``.
+    x_invar_index : int or None
+        The operand that is the external input; ``None`` if there is none.
+    y_outvar_index : int
+        Which output is traced. An operation with several outputs has an index of at least 1, or returns one array.
+
+    Returns
+    -------
+    ETPPrimitive
+        Every rule that an engine needs is derived from ``impl_fn``; ``register_*`` methods override single rules.
+
+    Examples
+    --------
+    >>> import braintrace, jax.numpy as jnp
+    >>> half = braintrace.register_primitive('half_matmul', lambda x, w: 0.5 * (x @ w))
+    >>> half.bind(jnp.ones(2), jnp.ones((2, 3)))
+    Array([1., 1., 1.], dtype=float32)
+    """
+    if not callable(impl_fn):
+        raise TypeError(f"impl_fn of operation {name!r} must be a JAX function, got {type(impl_fn).__name__}.")
+    return ETPPrimitive(
+        name,
+        impl_fn,
+        batched=batched,
+        gradient_enabled=gradient_enabled,
+        trainables=trainable_invars_fn,
+        x_index=x_invar_index,
+        y_index=y_outvar_index,
+    )

@@ -1,0 +1,81 @@
+"""Paths, input wrappers and exceptions."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+
+__all__ = ["CompilationError", "MultiStepData", "NotSupportedError", "Path", "SingleStepData", "path_str"]
+
+Path = tuple[Any, ...]
+
+
+class NotSupportedError(Exception):
+    """A model does something that online learning cannot express."""
+
+
+class CompilationError(Exception):
+    """A model was traced, but nothing in it can be trained online."""
+
+
+class _Data:
+    __slots__ = ("data",)
+
+    def __init__(self, data: Any):
+        self.data = data
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.data!r})"
+
+    def tree_flatten(self) -> tuple[tuple[Any], None]:
+        return (self.data,), None
+
+    @classmethod
+    def tree_unflatten(cls, aux: None, children: tuple[Any]) -> Any:
+        del aux
+        return cls(*children)
+
+
+@jax.tree_util.register_pytree_node_class
+class SingleStepData(_Data):
+    """Input of one time step; within a window it is repeated at every step.
+
+    Parameters
+    ----------
+    data : pytree
+        The input of one step, without a time axis.
+
+    Examples
+    --------
+    >>> import braintrace, jax.numpy as jnp
+    >>> braintrace.SingleStepData(jnp.ones(3)).data.shape
+    (3,)
+    """
+
+
+@jax.tree_util.register_pytree_node_class
+class MultiStepData(_Data):
+    """Input of a window of time steps: axis 0 of every leaf is time.
+
+    Parameters
+    ----------
+    data : pytree
+        Arrays of shape ``(T, ...)``.
+
+    Examples
+    --------
+    >>> import braintrace, jax.numpy as jnp
+    >>> braintrace.MultiStepData(jnp.ones((10, 3))).data.shape
+    (10, 3)
+    """
+
+
+# brainpy.state keys the synapses of a neuron by the description they were made of.
+_DESCRIPTION = re.compile(r"\(<class '(?:\w+\.)*(\w+)'>.*?\)(?= // |$)")
+
+
+def path_str(path: Path) -> str:
+    """A parameter or state path as the attribute access that reaches it."""
+    return ".".join(_DESCRIPTION.sub(r"\1", str(p)) for p in path)

@@ -1,0 +1,45 @@
+"""Layers whose trainable maps go through marked operations, ready for online learning."""
+
+from typing import Any
+
+from ._cells import CFNCell as CFNCell
+from ._cells import GRUCell as GRUCell
+from ._cells import LSTMCell as LSTMCell
+from ._cells import MGUCell as MGUCell
+from ._cells import MiniGRU as MiniGRU
+from ._cells import MiniLSTM as MiniLSTM
+from ._cells import MinimalRNNCell as MinimalRNNCell
+from ._cells import URLSTMCell as URLSTMCell
+from ._cells import ValinaRNNCell as ValinaRNNCell
+from ._deprecated import FORWARDED as _FORWARDED
+from ._deprecated import forward as _forward
+from ._linear import Linear as Linear
+from ._linear import ScaledWSLinear as ScaledWSLinear
+from ._linear import SignedWLinear as SignedWLinear
+from ._lru import LRUCell as LRUCell
+from ._readout import LeakyRateReadout as LeakyRateReadout
+
+__all__ = [
+    "CFNCell",
+    "GRUCell",
+    "LRUCell",
+    "LSTMCell",
+    "LeakyRateReadout",
+    "Linear",
+    "MGUCell",
+    "MiniGRU",
+    "MiniLSTM",
+    "MinimalRNNCell",
+    "ScaledWSLinear",
+    "SignedWLinear",
+    "URLSTMCell",
+    "ValinaRNNCell",
+]
+
+
+def __getattr__(name: str) -> Any:
+    return _forward(name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_FORWARDED])

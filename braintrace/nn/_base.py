@@ -1,0 +1,78 @@
+"""What the layers share: sizes, initial values and hidden states."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeAlias
+
+import brainstate
+import brainunit as u
+import jax
+import jax.numpy as jnp
+from brainstate.nn import init
+from brainstate.typing import ArrayLike, Size
+
+Initializer: TypeAlias = Callable[..., Any] | ArrayLike  # a callable of the shape, or the values themselves
+
+
+def initialize(initializer: Initializer, shape: tuple[int, ...], batch_size: int | None = None) -> ArrayLike:
+    """Make an array of exactly `shape`, behind a leading batch axis if there is one.
+
+    A number fills it, an array is broadcast to it (the same values for every sample), a callable is called
+    with the whole shape. Units pass through.
+    """
+    shape = shape if batch_size is None else (batch_size, *shape)
+    if u.math.isscalar(initializer):
+        initializer = init.Constant(initializer)
+    value = initializer(shape) if callable(initializer) else jax.tree.map(jnp.asarray, initializer)
+    return u.math.broadcast_to(value, shape)
+
+
+def set_sizes(module: brainstate.nn.Module, in_size: Size, out_size: Size) -> None:
+    """Store both sizes on `module` as tuples; a layer maps the last axis only, so the others must agree."""
+    module.in_size = in_size
+    module.out_size = out_size
+    if module.in_size[:-1] != module.out_size[:-1]:
+        raise AssertionError(
+            f"{type(module).__name__} maps the last axis and keeps the others, but in_size={module.in_size} and "
+            f"out_size={module.out_size} differ in front of it. Pass sizes that agree in all axes but the last."
+        )
+
+
+def as_activation(activation: str | Callable) -> Callable:
+    """Resolve an activation: a callable as it is, a string as the function of that name in `brainstate.nn`."""
+    if isinstance(activation, str):
+        return getattr(brainstate.nn, activation)
+    if not callable(activation):
+        raise AssertionError(
+            f"Got {activation!r} of type {type(activation).__name__} as activation, which cannot be called. "
+            "Pass a function, or the name of one in brainstate.nn such as 'tanh'."
+        )
+    return activation
+
+
+def cat(x: ArrayLike, h: ArrayLike) -> ArrayLike:
+    """Join input and hidden state along the last axis, the input first."""
+    return u.math.concatenate([x, h], axis=-1)
+
+
+class Recurrent(brainstate.nn.Module):
+    """A layer whose hidden states, named in `hidden`, all have the shape `out_size` and one initialiser."""
+
+    hidden: ClassVar[tuple[str, ...]] = ("h",)
+
+    def __init__(self, in_size: Size, out_size: Size, state_init: Initializer, name: str | None = None):
+        # Not `super().__init__`: the next class may be the brainstate cell of the same name, with other parameters.
+        brainstate.nn.Module.__init__(self, name=name)
+        set_sizes(self, in_size, out_size)
+        self.state_init = state_init
+
+    def init_state(self, batch_size: int | None = None, **kwargs):
+        """Create the hidden states, each of shape `(batch_size, *out_size)`, or `out_size` without a batch."""
+        del kwargs
+        for name in self.hidden:
+            setattr(self, name, brainstate.HiddenState(initialize(self.state_init, self.out_size, batch_size)))
+
+    def reset_state(self, batch_size: int | None = None, **kwargs):
+        """Refill the existing hidden states with their initial values."""
+        del kwargs
+        for name in self.hidden:
+            getattr(self, name).value = initialize(self.state_init, self.out_size, batch_size)
