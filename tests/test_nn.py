@@ -1,0 +1,525 @@
+import doctest
+import importlib
+import inspect
+import subprocess
+import sys
+
+import brainstate
+import brainunit as u
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from brainstate.nn import init
+
+import braintrace.nn as bnn
+
+N_IN, N_OUT, BATCH = 3, 4, 2
+
+
+@pytest.fixture(autouse=True)
+def time_step():
+    """Only the readout needs a time step; its tests set their own."""
+
+
+def sigma(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def cat(*arrays):
+    return np.concatenate(arrays, -1)
+
+
+def close(actual, desired, tol=1e-5):
+    np.testing.assert_allclose(np.asarray(actual), np.asarray(desired), rtol=tol, atol=tol)
+
+
+def values(shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+# --- recurrent cells, each against its equation in NumPy ---
+# A reference takes the cell's affine maps and plain parameters `p`, the input and the old states; it returns the output
+# and the new states.
+
+
+def relu_rnn(p, x, h):
+    h = np.maximum(p["W"](cat(x, h)), 0)
+    return h, (h,)
+
+
+def gru(p, x, h):
+    z, r = sigma(p["Wz"](cat(x, h))), sigma(p["Wr"](cat(x, h)))
+    h = (1 - z) * h + z * np.tanh(p["Wh"](cat(x, r * h)))
+    return h, (h,)
+
+
+def cfn(p, x, h):
+    h = sigma(p["Wf"](cat(x, h))) * np.tanh(h) + sigma(p["Wi"](cat(x, h))) * np.tanh(p["Wh"](x))
+    return h, (h,)
+
+
+def mgu(p, x, h):
+    f = sigma(p["Wf"](cat(x, h)))
+    h = (1 - f) * h + f * np.tanh(p["Wh"](cat(x, f * h)))
+    return h, (h,)
+
+
+def lstm(p, x, h, c):
+    xh = cat(x, h)
+    c = sigma(p["Wf"](xh) + 1) * c + sigma(p["Wi"](xh)) * np.tanh(p["Wg"](xh))
+    h = sigma(p["Wo"](xh)) * np.tanh(c)
+    return h, (h, c)
+
+
+def urlstm(p, x, h, c):
+    xh = cat(x, h)
+    f, r = sigma(p["bias"] + p["Wf"](xh)), sigma(p["Wr"](xh) - p["bias"])
+    g = 2 * r * f + (1 - 2 * r) * f**2
+    c = g * c + (1 - g) * np.tanh(p["Wu"](xh))
+    h = sigma(p["Wo"](xh)) * np.tanh(c)
+    return h, (h, c)
+
+
+def minimal_rnn(p, x, h):
+    z = p["phi"](x)
+    f = sigma(p["W_u"](cat(z, h)))
+    h = f * h + (1 - f) * z
+    return h, (h,)
+
+
+def mini_gru(p, x, h):
+    z = sigma(p["W_z"](cat(x, h)))
+    h = (1 - z) * h + z * p["W_x"](x)
+    return h, (h,)
+
+
+def mini_lstm(p, x, h):
+    h = sigma(p["W_f"](cat(x, h))) * h + sigma(p["W_i"](cat(x, h))) * p["W_x"](x)
+    return h, (h,)
+
+
+def lru(p, x, h_re, h_im):
+    lam = np.exp(-np.exp(p["nu_log"]) + 1j * np.exp(p["theta_log"]))
+    h = lam * (h_re + 1j * h_im) + np.exp(p["gamma_log"]) * (p["B_re"](x) + 1j * p["B_im"](x))
+    return p["C_re"](h.real) - p["C_im"](h.imag) + p["D"] * x, (h.real, h.imag)
+
+
+XH, ZH = N_IN + N_OUT, 2 * N_OUT
+AFFINE = dict(state_init=init.Normal(scale=0.5), b_init=init.Normal())
+# cell, reference, arguments, states, fan-in of each layer, shape of each other parameter
+CELLS = [
+    ("ValinaRNNCell", relu_rnn, AFFINE, "h", dict(W=XH), {}),
+    ("GRUCell", gru, AFFINE, "h", dict(Wz=XH, Wr=XH, Wh=XH), {}),
+    ("CFNCell", cfn, AFFINE, "h", dict(Wf=XH, Wi=XH, Wh=N_IN), {}),
+    ("MGUCell", mgu, AFFINE, "h", dict(Wf=XH, Wh=XH), {}),
+    ("LSTMCell", lstm, AFFINE, "h c", dict(Wi=XH, Wg=XH, Wf=XH, Wo=XH), {}),
+    ("URLSTMCell", urlstm, dict(state_init=init.Normal()), "h c", dict(Wu=XH, Wf=XH, Wr=XH, Wo=XH), dict(bias=N_OUT)),
+    ("MinimalRNNCell", minimal_rnn, AFFINE, "h", dict(phi=N_IN, W_u=ZH), {}),
+    ("MiniGRU", mini_gru, AFFINE, "h", dict(W_x=N_IN, W_z=XH), {}),
+    ("MiniLSTM", mini_lstm, AFFINE, "h", dict(W_x=N_IN, W_f=XH, W_i=XH), {}),
+    (
+        "LRUCell",
+        lru,
+        {},
+        "h_re h_im",
+        dict(B_re=N_IN, B_im=N_IN, C_re=N_OUT, C_im=N_OUT),
+        dict(nu_log=N_OUT, theta_log=N_OUT, gamma_log=N_OUT, D=N_IN),
+    ),
+]
+GATED = [name for name, *_ in CELLS if name != "LRUCell"]
+every_cell = pytest.mark.parametrize(
+    "name, reference, kwargs, states, layers, others", CELLS, ids=[name for name, *_ in CELLS]
+)
+every_batch = pytest.mark.parametrize("batch", [None, BATCH])
+
+
+def make(name, batch=None, **kwargs):
+    brainstate.random.seed(0)
+    cell = getattr(bnn, name)(N_IN, N_OUT, **kwargs)
+    cell.init_state(batch)
+    return cell
+
+
+def affine(params):
+    weight, bias = np.asarray(params["weight"], float), np.asarray(params.get("bias", 0.0), float)
+    return lambda x: x @ weight + bias
+
+
+@every_batch
+@every_cell
+def test_cell_follows_its_equation(name, reference, kwargs, states, layers, others, batch):
+    cell = make(name, batch, **kwargs)
+    p = {key: affine(getattr(cell, key).weight.value) for key in layers}
+    p |= {key: np.asarray(getattr(cell, key).value, float) for key in others}
+    expected = tuple(np.asarray(getattr(cell, key).value, float) for key in states.split())
+    for t in range(3):
+        x = values((N_IN,) if batch is None else (batch, N_IN), seed=t)
+        out, expected = reference(p, x, *expected)
+        close(cell(x), out)
+        for key, value in zip(states.split(), expected):
+            close(getattr(cell, key).value, value)
+
+
+@every_cell
+def test_cell_parameter_paths(name, reference, kwargs, states, layers, others):
+    cell = make(name, **kwargs)
+    fan_out = {"C_re": N_IN, "C_im": N_IN}
+    shapes = {(key,): (size,) for key, size in others.items()}
+    for key, fan_in in layers.items():
+        out = fan_out.get(key, N_OUT)
+        bias = {"bias": (out,)} if "b_init" in kwargs else {}
+        shapes[key, "weight"] = {"weight": (fan_in, out)} | bias
+    found = {path: jax.tree.map(jnp.shape, state.value) for path, state in cell.states(brainstate.ParamState).items()}
+    assert found == shapes
+    assert set(cell.states(brainstate.HiddenState)) == {(key,) for key in states.split()}
+
+
+@every_batch
+@every_cell
+def test_cell_states_are_made_and_refilled(name, reference, kwargs, states, layers, others, batch):
+    cell = make(name, batch)
+    assert (cell.in_size, cell.out_size) == ((N_IN,), (N_OUT,))
+    before = {key: getattr(cell, key) for key in states.split()}
+    for state in before.values():
+        assert isinstance(state, brainstate.HiddenState)
+        assert state.value.shape == ((N_OUT,) if batch is None else (batch, N_OUT))
+        assert not state.value.any()
+    cell(values((N_IN,) if batch is None else (batch, N_IN)))
+    cell.reset_state(5, unused=None)
+    for key, state in before.items():
+        assert getattr(cell, key) is state
+        assert state.value.shape == (5, N_OUT)
+        assert not state.value.any()
+    cell.init_state(batch_size=6, unused=None)
+    for key, state in before.items():
+        assert getattr(cell, key) is not state
+        assert getattr(cell, key).value.shape == (6, N_OUT)
+
+
+@pytest.mark.parametrize(
+    "state_init",
+    [2.0, np.full(N_OUT, 2.0, np.float32), np.full((1, N_OUT), 2.0, np.float32), init.Constant(2.0)],
+    ids=["number", "array", "row", "callable"],
+)
+def test_state_initialisers_fill_the_whole_state(state_init):
+    cell = make("GRUCell", BATCH, state_init=state_init)
+    assert cell.h.value.shape == (BATCH, N_OUT)
+    assert not cell.h.value.weak_type
+    close(cell.h.value, 2.0)
+
+
+def test_random_initial_states_differ_between_samples():
+    cell = make("LSTMCell", BATCH, state_init=init.Normal())
+    assert (cell.h.value[0] != cell.h.value[1]).all()
+    assert (cell.h.value != cell.c.value).all()
+
+
+@pytest.mark.parametrize("name", ["GRUCell", "LSTMCell", "LRUCell"])
+def test_cell_accepts_any_number_of_batch_axes(name):
+    cell = make(name)
+    single = cell(values(N_IN))
+    for state in cell.states(brainstate.HiddenState).values():
+        state.value = jnp.zeros((5, BATCH, N_OUT))
+    close(cell(np.broadcast_to(values(N_IN), (5, BATCH, N_IN))), np.broadcast_to(single, (5, BATCH, len(single))))
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_cell_sizes_may_be_tuples(name):
+    cell = getattr(bnn, name)((5, N_IN), (5, N_OUT))
+    cell.init_state(BATCH)
+    assert (cell.in_size, cell.out_size) == ((5, N_IN), (5, N_OUT))
+    assert cell(values((BATCH, 5, N_IN))).shape == cell.h.value.shape == (BATCH, 5, N_OUT)
+    with pytest.raises(AssertionError, match=r"in_size=\(5, 3\) and out_size=\(6, 4\)"):
+        getattr(bnn, name)((5, N_IN), (6, N_OUT))
+
+
+@pytest.mark.parametrize("name", [name for name in GATED if name not in ("MinimalRNNCell", "MiniGRU", "MiniLSTM")])
+def test_activation_is_a_callable_or_a_name(name):
+    x = values(N_IN)
+    close(make(name, activation="sigmoid")(x), make(name, activation=jax.nn.sigmoid)(x), tol=0)
+    with pytest.raises(AttributeError, match="no_such_function"):
+        make(name, activation="no_such_function")
+    with pytest.raises(AssertionError, match="Got 3 of type int as activation"):
+        make(name, activation=3)
+
+
+def test_minimal_rnn_cell_embeds_with_a_given_callable():
+    cell = make("MinimalRNNCell", phi=lambda x: jnp.ones(N_OUT))
+    assert list(cell.states(brainstate.ParamState)) == [("W_u", "weight")]
+    f = sigma(affine(cell.W_u.weight.value)(cat(np.ones(N_OUT), np.zeros(N_OUT))))
+    close(cell(values(N_IN)), 1 - f)
+
+
+def test_urlstm_bias_is_the_logit_of_a_uniform():
+    bias = bnn.URLSTMCell(N_IN, 500).bias.value
+    gate = sigma(np.asarray(bias))
+    assert 1 / 500 <= gate.min() < 0.05 and 0.95 < gate.max() <= 1 - 1 / 500
+    assert abs(gate.mean() - 0.5) < 0.05
+
+
+def test_lru_eigenvalues_start_on_the_ring():
+    cell = bnn.LRUCell(N_IN, 500, r_min=0.4, r_max=0.9, max_phase=1.5)
+    radius, phase = np.exp(-np.exp(cell.nu_log.value)), np.exp(cell.theta_log.value)
+    assert 0.4 <= radius.min() < 0.45 and 0.85 < radius.max() <= 0.9
+    assert 0 < phase.min() and 1.4 < phase.max() <= 1.5
+    close(np.exp(cell.gamma_log.value), np.sqrt(1 - radius**2))
+    assert abs(np.std(cell.C_re.weight.value["weight"]) * np.sqrt(500) - 1) < 0.1
+
+
+# --- linear layers ---
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (2, 5)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_maps_the_last_axis(lead, bias):
+    layer = bnn.Linear(N_IN, N_OUT, b_init=init.Normal() if bias else None)
+    assert list(layer.weight.value) == (["weight", "bias"] if bias else ["weight"])
+    assert list(layer.states()) == [("weight",)]
+    x = values((*lead, N_IN))
+    close(layer(x), affine(layer.weight.value)(x))
+    assert layer(x).shape == (*lead, N_OUT)
+
+
+MASK = np.arange(N_IN * N_OUT).reshape(N_IN, N_OUT) % 2
+ROW = np.array([[1.0], [0.0], [1.0]], np.float32)
+
+
+@pytest.mark.parametrize("mask", [MASK, MASK > 0, jnp.asarray(MASK), lambda shape: jnp.asarray(MASK), ROW, 0.5])
+def test_linear_mask_acts_on_values_and_gradients(mask):
+    layer = bnn.Linear(N_IN, N_OUT, b_init=None, w_mask=mask)
+    array = np.broadcast_to(MASK if callable(mask) else mask, MASK.shape).astype(np.float32)
+    x = values((BATCH, N_IN))
+    weight = layer.weight.value["weight"]
+    close(layer(x), x @ (np.asarray(weight) * array))
+    gradient = brainstate.transform.grad(lambda: layer(x).sum(), layer.states())()["weight",]["weight"]
+    close(gradient, array * x.sum(0)[:, None])
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (2, 5)], ids=str)
+@pytest.mark.parametrize("sign", [None, -1.0, 2 * MASK - 1.0, 2 * ROW - 1], ids=["none", "number", "full", "row"])
+def test_signed_linear_keeps_the_signs(sign, lead):
+    layer = bnn.SignedWLinear(N_IN, N_OUT, w_sign=sign)
+    weight = np.asarray(layer.weight.value)
+    assert weight.shape == (N_IN, N_OUT) and weight.min() < 0 < weight.max()
+    x = values((*lead, N_IN))
+    close(layer(x), x @ (np.abs(weight) * (1.0 if sign is None else sign)))
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (2, 5)], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [{}, dict(ws_gain=False), dict(b_init=None), dict(w_mask=ROW), dict(eps=100.0)], ids=str
+)
+def test_scaled_ws_linear_standardises_its_columns(kwargs, lead):
+    layer = bnn.ScaledWSLinear(N_IN, N_OUT, **({"b_init": init.Normal()} | kwargs))
+    params = layer.weight.value
+    shapes = {"weight": (N_IN, N_OUT), "bias": (N_OUT,), "gain": (1, N_OUT)}
+    if not kwargs.get("ws_gain", True):
+        del shapes["gain"]
+    if "b_init" in kwargs:
+        del shapes["bias"]
+    assert jax.tree.map(jnp.shape, params) == shapes
+    if "gain" in params:
+        layer.weight.value = params = params | {"gain": jnp.asarray(values((1, N_OUT)))}
+    w = np.asarray(params["weight"])
+    w = (w - w.mean(0)) / np.sqrt(np.maximum(w.var(0) * N_IN, kwargs.get("eps", 1e-4)))
+    x = values((*lead, N_IN))
+    y = (x @ (w * kwargs.get("w_mask", 1.0))) * np.asarray(params.get("gain", [[1.0]]))[0] + params.get("bias", 0.0)
+    close(layer(x), y)
+    assert layer(x).shape == (*lead, N_OUT)
+
+
+LINEAR = ["Linear", "SignedWLinear", "ScaledWSLinear"]
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_sizes_may_be_tuples(name):
+    layer = getattr(bnn, name)((5, N_IN), (5, N_OUT))
+    assert (layer.in_size, layer.out_size) == ((5, N_IN), (5, N_OUT))
+    assert jax.tree.leaves(layer.weight.value)[-1].shape == (N_IN, N_OUT)
+    assert layer(values((BATCH, 5, N_IN))).shape == (BATCH, 5, N_OUT)
+    with pytest.raises(AssertionError, match="agree in all axes but the last"):
+        getattr(bnn, name)((5, N_IN), N_OUT)
+
+
+@pytest.mark.parametrize("name, kwargs", [("Linear", dict(w_mask=MASK)), ("SignedWLinear", {}), ("ScaledWSLinear", {})])
+def test_hooks_keep_their_identity(name, kwargs, monkeypatch):
+    """A hook that is new at each call would make every call a new program."""
+    layer = getattr(bnn, name)(N_IN, N_OUT, **kwargs)
+    module, hooks = importlib.import_module("braintrace.nn._linear"), []
+    dense = module.dense
+
+    def spy(*args, weight_fn):
+        hooks.append(weight_fn)
+        return dense(*args, weight_fn=weight_fn)
+
+    monkeypatch.setattr(module, "dense", spy)
+    layer(values(N_IN))
+    layer(values(N_IN))
+    assert hooks[0] is hooks[1] and hash(hooks[0]) is not None
+
+
+@pytest.mark.parametrize(
+    "name, kwargs", [("Linear", dict(w_mask=MASK)), ("SignedWLinear", dict(w_sign=ROW)), ("ScaledWSLinear", {})]
+)
+def test_layers_keep_the_dtype_of_the_model(name, kwargs):
+    def half(shape):
+        return jnp.ones(shape, jnp.bfloat16)
+
+    bias = {} if name == "SignedWLinear" else {"b_init": half}
+    layer = getattr(bnn, name)(N_IN, N_OUT, w_init=half, **bias, **kwargs)
+    assert layer(jnp.ones(N_IN, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_parameters_use_the_given_state_class(name):
+    class Special(brainstate.ParamState):
+        pass
+
+    layer = getattr(bnn, name)(N_IN, N_OUT, w_init=2.0, param_type=Special, name="mine")
+    assert type(layer.weight) is Special and layer.name == "mine"
+    assert jax.tree.leaves(layer.weight.value)[-1].shape == (N_IN, N_OUT)
+    with pytest.raises(ValueError):
+        getattr(bnn, name)(N_IN, N_OUT, w_init=np.ones((7, N_OUT)))
+
+
+# --- units ---
+
+
+def test_linear_multiplies_units():
+    weight, bias = values((N_IN, N_OUT)), values(N_OUT, seed=1)
+    layer = bnn.Linear(N_IN, N_OUT, w_init=weight * u.siemens, b_init=bias * u.amp, w_mask=MASK)
+    x = values((BATCH, N_IN))
+    y = layer(x * u.volt)
+    close(y.to_decimal(u.amp), x @ (weight * MASK) + bias)
+    with pytest.raises(u.UnitMismatchError):
+        layer(x * u.second)
+
+
+def test_signed_linear_multiplies_units():
+    weight = values((N_IN, N_OUT))
+    x = values(N_IN)
+    y = bnn.SignedWLinear(N_IN, N_OUT, w_init=weight * u.mS, w_sign=-1.0)(x * u.mV)
+    close(y.to_decimal(u.uA), x @ -np.abs(weight))
+
+
+def test_readout_integrates_with_units():
+    with brainstate.environ.context(dt=1.0 * u.ms):
+        readout = bnn.LeakyRateReadout(
+            N_IN, N_OUT, 10.0 * u.ms, w_init=values((N_IN, N_OUT)) * u.mV, r_init=init.ZeroInit(unit=u.mV)
+        )
+    readout.init_state(BATCH)
+    x = values((BATCH, N_IN))
+    readout(x)
+    y = readout(x)
+    close(y.to_decimal(u.mV), (1 + np.exp(-0.1)) * (x @ values((N_IN, N_OUT))))
+
+
+# --- readout ---
+
+
+@every_batch
+def test_leaky_rate_readout(batch):
+    with brainstate.environ.context(dt=0.5 * u.ms):
+        readout = bnn.LeakyRateReadout(N_IN, N_OUT, r_init=init.Constant(1.0))
+    assert readout.tau == 5.0 * u.ms
+    close(readout.decay, np.exp(-0.1))
+    assert list(readout.states(brainstate.ParamState)) == [("W",)]
+    assert readout.W.value.shape == (N_IN, N_OUT)
+    readout.init_state(batch)
+    r = np.ones((N_OUT,) if batch is None else (batch, N_OUT))
+    for t in range(3):
+        x = values((*r.shape[:-1], N_IN), seed=t)
+        r = np.exp(-0.1) * r + x @ np.asarray(readout.W.value)
+        close(readout(x), r)
+        close(readout.r.value, r)
+    readout.reset_state(batch)
+    close(readout.r.value, np.ones_like(r))
+
+
+def test_readout_needs_a_time_step():
+    with pytest.raises(KeyError, match="dt"):
+        bnn.LeakyRateReadout(N_IN, N_OUT)
+
+
+# --- the public surface ---
+
+GATES = "b_init=ZeroInit state_init=ZeroInit"
+SIGNATURES = {
+    "Linear": "w_init=KaimingNormal b_init=ZeroInit w_mask=None name=None param_type=ParamState",
+    "SignedWLinear": "w_init=KaimingNormal w_sign=None name=None param_type=ParamState",
+    "ScaledWSLinear": "w_init=KaimingNormal b_init=ZeroInit w_mask=None ws_gain=True eps=0.0001 name=None "
+    "param_type=ParamState",
+    "LeakyRateReadout": "tau=5.0*ms w_init=KaimingNormal r_init=ZeroInit name=None",
+    "ValinaRNNCell": "state_init=ZeroInit w_init=XavierNormal b_init=ZeroInit activation=relu name=None",
+    "GRUCell": f"w_init=Orthogonal {GATES} activation=tanh name=None",
+    "CFNCell": f"w_init=Orthogonal {GATES} activation=tanh name=None",
+    "MGUCell": f"w_init=Orthogonal {GATES} activation=tanh name=None",
+    "LSTMCell": f"w_init=XavierNormal {GATES} activation=tanh name=None",
+    "URLSTMCell": "w_init=XavierNormal state_init=ZeroInit activation=tanh name=None",
+    "MinimalRNNCell": f"w_init=Orthogonal {GATES} phi=None name=None",
+    "MiniGRU": f"w_init=Orthogonal {GATES} name=None",
+    "MiniLSTM": f"w_init=Orthogonal {GATES} name=None",
+    "LRUCell": "r_min=0.0 r_max=1.0 max_phase=6.28",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name):
+    def show(default):
+        if isinstance(default, u.Quantity):
+            return f"{default.mantissa}*{default.unit}"
+        if isinstance(default, type):
+            return default.__name__
+        return type(default).__name__ if isinstance(default, init.Initializer) else str(default)
+
+    parameters = list(inspect.signature(getattr(bnn, name).__init__).parameters.values())[1:]
+    shown = [p.name if p.default is p.empty else f"{p.name}={show(p.default)}" for p in parameters]
+    sizes = "d_model d_hidden" if name == "LRUCell" else "in_size out_size"
+    assert " ".join(shown) == f"{sizes} {SIGNATURES[name]}"
+
+
+@pytest.mark.parametrize(
+    "name", [*LINEAR, "ValinaRNNCell", "GRUCell", "MGUCell", "LSTMCell", "URLSTMCell", "CFNCell", "LRUCell"]
+)
+def test_layers_are_brainstate_layers(name):
+    same_name = getattr(brainstate.nn, name, brainstate.nn.RNNCell)
+    assert issubclass(getattr(bnn, name), same_name)
+
+
+DEPRECATED = [name for name in dir(bnn) if name not in bnn.__all__]
+BRAINPY = set("IF LIF ALIF Expon Alpha DualExpon STP STD".split())
+
+
+def test_names():
+    assert dir(bnn) == sorted(dir(bnn)) and set(bnn.__all__) < set(dir(bnn))
+    assert len(DEPRECATED) == 62 and BRAINPY < set(DEPRECATED)
+    with pytest.raises(AttributeError, match="no attribute 'NoSuchLayer'"):
+        bnn.NoSuchLayer
+
+
+@pytest.mark.parametrize("name", DEPRECATED)
+def test_deprecated_names_warn_at_every_access(name):
+    home = "brainpy.state" if name in BRAINPY else "brainstate.nn"
+    module = pytest.importorskip(home)
+    for _ in range(2):
+        with pytest.warns(DeprecationWarning, match=f"use {home}.{name}") as record:
+            assert getattr(bnn, name) is getattr(module, name)
+        assert record[0].filename == __file__
+
+
+def test_deprecated_name_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "brainpy.state", None)
+    with pytest.warns(DeprecationWarning), pytest.raises(ImportError, match="pip install brainpy.state"):
+        bnn.LIF
+
+
+def test_import_is_light():
+    code = "import sys, braintrace.nn; assert not {'brainpy', 'brainpy_state', 'braintools'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("module", ["_cells", "_linear", "_lru", "_readout"])
+def test_docstring_examples(module):
+    outcome = doctest.testmod(importlib.import_module(f"braintrace.nn.{module}"))
+    assert outcome.attempted and not outcome.failed
