@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._jax import Literal, Var, bind_equation, consts_of, eval_jaxpr, is_tracer, prune
+from .._jax import Literal, Var, bind_equation, eval_jaxpr, prune
 from .._types import Path
 from .flow import Flow, is_marked
-from .module_info import ModuleInfo
+from .module_info import ModuleInfo, known_constants
 from .positions import Label, is_aligned, own_label, propagate, unaligned_axes
 
 __all__ = ["Cut", "Entry", "Slice", "differentiate_cut", "slice_group"]
@@ -119,8 +119,8 @@ def slice_group(info: ModuleInfo, flow: Flow, paths: Sequence[Path]) -> Slice:
             continue
         inside.add(made_at[var])
         pending.extend(v for v in eqns[made_at[var]].invars if not isinstance(v, Literal))
-    values = dict(zip(info.jaxpr.constvars, consts_of(info.closed_jaxpr)))
-    constants = {v: values[v] for v in externals if v in values and not is_tracer(values[v])}
+    values = known_constants(info)
+    constants = {v: values[v] for v in externals if v in values}
     varying = tuple(v for v in externals if v not in constants)
     return Slice(tuple(sorted(inside)), olds, dict(sorted(ys.items())), varying, constants, news)
 
@@ -266,7 +266,7 @@ def _slice_labels(eqns, part, varshape):
         own = {("y", op_index[y]): own_label(y.aval.shape, y.aval.ndim)}
         return [(inputs[eqn.primitive.x_index] | own) if v is y else {} for v in eqn.outvars]
 
-    propagate([eqns[p] for p in part.positions], env, transparent)
+    propagate([eqns[p] for p in part.positions], env, transparent, part.constants)
     by_old, by_y = [], []
     for new in part.news:
         labels = {} if isinstance(new, Literal) else env.get(new, {})

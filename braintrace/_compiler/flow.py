@@ -11,7 +11,7 @@ import jax
 from .._jax import Literal, Var, open_jaxpr, source_line, sub_jaxprs
 from .._ops.primitive import ETPPrimitive
 from .._types import Path
-from .module_info import ModuleInfo
+from .module_info import ModuleInfo, known_constants
 from .positions import Labels, own_label, propagate
 
 __all__ = ["Flow", "MarkedOp", "Reach", "analyse_flow", "analyse_reach", "is_marked", "refuse_control_flow"]
@@ -108,6 +108,7 @@ def analyse_flow(info: ModuleInfo) -> Flow:
         else:
             members.setdefault(outvar, []).append(path)
 
+    constants = known_constants(info)
     position = 0
 
     def cut(eqn, inputs):
@@ -126,7 +127,7 @@ def analyse_flow(info: ModuleInfo) -> Flow:
         return None
 
     for position, eqn in enumerate(eqns):
-        propagate([eqn], env, cut)
+        propagate([eqn], env, cut, constants)
         for var in eqn.outvars:
             for i, path in enumerate(members.get(var, ())):
                 into[path] = env.get(var, {}) if i == 0 else into[members[var][0]]

@@ -155,6 +155,12 @@ def extract_module_info(model: brainstate.nn.Module, *args: Any) -> ModuleInfo:
     )
 
 
+def known_constants(info: ModuleInfo) -> dict[Any, Any]:
+    """Values of the step's constants, but for those that are themselves being traced."""
+    pairs = zip(info.jaxpr.constvars, consts_of(info.closed_jaxpr))
+    return {v: c for v, c in pairs if not is_tracer(c)}
+
+
 def _abstract(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
 

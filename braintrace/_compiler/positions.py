@@ -8,6 +8,7 @@ dependence only: integers, booleans and ``stop_gradient`` end them.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -72,6 +73,7 @@ def propagate(
     eqns: Iterable[Any],
     env: dict[Any, Labels],
     outputs_of: Callable[[Any, list[Labels]], list[Labels] | None],
+    constants: Mapping[Any, Any] | None = None,
     _nested: bool = False,
 ) -> None:
     """Run labels through equations, adding the labels of every output variable to ``env``.
@@ -79,11 +81,12 @@ def propagate(
     ``outputs_of(eqn, input_labels)`` may decide the output labels of an equation itself (a cut); ``None`` leaves
     them to the equation's own rule.
     """
+    constants = constants or {}
     for eqn in eqns:
         inputs = [{} if isinstance(v, Literal) else env.get(v, {}) for v in eqn.invars]
         outs = outputs_of(eqn, inputs)
         if outs is None:
-            outs = _transfer(eqn, inputs, _nested)
+            outs = _transfer(eqn, inputs, constants, _nested)
         for var, labels in zip(eqn.outvars, outs):
             if labels and jax.numpy.issubdtype(var.aval.dtype, jax.numpy.inexact):
                 env[var] = {s: lab for s, lab in labels.items() if not np.all(lab[0] == NONE)}
@@ -93,16 +96,19 @@ def no_cut(eqn: Any, inputs: list[Labels]) -> None:
     del eqn, inputs
 
 
-def _transfer(eqn, inputs, nested) -> list[Labels]:
+def _transfer(eqn, inputs, constants, nested) -> list[Labels]:
     if not any(inputs) or eqn.primitive.name in ENDS:
         return [{} for _ in eqn.outvars]
     body = call_body(eqn) if is_jit(eqn) else None
     if body is not None:
         inner = open_jaxpr(body)
         env = dict(zip(inner.invars, inputs))
-        propagate(inner.eqns, env, no_cut, nested)
+        known = {
+            w: constants[v] for v, w in zip(eqn.invars, inner.invars) if not isinstance(v, Literal) and v in constants
+        }
+        propagate(inner.eqns, env, no_cut, known, nested)
         return [{} if isinstance(v, Literal) else env.get(v, {}) for v in inner.outvars]
-    rule = _rule_for(eqn)
+    rule = _rule_for(eqn, constants)
     if rule is None:
         return _many_or_derived(eqn, inputs, nested)
     sources = dict.fromkeys(s for labels in inputs for s in labels)
@@ -155,7 +161,7 @@ def _by_jvp(eqn, inputs):
 
     jaxpr = open_jaxpr(jax.make_jaxpr(jvp)(_structs(eqn.invars), _structs([eqn.invars[i] for i in active])))
     env = {v: inputs[i] for i, v in zip(active, jaxpr.invars[len(eqn.invars) :])}
-    propagate(jaxpr.eqns, env, no_cut, True)
+    propagate(jaxpr.eqns, env, no_cut, None, True)
     return [{} if isinstance(v, Literal) else env.get(v, {}) for v in jaxpr.outvars]
 
 
@@ -175,7 +181,7 @@ def _by_vjp(eqn, inputs):
 
     jaxpr = open_jaxpr(jax.make_jaxpr(vjp)(_structs(eqn.invars), _structs(outs)))
     env = {v: {j: own_label(v.aval.shape, len(v.aval.shape))} for j, v in enumerate(jaxpr.invars[len(eqn.invars) :])}
-    propagate(jaxpr.eqns, env, no_cut, True)
+    propagate(jaxpr.eqns, env, no_cut, None, True)
     result: list[Labels] = [{} for _ in eqn.outvars]
     index = [eqn.outvars.index(v) for v in outs]
     for i, cot in zip(active, jaxpr.outvars):
@@ -312,7 +318,58 @@ RULES: Mapping[str, Callable[[Any], Any]] = {
 }
 
 
-def _rule_for(eqn):
+# Primitives that move data to where indices say: the operands that are data, the others being indices.
+INDEXED = {
+    "gather": (0,),
+    "dynamic_slice": (0,),
+    "dynamic_update_slice": (0, 1),
+    "scatter": (0, 2),
+    "scatter-add": (0, 2),
+    "scatter_add": (0, 2),
+}
+
+
+def _indexed(eqn, constants):
+    """With known indices, the primitive itself moves the integers; ``None`` where they are not known."""
+    data = INDEXED[eqn.primitive.name]
+    indices = {}
+    for i, v in enumerate(eqn.invars):
+        if i not in data:
+            if not isinstance(v, Literal) and v not in constants:
+                return None
+            indices[i] = np.asarray(v.val if isinstance(v, Literal) else constants[v])
+    name = eqn.primitive.name
+
+    def rule(ids, out_shapes):
+        operands = [indices.get(i, _filled(x, v.aval.shape)) for i, (x, v) in enumerate(zip(ids, eqn.invars))]
+        with jax.ensure_compile_time_eval():
+            if name.startswith("scatter"):
+                place = functools.partial(
+                    jax.lax.scatter, dimension_numbers=eqn.params["dimension_numbers"], mode=eqn.params["mode"]
+                )
+                target, index, update = operands
+                hits = jax.lax.scatter_add(
+                    np.zeros_like(target),
+                    index,
+                    np.ones_like(update),
+                    dimension_numbers=eqn.params["dimension_numbers"],
+                    mode=eqn.params["mode"],
+                )
+                base = target if name == "scatter" else np.full_like(target, NONE)
+                out = np.asarray(place(base, index, update))
+                out = out if name == "scatter" else _combine(target, out)
+                out = np.where(np.asarray(hits) > 1, MANY, out)
+            else:
+                params = dict(eqn.params, fill_value=NONE) if name == "gather" else eqn.params
+                out = np.asarray(eqn.primitive.bind(*operands, **params))
+        return [out.astype(np.int32)]
+
+    return rule
+
+
+def _rule_for(eqn, constants):
+    if eqn.primitive.name in INDEXED:
+        return _indexed(eqn, constants)
     make = RULES.get(eqn.primitive.name)
     if make is None or math.prod(eqn.outvars[0].aval.shape) == 0:
         return None

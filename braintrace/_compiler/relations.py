@@ -77,6 +77,8 @@ class HiddenParamOpRelation(NamedTuple):
         value and the parameter. The first parameter is named where an operand is computed from several.
     op_index : int
         Number of the operation among the marked operations of the step.
+    parameter_paths : tuple of path
+        Every parameter that the trained operands are computed from.
     operand_program : OperandProgram
     residual_free : bool
         Whether every path from the output to the loss is through its hidden groups position by position.
@@ -95,6 +97,7 @@ class HiddenParamOpRelation(NamedTuple):
     trainable_leaf_indices: dict[str, int]
     trainable_param_states: dict[str, brainstate.ParamState]
     op_index: int
+    parameter_paths: tuple[Path, ...]
     operand_program: OperandProgram
     residual_free: bool
 
@@ -227,7 +230,7 @@ def find_relations(
                 )
         if not usable:
             if not fed:
-                records.append(_excluded(name, first, op, flow, reach))
+                records.append(_excluded(info, name, first, op, flow, reach))
             continue
         used = tuple(groups[i] for i in usable)
         through = [k for k in reach.ops(op.y) if k != op.index and _direct_groups(flow, group_of, k) & set(usable)]
@@ -262,6 +265,7 @@ def find_relations(
                 trainable_leaf_indices=leaf_of,
                 trainable_param_states={k: states[p] for k, p in paths.items()},
                 op_index=op.index,
+                parameter_paths=_parameter_paths(info, program),
                 operand_program=program,
                 residual_free=_residual_free(info, flow, op, used),
             )
@@ -284,6 +288,10 @@ def find_relations(
     return tuple(relations), records
 
 
+def _parameter_paths(info, program) -> tuple[Path, ...]:
+    return tuple(dict.fromkeys(info.invar_to_weight_path[info.jaxpr.invars[i]] for i in program.leaves))
+
+
 def _leaf(info, var, path) -> int:
     leaves = info.weight_path_to_invars[path]
     return leaves.index(var) if var in leaves else 0
@@ -300,7 +308,7 @@ def _direct_groups(flow, group_of, k) -> set[int]:
     return {group_of[p].index for p, labels in flow.into.items() if ("y", k) in labels}
 
 
-def _excluded(name, path, op, flow, reach) -> CompilationRecord:
+def _excluded(info, name, path, op, flow, reach) -> CompilationRecord:
     blocking = sorted(reach.ops(op.y) - {op.index})
     if blocking and reach.groups(op.y):
         others = [flow.ops[k] for k in blocking]
@@ -311,7 +319,12 @@ def _excluded(name, path, op, flow, reach) -> CompilationRecord:
             "the exact gradient of the current step, without history.",
             primitive=name,
             weight_path=path,
-            context={"blocking_primitives": tuple(o.primitive.name for o in others)},
+            context={
+                "blocking_primitives": tuple(o.primitive.name for o in others),
+                "blocking_weight_paths": tuple(
+                    p for o in others for p in dict.fromkeys(operand_program(info, flow, o)[1].values())
+                ),
+            },
         )
     return CompilationRecord(
         DiagnosticKind.RELATION_EXCLUDED_NON_TEMPORAL,

@@ -52,7 +52,7 @@ class CompilationReport:
     @property
     def excluded_weights(self) -> list[tuple[Path, str | None]]:
         """``(parameter path, kind of the record that tells why)`` per parameter without a trace."""
-        trained = {path for path, _, _ in self._trained()}
+        trained = {path for r in self.graph.hidden_param_op_relations for path in r.parameter_paths}
         why = {r.weight_path: r.kind.value for r in self.diagnostics if r.kind.value.startswith("relation_excluded")}
         return [(p, why.get(p)) for p in self.graph.module_info.weight_path_to_invars if p not in trained]
 
@@ -77,7 +77,10 @@ class CompilationReport:
         return [
             (path, [g.index for g in r.hidden_groups], r.primitive.name)
             for r in self.graph.hidden_param_op_relations
-            for path in r.trainable_paths.values()
+            for path in (
+                *r.trainable_paths.values(),
+                *(p for p in r.parameter_paths if p not in r.trainable_paths.values()),
+            )
         ]
 
     def to_str(self, level: int = 1) -> str:

@@ -41,6 +41,7 @@ class TapeRecord(NamedTuple):
     """What one step leaves for the trace update."""
 
     x: tuple[Any, ...]  # per relation: the operation's input, or None
+    fixed: tuple[dict[int, Any], ...]  # per relation: operands that are neither trained nor the input, by position
     varying: tuple[tuple[Any, ...], ...]  # per group: the varying entries of D and df
 
 
@@ -211,7 +212,9 @@ class _Worlds:
             None if r.x_var is None else (r.x_var, self.op_world[self.flow.ops[r.op_index].position])
             for r in self.relations
         ]
+        fixed = [self._fixed_operands(r) for r in self.relations]
         wanted = [*sinks, *(f for fs in frontiers for f in fs or ()), *(x for x in xs if x is not None)]
+        wanted += [item for items in fixed for item in items.values()]
 
         plan = self._plan(wanted)
         values = self._evaluate(plan, invals, operands, zeros)
@@ -228,7 +231,17 @@ class _Worlds:
             tuple(g.cut.varying([stop(read(item)) for item in items])) if items is not None else ()
             for g, items in zip(self.groups, frontiers)
         )
-        return outs, TapeRecord(tuple(None if x is None else stop(read(x)) for x in xs), varying)
+        return outs, TapeRecord(
+            tuple(None if x is None else stop(read(x)) for x in xs),
+            tuple({i: stop(jnp.asarray(read(item))) for i, item in items.items()} for items in fixed),
+            varying,
+        )
+
+    def _fixed_operands(self, relation):
+        op = self.flow.ops[relation.op_index]
+        slots = op.primitive.trainables(op.eqn.params)
+        taken = {slots[k] for k in relation.trainable_vars} | {op.primitive.x_index}
+        return {i: (v, self.op_world[op.position]) for i, v in enumerate(op.eqn.invars) if i not in taken}
 
     def _leaf_paths(self):
         """Per state leaf among the outputs: the hidden path, or None."""

@@ -192,7 +192,7 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
         keys = x_keys(self.graph)
         xs, dfs = {}, {}
         for i, r in enumerate(self.graph.hidden_param_op_relations):
-            if path in self._parameters_of(r):
+            if path in r.parameter_paths:
                 if i in keys:
                     xs[keys[i]] = self.etrace_xs[keys[i]].value
                 dfs.update({df_key(r, g.index): self.etrace_dfs[df_key(r, g.index)].value for g in r.hidden_groups})
@@ -220,13 +220,13 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
         correction = bias_correction(self.decay_f, running_index)
         entry_correction = bias_correction(self.decay_f, credit.entry_index)
         keys = x_keys(self.graph)
-        if credit.record is not None:
+        if not credit.window:
             xs, dfs, _ = self._read_record(credit.record, credit.operands)
         out = []
         for i, r in enumerate(self.graph.hidden_param_op_relations):
             key = keys.get(i, "")  # an operation without an input has no x-trace
             parts: list[tuple[Any, Any]] = []  # pairs (linear input, cotangent of the output)
-            if credit.record is not None:
+            if not credit.window:
                 s = contract_io(r, traces, credit.new, correction)
                 parts.append((traces.xs.get(key), s))
                 if i in credit.y:
@@ -234,7 +234,8 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
                     parts.append((xs.get(key), credit.y[i] if carried is None else credit.y[i] - carried))
             s = contract_io(r, credit.entry_traces, credit.old, entry_correction)
             parts.append((credit.entry_traces.xs.get(key), s))
-            grads = [r.primitive.weight_vjp(x, s, credit.operands[i], r.eqn_params) for x, s in parts if s is not None]
+            given = credit.operands[i], r.eqn_params, credit.record.fixed[i]
+            grads = [r.primitive.weight_vjp(x, s, *given) for x, s in parts if s is not None]
             out.append({k: sum((g[k] for g in grads[1:]), grads[0][k]) for k in r.trainable_vars} if grads else {})
         return out
 

@@ -56,8 +56,10 @@ class Credit(NamedTuple):
         Relation number -> total cotangent of the operation's output, where it is more than ``df`` carries.
     entry_traces, entry_index
         Traces and number of steps before the step or window.
-    record : TapeRecord or None
-        Of the step; ``None`` for a window.
+    record : TapeRecord
+        Of the step; of a window, of its first step.
+    window : bool
+        Whether the call is differentiated as a window.
     invals, operands : list
         Inputs of the step (the first one of a window), and the trained operands of every relation.
     """
@@ -67,7 +69,8 @@ class Credit(NamedTuple):
     y: dict[int, jax.Array]
     entry_traces: Any
     entry_index: jax.Array
-    record: TapeRecord | None
+    record: TapeRecord
+    window: bool
     invals: list[Any]
     operands: list[dict[str, jax.Array]]
 
@@ -312,6 +315,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
                 out, new, new_traces, record = self._run_step(leaves, values, traces, index, zeros)
                 return (out, new), (new_traces, record)
 
+            values = values._replace(weights=jax.tree.map(_first_order, values.weights))
             zeros = self.graph.tape.zeros()
             (out, new), pull, (new_traces, record) = jax.vjp(run, leaves, values, zeros, has_aux=True)
             return (out, new, new_traces), (pull, leaves, values, traces, index, aux, new_traces, record)
@@ -375,7 +379,11 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         invals = self._invals(leaves, values)
         args = (leaves, aux)
         operands = self._operands(invals)
-        return Credit(self._signals(new, args), self._signals(old, args), y, traces, index, record, invals, operands)
+        window = record is None
+        if window:
+            record = self.graph.tape(invals, operands, self.graph.tape.zeros())[1]
+        signals = self._signals(new, args), self._signals(old, args)
+        return Credit(*signals, y, traces, index, record, window, invals, operands)
 
     def _with_weights(self, index, traces, credit, values, value_bars):
         weight_vals = self._weight_dict(values.weights)
@@ -479,6 +487,20 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             dense.append(jnp.stack([jnp.zeros(g.varshape, dtype) if s is None else s for s in slots], -1))
         changed = self._compute_learning_signal(dense, args)
         return [[s[..., a] for a in range(s.shape[-1])] for s in changed]
+
+
+@jax.custom_jvp
+def _first_order(weight):
+    """Identity that refuses to be differentiated: traces are constants, so what they give has no second derivative."""
+    return weight
+
+
+@_first_order.defjvp
+def _refuse_second_order(primals, tangents):
+    raise NotImplementedError(
+        "An online gradient has no second derivatives with respect to parameters. Use vjp_method='multi-step', which "
+        "differentiates a step or window as it is, or wrap the gradient in jax.lax.stop_gradient."
+    )
 
 
 def _kind(state: brainstate.State) -> int:

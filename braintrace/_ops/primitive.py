@@ -104,20 +104,28 @@ class ETPPrimitive(Primitive):
         return x.astype(jnp.result_type(*weights.values()))
 
     def weight_vjp(
-        self, x: Any, cotangent: jax.Array, weights: Weights, params: Mapping[str, Any]
+        self,
+        x: Any,
+        cotangent: jax.Array,
+        weights: Weights,
+        params: Mapping[str, Any],
+        fixed: Mapping[int, Any],
     ) -> dict[str, jax.Array]:
-        """Gradient of the trained operands for input (representation) ``x`` and a cotangent of the output."""
-        if self.rules.xy_to_dw is not None:
-            return dict(self.rules.xy_to_dw(x, cotangent, dict(weights), **params))
+        """Gradient of the trained operands ``weights`` for input (representation) ``x`` and a cotangent of the output.
+
+        ``fixed`` holds the other operands by position.
+        """
         slots = self.trainables(params)
+        if self.rules.xy_to_dw is not None:
+            untrained = {k: fixed[i] for k, i in slots.items() if i in fixed}
+            gradients = self.rules.xy_to_dw(x, cotangent, {**weights, **untrained}, **params)
+            return {k: gradients[k] for k in weights}
 
         def apply(ws):
-            operands: list[Any] = [None] * (len(slots) + (self.x_index is not None))
+            operands = dict(fixed) | {slots[k]: w for k, w in ws.items()}
             if self.x_index is not None:
                 operands[self.x_index] = x
-            for key, index in slots.items():
-                operands[index] = ws[key]
-            return self.outputs(operands, params)[self.y_index]
+            return self.outputs([operands[i] for i in sorted(operands)], params)[self.y_index]
 
         y, pull = jax.vjp(apply, dict(weights))
         return pull(cotangent.astype(y.dtype))[0]

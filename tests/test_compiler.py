@@ -1,0 +1,781 @@
+"""What the compiler finds in a model: groups, relations, the structure of their derivatives, and what it says."""
+
+import io
+import warnings
+
+import brainpy
+import brainstate
+import braintools
+import brainunit as u
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from brainstate import HiddenState, ParamState
+from brainstate.transform import grad
+
+import braintrace
+from braintrace import CompilationRecord, DiagnosticKind, DiagnosticLevel, element_wise, matmul
+
+pytestmark = [
+    pytest.mark.usefixtures("time_step"),
+    pytest.mark.filterwarnings("ignore:.*relation_"),
+    pytest.mark.filterwarnings("ignore:.*state_mismatch"),
+]
+
+N_IN, N = 2, 3
+X = jnp.array([0.5, -1.0])
+
+
+class Model(brainstate.nn.Module):
+    """`step(m, *args)` with the given states; every model has the parameters `w` and `v` of shape (2, 3)."""
+
+    def __init__(self, step, hidden="h", n=N, **states):
+        super().__init__()
+        self._step = step
+        self.w, self.v = ParamState(0.1 * jnp.ones((N_IN, n))), ParamState(0.2 * jnp.ones((N_IN, n)))
+        for name in hidden:
+            setattr(self, name, HiddenState(jnp.zeros(n)))
+        for name, state in states.items():
+            setattr(self, name, state)
+
+    def update(self, *args):
+        return self._step(self, *args)
+
+
+def compiled(step, *args, **states):
+    return braintrace.compile_etrace_graph(Model(step, **states), *(args or (X,)))
+
+
+def names(graph):
+    return [[".".join(map(str, path)) for path in g.hidden_paths] for g in graph.hidden_groups]
+
+
+def kinds(graph, level=None):
+    return [r.kind for r in graph.diagnostics if level is None or r.level is level]
+
+
+# -- groups
+
+
+def linked_by(link, new=False):
+    """b reads h, its old or its new value, through `link(m, h)`."""
+
+    def step(m, x):
+        before = m.h.value
+        m.h.value = 0.5 * m.h.value + matmul(x, m.w.value)
+        m.b.value = 0.3 * m.b.value + link(m, m.h.value if new else before) + matmul(x, m.v.value)
+        return m.b.value
+
+    return step
+
+
+ONE_GROUP, TWO_GROUPS = [["h", "b"]], [["h"], ["b"]]
+LINKS = {
+    "identity": (lambda m, h: h, ONE_GROUP),
+    "element-wise": (lambda m, h: jnp.tanh(2 * h) ** 2, ONE_GROUP),
+    "times a parameter": (lambda m, h: h * m.v.value[0], ONE_GROUP),
+    "times element_wise": (lambda m, h: h * element_wise(m.p.value), ONE_GROUP),
+    "where": (lambda m, h: jnp.where(m.b.value > 0, h, 0.0), ONE_GROUP),
+    "jit": (jax.jit(lambda m, h: jnp.sin(h), static_argnums=0), ONE_GROUP),
+    "part of the units": (lambda m, h: h.at[0].set(0.0), ONE_GROUP),
+    "twice reversed": (lambda m, h: h[::-1][::-1], ONE_GROUP),
+    "none": (lambda m, h: 0.0 * m.b.value, TWO_GROUPS),
+    "stop_gradient": (lambda m, h: jax.lax.stop_gradient(h), TWO_GROUPS),
+    "comparison": (lambda m, h: (h > 0).astype(jnp.float32), TWO_GROUPS),
+    "operation": (lambda m, h: matmul(h, m.q.value), TWO_GROUPS),
+    "plain product": (lambda m, h: h @ m.q.value, TWO_GROUPS),
+    "roll": (lambda m, h: jnp.roll(h, 1), TWO_GROUPS),
+    "sum": (lambda m, h: h.sum() * jnp.ones(N), TWO_GROUPS),
+}
+
+
+@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize("link", LINKS)
+def test_states_linked_position_by_position_form_a_group(link, new):
+    f, expected = LINKS[link]
+    graph = compiled(linked_by(f, new), hidden="hb", p=ParamState(jnp.ones(N)), q=ParamState(jnp.ones((N, N))))
+    assert names(graph) == expected
+    merged = graph.explain(kind=DiagnosticKind.HIDDEN_GROUP_MERGED)
+    assert [r.hidden_paths for r in merged] == ([(("h",), ("b",))] if expected == ONE_GROUP else [])
+    assert {p: g.index for p, g in graph.hid_path_to_group.items()} == {
+        (name,): i for i, group in enumerate(expected) for name in group
+    }
+
+
+def test_shapes_never_share_a_group():
+    def step(m, x):
+        m.h.value = 0.5 * m.h.value + matmul(x, m.w.value)
+        m.big.value = 0.5 * m.big.value + m.h.value
+        return m.big.value
+
+    graph = compiled(step, big=HiddenState(jnp.zeros((4, N))))
+    assert names(graph) == [["h"], ["big"]]
+    assert [g.varshape for g in graph.hidden_groups] == [(N,), (4, N)]
+
+
+def test_groups_and_members_come_in_the_order_of_first_access():
+    def step(m, x):
+        c, b, a, h = m.c.value, m.b.value, m.a.value, m.h.value
+        m.h.value = 0.5 * h + 0.1 * c + matmul(x, m.w.value)
+        m.c.value = 0.5 * c
+        m.a.value = 0.5 * a + 0.1 * b
+        m.b.value = 0.5 * b
+        return m.h.value
+
+    assert names(compiled(step, hidden="habc")) == [["c", "h"], ["b", "a"]]
+
+
+def test_links_are_transitive():
+    def step(m, x):
+        a, b, h = m.a.value, m.b.value, m.h.value
+        m.h.value = 0.5 * h + matmul(x, m.w.value)
+        m.a.value = 0.5 * a + h
+        m.b.value = 0.5 * b + a
+        return m.b.value
+
+    assert names(compiled(step, hidden="hab")) == [["a", "b", "h"]]
+
+
+@pytest.mark.parametrize("lead", [(), (4,)])
+def test_a_state_of_several_variables(lead):
+    def step(m, x):
+        h, c = m.s.value[..., 0], m.s.value[..., 1]
+        m.s.value = jnp.stack([0.5 * h + matmul(x, m.w.value), 0.2 * c + h], -1)
+        return m.s.value
+
+    state = brainstate.HiddenGroupState(jnp.zeros((*lead, N, 2)))
+    (group,) = compiled(step, jnp.ones((*lead, N_IN)), hidden="", s=state).hidden_groups
+    assert (group.varshape, group.num_state, group.trace_state_width) == ((*lead, N), 2, 2)
+    assert [[e.kind for e in row] for row in group.cut.D] == [["constant", "zero"], ["constant", "constant"]]
+    assert [e.kind for e in group.cut.df[0]] == ["constant", "zero"]
+
+
+def test_packing_and_unpacking_a_group():
+    def step(m, x):
+        h, s = m.h.value, m.s.value
+        m.h.value = 0.5 * h + s[..., 0] + matmul(x, m.w.value)
+        m.s.value = 0.5 * s
+        return m.h.value
+
+    (group,) = compiled(step, s=brainstate.HiddenGroupState(jnp.zeros((N, 2)))).hidden_groups
+    values = [jnp.arange(3.0), jnp.arange(6.0).reshape(3, 2)]
+    packed = group.concat_hidden(values)
+    np.testing.assert_array_equal(packed, [[0, 0, 1], [1, 2, 3], [2, 4, 5]])
+    for a, b in zip(group.split_hidden(packed), values, strict=True):
+        np.testing.assert_array_equal(a, b)
+    group.check_consistent_varshape()
+    for bad, message in [(values[:1], "2 members"), (values[::-1], r"\(3,\)")]:
+        with pytest.raises(ValueError, match=message):
+            group.concat_hidden(bad)
+    with pytest.raises(ValueError, match=r"\(3, 3\)"):
+        group.split_hidden(packed[:2])
+    assert group.snap is None and group.is_diagonal_recurrence
+    assert "members=['h', 's']" in repr(group) and group.dict()["num_state"] == 3
+
+
+# -- the structure of D and df
+
+
+@jax.custom_jvp
+def spike(v):
+    return (v > 1.0).astype(v.dtype)
+
+
+spike.defjvp(lambda primals, tangents: (spike(primals[0]), tangents[0] / (1 + (primals[0] - 1) ** 2)))
+
+
+def leaky(m, x):
+    m.h.value = 0.5 * m.h.value + matmul(x, m.w.value)
+
+
+def leak_per_unit(m, x):
+    m.h.value = jnp.array([0.1, 0.2, 0.3]) * m.h.value + 2 * matmul(x, m.w.value)
+
+
+def vanilla(m, x):
+    m.h.value = jnp.tanh(matmul(x, m.w.value) + matmul(m.h.value, m.q.value))
+
+
+def gated(m, x):
+    m.h.value = jax.nn.sigmoid(m.h.value) * m.h.value + matmul(x, m.w.value)
+
+
+def trained_leak(m, x):
+    m.h.value = element_wise(m.p.value) * m.h.value + matmul(x, m.w.value)
+
+
+def lif(reset):
+    """Synapse g and membrane h; hand-derived D over (g, h)."""
+
+    def step(m, x):
+        g, h = m.g.value, m.h.value
+        m.g.value = 0.8 * g + matmul(x, m.w.value)
+        m.h.value = 0.9 * reset(h) + 0.1 * m.g.value
+        return spike(m.h.value)
+
+    return step
+
+
+def soft(h):
+    return h - jax.lax.stop_gradient(spike(h))
+
+
+def soft_through_spike(h):
+    return h - spike(h)
+
+
+def hard(h):
+    return h * (1 - jax.lax.stop_gradient(spike(h)))
+
+
+def constant_in_disguise(m, x):
+    m.h.value = jnp.exp(jnp.log(0.5)) * (m.h.value + m.h.value) - m.h.value + matmul(x, m.w.value) / 4
+
+
+STRUCTURES = [  # step, hidden, D, df by operation; None: computed every step
+    (leaky, "h", [[0.5]], {0: [1.0]}),
+    (leak_per_unit, "h", [[[0.1, 0.2, 0.3]]], {0: [2.0]}),
+    (vanilla, "h", [[0]], {0: [None], 1: [None]}),
+    (gated, "h", [[None]], {0: [1.0]}),
+    (trained_leak, "h", [[None]], {0: [None], 1: [1.0]}),
+    (constant_in_disguise, "h", [[0]], {0: [0.25]}),
+    (lif(soft), "gh", [[0.8, 0], [0.08, 0.9]], {0: [1.0, 0.1]}),
+    (lif(soft_through_spike), "gh", [[0.8, 0], [0.08, None]], {0: [1.0, 0.1]}),
+    (lif(hard), "gh", [[0.8, 0], [0.08, None]], {0: [1.0, 0.1]}),
+]
+
+
+def assert_entry(entry, expected):
+    if expected is None:
+        assert (entry.kind, entry.value) == ("varying", None) and entry.slot is not None
+    elif np.all(np.asarray(expected) == 0):
+        assert entry.kind == "zero"
+    else:
+        assert entry.kind == "constant"
+        np.testing.assert_allclose(entry.value, expected, rtol=1e-6)
+        assert np.ndim(entry.value) == np.ndim(expected)
+
+
+@pytest.mark.parametrize("step, hidden, D, df", STRUCTURES)
+def test_structure_is_known_before_the_first_step(step, hidden, D, df):
+    extra = dict(p=ParamState(jnp.ones(N)), q=ParamState(jnp.ones((N, N))))
+    graph = compiled(step, hidden=hidden, **extra)
+    (group,) = graph.hidden_groups
+    assert names(graph) == [list(hidden)]
+    for row, expected in zip(group.cut.D, D, strict=True):
+        for entry, value in zip(row, expected, strict=True):
+            assert_entry(entry, value)
+    assert set(group.cut.df) == set(df)
+    for op, expected in df.items():
+        for entry, value in zip(group.cut.df[op], expected, strict=True):
+            assert_entry(entry, value)
+    varying = sum(e is None for row in D for e in row) + sum(e is None for row in df.values() for e in row)
+    assert len(group.cut.program.jaxpr.outvars) == varying
+
+
+def test_structure_of_spiking_neurons():
+    class Net(brainstate.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.neu = brainpy.state.LIF(N, tau=4 * u.ms, R=1.0 * u.ohm, spk_fun=braintools.surrogate.ReluGrad())
+            self.syn = brainpy.state.AlignPostProj(
+                comm=braintrace.nn.Linear(N_IN, N, w_init=jnp.ones((N_IN, N)) * u.mS, b_init=None),
+                syn=brainpy.state.Expon(N, tau=6 * u.ms),
+                out=brainpy.state.CUBA(),
+                post=self.neu,
+            )
+
+        def update(self, x):
+            self.syn(x)
+            self.neu()
+            return self.neu.get_spike()
+
+    net = Net()
+    brainstate.nn.init_all_states(net)
+    (group,) = braintrace.compile_etrace_graph(net, X).hidden_groups
+    assert [p[-1] for p in group.hidden_paths] == ["g", "V"]
+    (gg, gV), (Vg, VV) = group.cut.D
+    assert_entry(gg, np.exp(-1 / 6))
+    assert_entry(gV, 0)
+    assert (Vg.kind, VV.kind) == ("constant", "varying")
+    assert [e.kind for e in group.cut.df[0]] == ["constant", "constant"]
+
+
+# -- the step as a flat program
+
+
+def equation_names(graph):
+    return [e.primitive.name for e in graph.module_info.jaxpr.eqns]
+
+
+def test_nested_jit_is_inlined():
+    inner = jax.jit(lambda x, w: jnp.tanh(matmul(x, w)))
+    outer = jax.jit(lambda x, w: 2 * inner(x, w) + jax.nn.silu(inner(x, w)))
+
+    def step(m, x):
+        m.h.value = brainstate.transform.jit(lambda x: outer(x, m.w.value) + 0.5 * m.h.value)(x)
+        return m.h.value
+
+    graph = compiled(step)
+    assert not {"jit", "pjit", "closed_call"} & set(equation_names(graph))
+    assert [r.path for r in graph.hidden_param_op_relations] == [("w",), ("w",)]
+
+
+@pytest.mark.parametrize("function", [spike, jax.nn.relu])
+def test_custom_derivatives_stay_whole(function):
+    def step(m, x):
+        m.h.value = 0.5 * m.h.value + function(matmul(x, m.w.value))
+        return m.h.value
+
+    assert equation_names(compiled(step)).count("custom_jvp_call") == 1
+
+
+def test_what_nobody_needs_is_dropped():
+    def step(m, x):
+        jnp.sin(x).sum()
+        leaky(m, x)
+        return m.h.value
+
+    assert "sin" not in equation_names(compiled(step))
+
+
+def test_module_info():
+    def step(m, x, scale):
+        leaky(m, x)
+        m.t.value = m.t.value + 1
+        return {"a": m.h.value * scale, "b": x}
+
+    model = Model(step, t=brainstate.ShortTermState(jnp.zeros(())), unread=ParamState(jnp.ones(1)))
+    info = braintrace.extract_module_info(model, X, 2.0)
+    assert info.compiled_state_paths == (("h",), ("w",), ("t",))
+    assert info.compiled_model_states == (model.h, model.w, model.t)
+    assert set(info.retrieved_model_states) == {("h",), ("w",), ("v",), ("t",), ("unread",)}
+    assert info.num_var_out == 2 and len(info.jaxpr.invars) == 5 and len(info.jaxpr.outvars) == 5
+    assert {p: v.aval.shape for p, v in info.hidden_path_to_invar.items()} == {("h",): (N,)}
+    assert {p: [v.aval.shape for v in vs] for p, vs in info.weight_path_to_invars.items()} == {("w",): [(N_IN, N)]}
+    assert list(info.invar_to_weight_path.values()) == [("w",)]
+    assert info.closed_jaxpr.jaxpr is info.jaxpr and info.dict()["num_var_out"] == 2
+    assert "'h'" in repr(info)
+
+
+@pytest.mark.parametrize("example", [X, np.asarray(X), jax.ShapeDtypeStruct((N_IN,), jnp.float32), [0.5, -1.0]])
+def test_example_inputs_may_be_abstract(example):
+    def step(m, x):
+        leaky(m, jnp.asarray(x))
+        return m.h.value
+
+    graph = compiled(step, example)
+    assert len(graph.hidden_param_op_relations) == 1
+
+
+# -- relations
+
+CELLS = {  # cell -> (relations by first parameter and call, path class), excluded parameters and why
+    "ValinaRNNCell": ({"W.weight": "all_direct"}, {}),
+    "GRUCell": ({"Wz.weight": "all_direct", "Wh.weight": "all_direct"}, {"Wr.weight": "weight_to_weight"}),
+    "CFNCell": (dict.fromkeys(["Wf.weight", "Wi.weight", "Wh.weight"], "all_direct"), {}),
+    "MGUCell": ({"Wf.weight": "mixed", "Wh.weight": "all_direct"}, {}),
+    "LSTMCell": (dict.fromkeys(["Wi.weight", "Wg.weight", "Wf.weight", "Wo.weight"], "all_direct"), {}),
+    "URLSTMCell": (
+        dict.fromkeys(["Wf.weight", "Wr.weight", "Wu.weight", "Wo.weight", "bias", "bias#1"], "all_direct"),
+        {},
+    ),
+    "MinimalRNNCell": ({"phi.weight": "mixed", "W_u.weight": "all_direct"}, {}),
+    "MiniGRU": (dict.fromkeys(["W_z.weight", "W_x.weight"], "all_direct"), {}),
+    "MiniLSTM": (dict.fromkeys(["W_f.weight", "W_i.weight", "W_x.weight"], "all_direct"), {}),
+    "LRUCell": (
+        dict.fromkeys(["nu_log", "theta_log", "gamma_log", "B_re.weight", "B_im.weight"], "all_direct"),
+        dict.fromkeys(["C_re.weight", "C_im.weight", "D"], "non_temporal"),
+    ),
+    "LeakyRateReadout": ({"W": "all_direct"}, {}),
+}
+
+
+def cell_graph(name, batch=None):
+    cell = getattr(braintrace.nn, name)(N_IN, N)
+    brainstate.nn.init_all_states(cell, **({} if batch is None else dict(batch_size=batch)))
+    return braintrace.compile_etrace_graph(cell, jnp.ones((N_IN,) if batch is None else (batch, N_IN)))
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+@pytest.mark.parametrize("name", CELLS)
+def test_relations_of_the_shipped_cells(name, batch):
+    graph = cell_graph(name, batch)
+    found = {}
+    for r in graph.hidden_param_op_relations:
+        path, call = r.key
+        (found_class,) = set(r.path_classification.values())
+        found[".".join(path) + (f"#{call}" if call else "")] = found_class
+    expected, excluded = CELLS[name]
+    assert found == expected
+    report = braintrace.CompilationReport(graph)
+    assert {".".join(p): kind for p, kind in report.excluded_weights} == {
+        p: f"relation_excluded_{why}" for p, why in excluded.items()
+    }
+    assert {r.kind for r in graph.diagnostics if r.level is DiagnosticLevel.WARNING} == {
+        *(DiagnosticKind(f"relation_excluded_{why}") for why in excluded.values()),
+        *([DiagnosticKind.RELATION_PARTIAL_PATH] if "mixed" in expected.values() else []),
+    }
+
+
+def test_the_groups_of_an_lstm_relation():
+    graph = cell_graph("LSTMCell")
+    (group,) = graph.hidden_groups
+    assert group.hidden_paths == (("h",), ("c",))
+    assert {r.path[0] for r in graph.hidden_param_op_relations} == {"Wi", "Wg", "Wf", "Wo"}
+    of_output = next(r for r in graph.hidden_param_op_relations if r.path[0] == "Wo")
+    assert [e.kind for e in group.cut.df[of_output.op_index]] == ["varying", "zero"]
+
+
+def test_fields_of_a_relation():
+    graph = cell_graph("ValinaRNNCell", 2)
+    (r,) = graph.hidden_param_op_relations
+    assert r.primitive.name == "etp_mm" and r.path == ("W", "weight")
+    assert (r.x_var.aval.shape, r.y_var.aval.shape) == ((2, N_IN + N), (2, N)) and (r.x, r.y) == (r.x_var, r.y_var)
+    assert [g.index for g in r.hidden_groups] == [0] and r.connected_hidden_paths == (("h",),)
+    assert r.eqn_params == {"has_bias": True, "weight_fn": None, "bias_fn": None}
+    assert r.path_classification == {("h",): "all_direct"}
+    assert r.trainable_paths == {"weight": ("W", "weight"), "bias": ("W", "weight")}
+    assert r.trainable_leaf_indices == {"weight": 1, "bias": 0}
+    assert {k: v.aval.shape for k, v in r.trainable_vars.items()} == {"weight": (N_IN + N, N), "bias": (N,)}
+    assert set(map(type, r.trainable_param_states.values())) == {ParamState}
+    assert "etp_mm" in repr(r) and r.dict()["key"] == (("W", "weight"), 0) == r._asdict()["key"]
+
+
+def test_one_operation_may_feed_several_groups():
+    def step(m, x):
+        y = matmul(x, m.w.value)
+        m.h.value, m.b.value = 0.5 * m.h.value + y, 0.2 * m.b.value - y
+        return m.h.value
+
+    (r,) = compiled(step, hidden="hb").hidden_param_op_relations
+    assert [g.index for g in r.hidden_groups] == [0, 1]
+
+
+def test_a_layer_does_not_feed_the_group_behind_the_next():
+    layers = brainstate.nn.Sequential(*(braintrace.nn.LeakyRateReadout(n, N) for n in (N_IN, N)))
+    brainstate.nn.init_all_states(layers)
+    first, second = braintrace.compile_etrace_graph(layers, X).hidden_param_op_relations
+    assert [g.index for r in (first, second) for g in r.hidden_groups] == [0, 1]
+
+
+# -- diagnostics
+
+
+def readout(m, x):
+    leaky(m, x)
+    return matmul(m.h.value, m.q.value)
+
+
+def constant_weight(m, x):
+    leaky(m, x)
+    m.h.value = m.h.value + matmul(x, jnp.ones((N_IN, N)))
+
+
+def constant_bias(m, x):
+    m.h.value = 0.5 * m.h.value + matmul(x, m.w.value, jnp.ones(N))
+
+
+def weight_of_weight(m, x):
+    leaky(m, matmul(x, m.a.value))
+
+
+def direct_and_through(m, x):
+    y = matmul(x, m.w.value)
+    m.h.value = 0.5 * m.h.value + y + matmul(y, m.q.value)
+
+
+def other_shape(m, x):
+    leaky(m, x)
+    m.h.value = m.h.value + matmul(x, m.q6.value).reshape(2, N).sum(0)
+
+
+def unread(m, x):
+    leaky(m, x)
+
+
+def noisy(m, x):
+    leaky(m, x + brainstate.random.normal(size=(N_IN,)))
+
+
+INFO, WARNING = DiagnosticLevel.INFO, DiagnosticLevel.WARNING
+RECORDS = [  # step, kind, level, primitive, parameter
+    (leaky, "relation_included", INFO, "etp_mv", "w"),
+    (readout, "relation_excluded_non_temporal", WARNING, "etp_mv", "q"),
+    (constant_weight, "relation_excluded_no_paramstate", WARNING, "etp_mv", None),
+    (constant_bias, "trainable_invar_not_paramstate", INFO, "etp_mv", "w"),
+    (weight_of_weight, "relation_excluded_weight_to_weight", WARNING, "etp_mv", "a"),
+    (direct_and_through, "relation_partial_path", WARNING, "etp_mv", "w"),
+    (other_shape, "relation_excluded_shape_mismatch", WARNING, "etp_mv", "q6"),
+    (unread, "state_mismatch", WARNING, None, "v"),
+    (noisy, "state_mismatch", WARNING, None, None),
+]
+
+
+@pytest.mark.parametrize("step, kind, level, primitive, weight", RECORDS)
+def test_records(step, kind, level, primitive, weight):
+    extra = dict(
+        q=ParamState(jnp.ones((N, N))), a=ParamState(jnp.ones((N_IN, N_IN))), q6=ParamState(jnp.ones((N_IN, 6)))
+    )
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        graph = compiled(step, **extra)
+    path = None if weight is None else (weight,)
+    (record,) = [r for r in graph.explain(kind=kind) if r.weight_path == path]
+    assert (record.level, record.primitive, record.kind) == (level, primitive, DiagnosticKind(kind))
+    assert record in graph.explain(kind=DiagnosticKind(kind)) and (
+        path is None or record in graph.explain(weight_path=path)
+    )
+    assert all(record in graph.explain(hidden_path=p) for p in record.hidden_paths)
+    assert (weight is None) or f"'{weight}'" in record.message
+    texts = [str(w.message) for w in shown if issubclass(w.category, UserWarning)]
+    assert sum(record.message in text for text in texts) == (level is WARNING)
+    assert len(texts) == sum(r.level is WARNING for r in graph.diagnostics)
+
+
+def test_context_of_records():
+    graph = compiled(direct_and_through, q=ParamState(jnp.ones((N, N))))
+    included = graph.explain(kind="relation_included", weight_path=("w",))[0].context
+    assert included == {"hidden_group_indices": (0,), "path_classification": {("h",): "mixed"}}
+    graph = compiled(weight_of_weight, a=ParamState(jnp.ones((N_IN, N_IN))))
+    context = graph.explain(kind="relation_excluded_weight_to_weight")[0].context
+    assert context["blocking_primitives"] == ("etp_mv",)
+    assert tuple(context["blocking_weight_paths"]) == (("w",),)
+
+
+def test_a_record_shows_what_it_has():
+    record = CompilationRecord(DiagnosticKind.STATE_MISMATCH, WARNING, "hello")
+    assert repr(record) == "CompilationRecord(kind='state_mismatch', level='warning', message='hello')"
+    full = CompilationRecord(DiagnosticKind.RELATION_INCLUDED, INFO, "m", "etp_mm", ("w",), (("h",),), {"a": 1})
+    assert all(f"{name}=" in repr(full) for name in ("primitive", "weight_path", "hidden_paths", "context"))
+    with pytest.raises(AttributeError):
+        record.kind = DiagnosticKind.RELATION_INCLUDED
+    assert record == CompilationRecord(DiagnosticKind.STATE_MISMATCH, WARNING, "hello")
+
+
+def test_names_of_kinds_and_levels():
+    assert [level.value for level in DiagnosticLevel] == ["info", "warning", "error"]
+    assert len(DiagnosticKind) == 28 and all(kind.value == kind.name.lower() == kind for kind in DiagnosticKind)
+    with pytest.raises(ValueError):
+        compiled(leaky).explain(kind="nothing")
+
+
+def test_parameters_that_are_not_read_have_no_gradient():
+    model = Model(unread)
+    learner = braintrace.pp_prop(model, 0.9)
+    with pytest.warns(UserWarning, match="never reads the parameter 'v'"):
+        learner.compile_graph(X)
+    assert set(learner.param_states) == {("w",)}
+    with pytest.raises(ValueError, match="not found in the state trace"):
+        grad(lambda: jnp.sum(learner(X) or model.h.value), model.states(ParamState))()
+
+
+def test_random_states_advance():
+    model = Model(noisy)
+    learner = braintrace.pp_prop(model, 0.0)
+    with pytest.warns(UserWarning, match="_unknown_path_0"):
+        learner.compile_graph(X)
+    assert set(learner.other_states) == {("_unknown_path_0",)}
+    with brainstate.random.seed_context(3):
+        seen = []
+        for _ in range(2):
+            model.h.value = jnp.zeros(N)
+            learner(jnp.zeros(N_IN))
+            seen.append(model.h.value)
+    assert np.abs(seen[0] - seen[1]).max() > 1e-3
+    with brainstate.random.seed_context(3):
+        model.h.value = jnp.zeros(N)
+        learner(jnp.zeros(N_IN))
+    np.testing.assert_allclose(model.h.value, seen[0], rtol=1e-6)
+
+
+def test_dropout():
+    model = brainstate.nn.Sequential(
+        braintrace.nn.Linear(N_IN, N), brainstate.nn.Dropout(0.5), braintrace.nn.LeakyRateReadout(N, N)
+    )
+    brainstate.nn.init_all_states(model)
+    with brainstate.environ.context(fit=True):
+        learner = braintrace.pp_prop(model, 0.9)
+        learner.compile_graph(X)
+        masks = [learner(X) for _ in range(3)]
+    assert ("_unknown_path_0",) in learner.other_states
+    assert not np.allclose(masks[1] - masks[0], masks[2] - masks[1])
+
+
+# -- the report
+
+
+def report_of():
+    def step(m, x):
+        out = readout(m, x)
+        m.b.value = 0.5 * m.b.value + matmul(x, m.v.value, m.bias.value)
+        m.t.value = m.t.value + x.sum()
+        return out * m.plain.value
+
+    graph = compiled(
+        step,
+        hidden="hb",
+        q=ParamState(jnp.ones((N, N))),
+        bias=ParamState(jnp.ones(N)),
+        plain=ParamState(jnp.ones(N)),
+        t=brainstate.ShortTermState(jnp.zeros(())),
+        unread=ParamState(jnp.ones(N)),
+    )
+    return braintrace.CompilationReport(graph)
+
+
+def test_fields_of_the_report():
+    report = report_of()
+    assert report.hidden_groups == [(0, [("h",)]), (1, [("b",)])]
+    assert report.etrace_weights == [(("w",), [0]), (("v",), [1]), (("bias",), [1])]
+    assert sorted(report.excluded_weights) == [(("plain",), None), (("q",), "relation_excluded_non_temporal")]
+    assert report.dynamic_states == [("t",)]
+    assert report.diagnostics is report.graph.diagnostics
+    counts = dict(hidden_groups=2, etrace_weights=3, excluded_weights=2, warnings=2, errors=0)
+    assert report.counts == counts
+    assert repr(report) == f"CompilationReport({', '.join(f'{k}={v}' for k, v in counts.items())})"
+
+
+def test_a_merged_parameter_appears_once_per_key():
+    report = braintrace.CompilationReport(cell_graph("ValinaRNNCell"))
+    assert report.etrace_weights == [(("W", "weight"), [0])] * 2
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_text_of_the_report(level, capsys):
+    report = report_of()
+    text = report.to_str(level)
+    order = [text.index(word) for word in ("0: h", "1: b", "t\n", "w ", "v ", "bias ")]
+    assert order == sorted(order)
+    assert "relation_excluded_non_temporal" in text and ("never reads" in text) == (level == 2)
+    report.show(level)
+    assert capsys.readouterr().out == text + "\n"
+    target = io.StringIO()
+    report.show(level, file=target)
+    assert target.getvalue() == text + "\n" and capsys.readouterr().out == ""
+
+
+def test_what_is_empty_is_left_out():
+    text = braintrace.CompilationReport(cell_graph("ValinaRNNCell")).to_str(2)
+    assert "W.weight" in text and "Other" not in text and "Warning" not in text and "only" not in text
+
+
+def test_show_graph(capsys):
+    learner = braintrace.compile(braintrace.nn.GRUCell(N_IN, N), "pp_prop", X, decay_or_rank=0.9)
+    assert learner.show_graph() is None
+    assert capsys.readouterr().out.strip() == learner.report.to_str(1)
+    assert learner.show_graph(verbose=False) is None and capsys.readouterr().out == ""
+    assert learner.show_graph(verbose=False, return_msg=True).strip() == learner.report.to_str(1)
+
+
+def test_graph_is_a_named_tuple():
+    graph = compiled(leaky)
+    assert graph._asdict() == graph.dict() and graph.dict()["hidden_groups"] is graph.hidden_groups
+    assert isinstance(graph.hidden_groups, list) and isinstance(graph.diagnostics, tuple)
+    assert "'w'" in repr(graph)
+    assert graph.explain() == graph.diagnostics
+
+
+# -- compiling within a traced program
+
+
+def test_compiling_inside_jit():
+    """A training script that makes and compiles its learner anew in every jitted step."""
+    model = braintrace.nn.GRUCell(N_IN, N)
+    brainstate.nn.init_all_states(model)
+    weights = model.states(ParamState)
+    xs = jnp.stack([X, 2 * X, -X])
+
+    def sequence(xs):
+        learner = braintrace.compile(model, braintrace.pp_prop, xs[0], decay_or_rank=0.9)
+        return learner.etrace_grad(xs, step_fn=lambda x: (learner(x) ** 2).sum(), weights=weights)
+
+    eager = sequence(xs)
+    jitted = brainstate.transform.jit(sequence)
+    for _ in range(2):
+        for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted(xs)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_traced_constant_of_the_model_is_computed_every_step():
+    def run(leak):
+        def step(m, x):
+            m.h.value = leak * m.h.value + matmul(x, m.w.value)
+            return m.h.value
+
+        model = Model(step)
+        learner = braintrace.pp_prop(model, 0.9)
+        learner.compile_graph(X)
+        kinds.append(learner.graph.hidden_groups[0].cut.D[0][0].kind)
+        learner(X)
+        return grad(lambda: learner(-X).sum(), learner.param_states)()[("w",)]
+
+    kinds = []
+    np.testing.assert_allclose(brainstate.transform.jit(run)(jnp.asarray(0.5)), run(0.5), rtol=1e-5)
+    assert kinds == ["varying", "constant"]
+
+
+# -- what a step may not do
+
+
+def writes_parameter(m, x):
+    leaky(m, x)
+    m.w.value = m.w.value * 0.9
+
+
+def changes_unit(m, x):
+    leaky(m, x)
+    m.s.value = m.s.value * u.second
+
+
+def loses_unit(m, x):
+    leaky(m, x)
+    m.s.value = m.s.value.to_decimal(u.mV)
+
+
+def changes_scale(m, x):
+    leaky(m, x)
+    m.s.value = u.math.ones(N) * u.volt
+
+
+def changes_shape(m, x):
+    leaky(m, x)
+    m.h.value = jnp.zeros((2, N))
+
+
+def in_branch(m, x):
+    m.h.value = jax.lax.cond(x[0] > 0, lambda: matmul(x, m.w.value), lambda: m.h.value)
+
+
+def in_loop(m, x):
+    m.h.value = jax.lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h + matmul(x, m.w.value)), m.h.value)
+
+
+def endless(m, x):
+    leaky(m, x)
+    m.h.value = jax.lax.while_loop(lambda h: h.sum() > 1, lambda h: 0.5 * h, m.h.value)
+
+
+FORBIDDEN = [
+    (writes_parameter, braintrace.NotSupportedError, "'w'"),
+    (changes_unit, ValueError, "mV"),
+    (loses_unit, ValueError, "mV"),
+    (changes_scale, ValueError, r"mV.*\bV\b"),
+    (changes_shape, ValueError, r"'h'.*\(3,\).*\(2, 3\)"),
+    (in_branch, NotImplementedError, "etp_mv.*cond"),
+    (in_loop, NotImplementedError, "etp_mv.*(scan|while)"),
+    (endless, NotImplementedError, "while"),
+]
+
+
+@pytest.mark.parametrize("step, error, message", FORBIDDEN)
+def test_forbidden_steps(step, error, message):
+    with pytest.raises(error, match=message):
+        compiled(step, s=brainstate.ShortTermState(jnp.ones(N) * u.mV))
+
+
+@pytest.mark.parametrize("make", [braintrace.compile_etrace_graph, braintrace.extract_module_info])
+def test_the_model_must_be_a_module(make):
+    with pytest.raises(AssertionError, match="function"):
+        make(lambda x: x, X)

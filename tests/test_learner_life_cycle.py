@@ -1,0 +1,616 @@
+"""A learner from construction to reset, under JAX's and brainstate's transformations, and its hooks for subclasses."""
+
+import brainstate
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import pytest
+from brainstate import HiddenState, ParamState
+from brainstate.transform import for_loop, grad, hessian, jit, scan, vector_grad
+from helpers import assert_close
+from models import N_IN, N_OUT, N
+
+import braintrace
+from braintrace import MultiStepData, SingleStepData, pp_prop
+
+pytestmark = [pytest.mark.usefixtures("time_step"), pytest.mark.filterwarnings("ignore:.*relation_")]
+
+XS = jnp.array([[0.5, -1.0], [1.5, 2.0], [0.0, -0.3], [2.0, 1.0]])
+X = XS[0]
+BATCHED = jnp.stack([XS, -XS, 2 * XS], 1)  # time, batch, features
+
+
+def net():
+    """GRU and readout with fixed weights."""
+    model = models.Net(braintrace.nn.GRUCell(N_IN, N), braintrace.nn.Linear(N, N_OUT))
+    brainstate.nn.init_all_states(model)
+    return models.randomise(model)
+
+
+def learner_of(model=None, x=X, decay=0.9, **options):
+    learner = pp_prop(net() if model is None else model, decay, **options)
+    learner.compile_graph(x)
+    return learner
+
+
+def loss(out):
+    return ((out - 1) ** 2).sum()
+
+
+def step_gradient(learner, x):
+    return jit(grad(lambda x: loss(learner(x)), learner.param_states))(x)
+
+
+def traces(learner):
+    return [*learner.etrace_xs.values(), *learner.etrace_dfs.values()]
+
+
+def snapshot(learner):
+    return {
+        "states": jax.tree.map(np.asarray, [s.value for s in learner.model4compile.states().values()]),
+        "traces": [np.asarray(s.value) for s in traces(learner)],
+        "index": int(learner.running_index.value),
+    }
+
+
+def assert_same(a, b, rtol=1e-5):
+    jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=rtol, atol=1e-6), a, b)
+
+
+# -- construction and compilation
+
+
+def test_construction_touches_nothing():
+    model = net()
+    before = {p: (id(s), s.value) for p, s in model.states().items()}
+    learner = pp_prop(model, 0.9)
+    assert {p: (id(s), s.value) for p, s in model.states().items()} == before
+    assert learner.model4compile is model and not learner.is_compiled
+    assert learner.graph_executor is learner.executor and learner.executor.model is model
+    assert learner.running_index.value == 0 and isinstance(learner.running_index, brainstate.LongTermState)
+    for read, error in [
+        (lambda: learner.graph, ValueError),
+        (lambda: learner.report, RuntimeError),
+        (lambda: learner.param_states, ValueError),
+        (lambda: learner.hidden_states, ValueError),
+        (lambda: learner.show_graph(), ValueError),
+        (lambda: learner(X), ValueError),
+        (lambda: learner.get_etrace_of(("layers", 1, "weight")), ValueError),
+    ]:
+        with pytest.raises(error, match="compile_graph"):
+            read()
+
+
+def test_states_by_kind():
+    learner = learner_of()
+    cell = ("layers", 0)
+    assert set(learner.param_states) == {(*cell, w, "weight") for w in ("Wz", "Wr", "Wh")} | {("layers", 1, "weight")}
+    assert list(learner.hidden_states) == [(*cell, "h")] and not learner.other_states
+    assert set(learner.path_to_states) == {*learner.param_states, *learner.hidden_states}
+    assert all(learner.state_id_to_path[id(s)] == p for p, s in learner.path_to_states.items())
+    states = learner.model4compile.states()
+    assert all(states[p] is s for p, s in learner.path_to_states.items())
+
+
+def test_compiling_again_does_nothing():
+    learner = learner_of()
+    learner(X)
+    graph, kept = learner.graph, snapshot(learner)
+    objects = traces(learner)
+    learner.compile_graph(jnp.ones((7, 5)), "anything")
+    assert learner.graph is graph and all(a is b for a, b in zip(objects, traces(learner), strict=True))
+    assert_same(snapshot(learner), kept)
+
+
+def test_window_examples_are_reduced_to_their_first_step():
+    for example in (MultiStepData(XS), SingleStepData(X), MultiStepData(jax.ShapeDtypeStruct(XS.shape, XS.dtype))):
+        learner = learner_of(x=example)
+        assert learner(X).shape == (N_OUT,)
+
+
+def test_a_learner_stays_with_the_states_it_compiled():
+    model = net()
+    learner = learner_of(model)
+    old = model.layers[0].h
+    brainstate.nn.init_all_states(model)
+    learner(X)
+    assert model.layers[0].h is not old and (model.layers[0].h.value == 0).all()
+    assert np.abs(old.value).max() > 0
+
+
+def test_attributes():
+    learner = learner_of(name="mine", vjp_method="multi-step", fast_solve=False)
+    assert (learner.name, learner.vjp_method, learner.fast_solve) == ("mine", "multi-step", False)
+    assert learner.executor.is_multi_step_vjp and not learner.executor.is_single_step_vjp
+    assert (learner.decay, learner.decay_x, learner.decay_f) == (0.9, 0.9, 0.9)
+    assert learner.graph is learner.executor.graph and isinstance(learner.graph, braintrace.ETraceGraph)
+    assert isinstance(learner.report, braintrace.CompilationReport) and learner.report.graph is learner.graph
+    uneven = pp_prop(net(), (0.9, 0.5))
+    assert (uneven.decay_x, uneven.decay_f) == (0.9, 0.5)
+    for f in (lambda: uneven.decay, lambda: setattr(learner, "decay", 0.5)):
+        with pytest.raises(AttributeError):
+            f()
+
+
+def test_classes():
+    assert braintrace.ES_D_RTRL is pp_prop and issubclass(pp_prop, braintrace.IODimVjpAlgorithm)
+    assert braintrace.IODimVjpAlgorithm.__mro__[1:3] == (braintrace.ETraceVjpAlgorithm, braintrace.ETraceAlgorithm)
+    assert issubclass(braintrace.ETraceAlgorithm, (braintrace.SequenceDriverMixin, brainstate.nn.Module))
+    assert issubclass(braintrace.EligibilityTrace, brainstate.ShortTermState)
+
+
+def test_positional_arguments_of_older_scripts():
+    for cls in (pp_prop, braintrace.ES_D_RTRL, braintrace.IODimVjpAlgorithm):
+        learner = cls(net(), 19, "name", "multi-step", False)
+        assert (learner.decay, learner.name, learner.vjp_method, learner.fast_solve) == (
+            0.9,
+            "name",
+            "multi-step",
+            False,
+        )
+    assert braintrace.IODimVjpAlgorithm(net(), decay_or_rank=3).decay == 0.5
+
+
+def test_the_old_mode_argument_warns_and_does_nothing():
+    with pytest.warns(DeprecationWarning, match="mode"):
+        learner = pp_prop(net(), 0.9, mode=brainstate.mixin.Batching())
+    learner.compile_graph(X)
+    assert_close(dict(step_gradient(learner, X)), dict(step_gradient(learner_of(), X)))
+    with pytest.raises(TypeError, match="modus"):
+        pp_prop(net(), 0.9, modus=1)
+
+
+@pytest.mark.parametrize("examples", [(0, X), (0, jax.ShapeDtypeStruct((N_IN,), jnp.float32)), (jnp.asarray(0), X)])
+def test_integer_arguments(examples):
+    class Counting(brainstate.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = braintrace.nn.GRUCell(N_IN, N)
+
+        def update(self, i, x):
+            return self.cell(x) + i
+
+    model = Counting()
+    brainstate.nn.init_all_states(model)
+    learner = pp_prop(model, 0.9)
+    learner.compile_graph(*examples)
+    out = for_loop(lambda i, x: learner(i, x), jnp.arange(4), XS)
+    assert out.shape == (4, N) and learner(4, X).shape == (N,)
+
+
+# -- traces
+
+
+def test_one_trace_per_input_and_per_relation():
+    """Two gates read one input; the third parameter has no trace; each trace is a state of its own class."""
+    learner = learner_of()
+    assert sorted(s.value.shape for s in learner.etrace_xs.values()) == [(N_IN + N,), (N_IN + N,)]
+    assert [s.value.shape for s in learner.etrace_dfs.values()] == [(N, 1)] * 2
+    lstm = braintrace.nn.LSTMCell(N_IN, N)
+    brainstate.nn.init_all_states(lstm, batch_size=3)
+    learner = learner_of(lstm, BATCHED[0])
+    assert [s.value.shape for s in learner.etrace_xs.values()] == [(3, N_IN + N)]
+    assert [s.value.shape for s in learner.etrace_dfs.values()] == [(3, N, 2)] * 4
+    assert all(isinstance(s, braintrace.EligibilityTrace) for s in traces(learner))
+    assert all(hash(k) is not None for k in (*learner.etrace_xs, *learner.etrace_dfs))
+
+
+def test_values_of_the_traces_by_hand():
+    model = models.published("ModelA")
+    layer = model.layers[0]
+    learner = pp_prop(model, (0.8, 0.5))
+    learner.compile_graph(X)
+    ex, ef, h = np.zeros(2), np.zeros(3), np.zeros(3)
+    w = jax.tree.map(np.asarray, layer.W.weight.value)
+    for x in np.asarray(XS):
+        learner(jnp.asarray(x))
+        h = np.tanh(0.5 * h + x @ w["weight"] + w["bias"])
+        ex = 0.8 * ex + x
+        ef = 0.5 * (0.5 * (1 - h**2)) * ef + 0.5 * (1 - h**2)
+        (xs,), (dfs,) = (list(d.values()) for d in (learner.etrace_xs, learner.etrace_dfs))
+        np.testing.assert_allclose(xs.value, ex, rtol=1e-5)
+        np.testing.assert_allclose(dfs.value[:, 0], ef, rtol=1e-5)
+    xs, dfs = learner.get_etrace_of(layer.W.weight)
+    assert set(xs) == set(learner.etrace_xs) and set(dfs) == set(learner.etrace_dfs)
+    np.testing.assert_allclose(next(iter(xs.values())), ex, rtol=1e-5)
+
+
+def test_get_etrace_of_takes_states_and_paths():
+    learner = learner_of()
+    weight = learner.model4compile.layers[0].Wz.weight
+    for key in (weight, ("layers", 0, "Wz", "weight"), ["layers", 0, "Wz", "weight"]):
+        xs, dfs = learner.get_etrace_of(key)
+        assert len(xs) == len(dfs) == 1 and set(xs) < set(learner.etrace_xs) and set(dfs) < set(learner.etrace_dfs)
+
+
+def test_new_traces_are_new_states():
+    learner = learner_of()
+    learner(X)
+    before = traces(learner)
+    learner.init_etrace_state(X)
+    assert not {id(s) for s in before} & {id(s) for s in traces(learner)}
+    assert all((s.value == 0).all() for s in traces(learner))
+    assert learner.running_index.value == 1
+
+
+def test_reset_keeps_the_objects_and_the_model():
+    learner = learner_of()
+    first = step_gradient(learner, X)
+    before, h = traces(learner), learner.model4compile.layers[0].h.value
+    learner.reset_state()
+    assert all(a is b and (a.value == 0).all() for a, b in zip(before, traces(learner), strict=True))
+    assert learner.running_index.value == 0
+    np.testing.assert_array_equal(learner.model4compile.layers[0].h.value, h)
+    brainstate.nn.reset_all_states(learner.model4compile)
+    assert_close(dict(step_gradient(learner, X)), dict(first))
+
+
+def test_keys_of_all_states_are_stable():
+    learner = learner_of()
+    before = set(learner.states())
+    states = {id(s) for s in learner.states().values()}
+    learner(X), learner.param_states, learner.hidden_states, learner.report
+    step_gradient(learner, X)
+    assert set(learner.states()) == before
+    assert {id(s) for s in learner.states().values()} == states
+    expected = {id(s) for s in [*learner.model4compile.states().values(), *traces(learner), learner.running_index]}
+    assert states == expected
+    assert set(learner.states(braintrace.EligibilityTrace).values()) == set(traces(learner))
+    assert len(learner.states(ParamState)) == 4
+
+
+# -- steps, windows and the counter
+
+
+@pytest.mark.parametrize("vjp_method", ["single-step", "multi-step"])
+def test_a_window_is_its_steps(vjp_method):
+    one, many = (learner_of(vjp_method=vjp_method) for _ in range(2))
+    outputs = jnp.stack([one(x) for x in XS])
+    np.testing.assert_allclose(many(MultiStepData(XS)), outputs, rtol=1e-5)
+    assert_same(snapshot(one), snapshot(many))
+    assert many.running_index.value == 4
+    many(X)
+    assert many.running_index.value == 5
+
+
+def test_the_counter_counts_calls_without_gradient():
+    learner = learner_of()
+    for n in range(1, 4):
+        learner(X)
+        assert learner.running_index.value == n
+    step_gradient(learner, X)
+    assert learner.running_index.value == 4
+
+
+def test_mixed_inputs_repeat_their_single_steps():
+    class Scaled(brainstate.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = braintrace.nn.GRUCell(N_IN, N)
+
+        def update(self, inputs, scale):
+            return self.cell(inputs["a"] * inputs["b"] * scale)
+
+    def fresh():
+        model = Scaled()
+        brainstate.nn.init_all_states(model)
+        models.randomise(model)
+        learner = pp_prop(model, 0.9)
+        learner.compile_graph({"a": X, "b": X}, 1.0)
+        return learner
+
+    b = jnp.array([1.0, 0.5])
+    learner = fresh()
+    expected = jnp.stack([learner({"a": x, "b": b}, 2.0) for x in XS])
+    for single in (b, SingleStepData(b)):
+        out = fresh()({"a": MultiStepData(XS), "b": single}, 2.0)
+        np.testing.assert_allclose(out, expected, rtol=1e-5)
+
+
+def test_one_window_over_everything_is_backpropagation():
+    learner = learner_of(vjp_method="multi-step")
+    model = net()
+    truth = grad(lambda: loss(for_loop(model, XS)), model.states(ParamState))()
+    assert_close(dict(grad(lambda: loss(learner(MultiStepData(XS))), learner.param_states)()), dict(truth))
+
+
+def test_wrappers_are_pytrees():
+    data = MultiStepData({"a": XS})
+    doubled = jax.jit(lambda d: jax.tree.map(lambda x: 2 * x, d))(data)
+    assert isinstance(doubled, MultiStepData)
+    np.testing.assert_array_equal(doubled.data["a"], 2 * XS)
+    assert "MultiStepData" in repr(data) and jax.tree.leaves(SingleStepData(3)) == [3]
+
+
+# -- transformations
+
+
+def by_hand(learner):
+    return [learner(x) for x in XS]
+
+
+WAYS = {
+    "loop": by_hand,
+    "jit": lambda learner: [jit(learner)(x) for x in XS],
+    "for_loop": lambda learner: for_loop(learner, XS),
+    "scan": lambda learner: scan(lambda c, x: (c, learner(x)), None, XS)[1],
+    "jitted for_loop": lambda learner: jit(lambda xs: for_loop(learner, xs))(XS),
+    "evolve": lambda learner: learner.etrace_evolve(XS, return_outputs=True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_forward_passes(way):
+    expected, other = learner_of(), learner_of()
+    np.testing.assert_allclose(jnp.stack(list(WAYS[way](other))), jnp.stack(by_hand(expected)), rtol=1e-5)
+    assert_same(snapshot(other), snapshot(expected))
+
+
+def test_options_of_the_gradient_transform():
+    learner = learner_of()
+    expected = step_gradient(learner_of(), X)
+    f = grad(lambda x: (loss(learner(x)), x), learner.param_states, has_aux=True, return_value=True)
+    grads, value, aux = jit(f)(X)
+    assert_close(dict(grads), dict(expected))
+    np.testing.assert_array_equal(aux, X)
+    learner, model = learner_of(), net()
+    dx = grad(lambda x: loss(learner(x)), argnums=0)(X)
+    np.testing.assert_allclose(dx, grad(lambda x: loss(model(x)), argnums=0)(X), rtol=1e-5)
+    learner = learner_of()
+    some = {"readout": learner.param_states["layers", 1, "weight"]}
+    only = grad(lambda x: loss(learner(x)), some)(X)
+    assert_close(dict(only), {"readout": expected["layers", 1, "weight"]})
+    assert value == loss(learner_of()(X))
+
+
+def test_gradients_of_all_model_parameters_and_vector_valued_losses():
+    learner = learner_of()
+    expected = step_gradient(learner_of(), X)
+    assert_close(dict(grad(lambda: loss(learner(X)), learner.model4compile.states(ParamState))()), dict(expected))
+    learner = learner_of()
+    vector = vector_grad(lambda: (learner(X) - 1) ** 2, learner.param_states)()
+    assert_close(dict(vector), dict(expected))
+
+
+def test_hessian_of_the_input():
+    learner, model = learner_of(), net()
+    ours = hessian(lambda x: loss(learner(x)), argnums=0)(X)
+    np.testing.assert_allclose(ours, hessian(lambda x: loss(model(x)), argnums=0)(X), rtol=1e-4, atol=1e-5)
+
+
+def test_traces_are_constants_of_the_gradient():
+    learner = learner_of()
+    learner(X)
+    trace = next(iter(learner.etrace_dfs.values()))
+    (g,) = grad(lambda: loss(learner(X)) + 0 * trace.value.sum(), {"trace": trace})().values()
+    assert (g == 0).all()
+
+
+def test_forward_mode_is_refused():
+    learner = learner_of()
+    with pytest.raises(TypeError, match="jvp|custom_vjp|forward"):
+        jax.jvp(lambda x: learner(x), (X,), (X,))
+
+
+def mapped_gradient(mapped, params, x):
+    return jit(grad(lambda x: loss(mapped(x)), params))(x)
+
+
+def batched_truth(steps=2):
+    model = net()
+    brainstate.nn.init_all_states(model, batch_size=3)
+    learner = learner_of(model, BATCHED[0])
+    return [step_gradient(learner, x) for x in BATCHED[:steps]]
+
+
+def assert_gradients(ours, expected):
+    for a, b in zip(ours, expected, strict=True):
+        assert_close(dict(a), dict(b))
+
+
+def test_mapping_by_hand():
+    model = net()
+    learner = pp_prop(model, 0.9)
+    seen = []
+
+    @brainstate.transform.vmap_new_states(state_tag="new", axis_size=3)
+    def init():
+        brainstate.nn.init_all_states(model)
+        learner.compile_graph(X)
+        seen.append((brainstate.transform.in_new_state_probe(), learner.is_compiled))
+
+    init()
+    assert all(compiled != probing for probing, compiled in seen) and learner.is_compiled
+    mapped = brainstate.nn.Vmap(learner, vmap_states="new")
+    assert_gradients([mapped_gradient(mapped, learner.param_states, x) for x in BATCHED[:2]], batched_truth())
+    assert {s.value.shape[0] for s in traces(learner)} == {3}
+
+
+def test_compiled_for_mapping():
+    model = net()
+    mapped = braintrace.compile(model, "pp_prop", BATCHED[0], batch_size=3, vmap=True, decay_or_rank=0.9)
+    assert isinstance(mapped, braintrace.ETraceVmap) and isinstance(mapped.module, pp_prop)
+    assert {r.primitive.name for r in mapped.module.graph.hidden_param_op_relations} == {"etp_mv"}
+    assert_gradients([mapped_gradient(mapped, mapped.module.param_states, x) for x in BATCHED[:2]], batched_truth())
+
+
+def test_compiling_in_a_probe_does_nothing(monkeypatch):
+    learner = pp_prop(net(), 0.9)
+    monkeypatch.setattr(brainstate.transform, "in_new_state_probe", lambda: True)
+    learner.compile_graph(X)
+    assert not learner.is_compiled
+    monkeypatch.undo()
+    learner.compile_graph(X)
+    assert learner.is_compiled
+
+
+def test_a_mapped_model():
+    """`brainstate.nn.Map` as the model: the operations carry the batch axis."""
+    model = brainstate.nn.Map(net(), init_map_size=3)
+    model.init_all_states()
+    learner = learner_of(model, BATCHED[0])
+    assert {p[0] for p in learner.param_states} == {"module"}
+    assert {r.primitive.name for r in learner.graph.hidden_param_op_relations} == {"etp_mm"}
+    ours = [step_gradient(learner, x) for x in BATCHED[:2]]
+    assert_gradients([{p[1:]: g for p, g in grads.items()} for grads in ours], batched_truth())
+
+
+def test_an_optimiser_takes_the_parameters():
+    braintools = pytest.importorskip("braintools")
+    learner = learner_of()
+    optimiser = braintools.optim.Adam(1e-1)
+    optimiser.register_trainable_weights(learner.param_states)
+
+    @jit
+    def train(x):
+        grads, value = grad(lambda x: loss(learner(x)), learner.param_states, return_value=True)(x)
+        optimiser.step(grads)
+        return value
+
+    losses = [train(X) for _ in range(20)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# -- hooks for subclasses
+
+
+class Clipped(pp_prop):
+    def _update_etrace_data(self, running_index, old_traces, xs_and_dfs, Ds, weight_vals, input_is_multi_step):
+        assert set(weight_vals) == set(self.param_states)
+        new = super()._update_etrace_data(running_index, old_traces, xs_and_dfs, Ds, weight_vals, input_is_multi_step)
+        return jax.tree.map(lambda t: jnp.clip(t, -0.05, 0.05), new)
+
+
+class Rescaled(pp_prop):
+    def _solve_weight_gradients(self, running_index, traces, signals, weight_vals, plain_grads, etp_window_grads):
+        grads = super()._solve_weight_gradients(
+            running_index, traces, signals, weight_vals, plain_grads, etp_window_grads
+        )
+        assert set(grads) == set(self.param_states) == set(weight_vals) == set(plain_grads)
+        return jax.tree.map(lambda g: 3.0 * g, grads)
+
+
+class Doubled(pp_prop):
+    def _get_update_aux(self):
+        return jnp.asarray(2.0)
+
+    def _compute_learning_signal(self, signals, args_plus_aux):
+        *_, factor = args_plus_aux
+        assert [s.shape for s in signals] == [(N, 1)]
+        return [factor * s for s in signals]
+
+
+def hooked(cls):
+    learner = cls(models.published("ModelA"), 0.9)
+    learner.compile_graph(X)
+    return learner
+
+
+def ramp_gradient(learner, x):
+    (g,) = grad(lambda: (learner(x) * jnp.arange(1.0, 4.0)).sum(), learner.param_states)().values()
+    return g
+
+
+def test_clipped_traces():
+    learner = hooked(Clipped)
+    for x in XS:
+        ramp_gradient(learner, x)
+        assert max(np.abs(s.value).max() for s in traces(learner)) <= 0.05 + 1e-7
+    assert np.abs(next(iter(hooked(pp_prop)._get_etrace_data()[0].values()))).max() == 0
+    plain = hooked(pp_prop)
+    plain(X)
+    assert max(np.abs(s.value).max() for s in traces(plain)) > 0.05
+
+
+def test_rescaled_gradients():
+    ours, plain = hooked(Rescaled), hooked(pp_prop)
+    for x in XS[:2]:
+        assert_close({"w": ramp_gradient(ours, x)}, {"w": jax.tree.map(lambda g: 3 * g, ramp_gradient(plain, x))})
+
+
+def test_changed_signals():
+    """The whole gradient of a traced parameter is its signal against the trace, here twice as large."""
+    ours, plain = hooked(Doubled), hooked(pp_prop)
+    for x in XS[:2]:
+        assert_close({"w": ramp_gradient(ours, x)}, {"w": jax.tree.map(lambda g: 2 * g, ramp_gradient(plain, x))})
+
+
+def test_traces_can_be_read_and_written():
+    learner = learner_of()
+    learner(X)
+    data = learner._get_etrace_data()
+    learner._assign_etrace_data(jax.tree.map(lambda t: 2 * t, data))
+    for a, b in zip(jax.tree.leaves(learner._get_etrace_data()), jax.tree.leaves(data), strict=True):
+        np.testing.assert_array_equal(a, 2 * b)
+
+
+# -- compile
+
+
+@pytest.mark.parametrize("name", ["pp_prop", "es_d_rtrl", "esd_rtrl", " PP_Prop ", "ES_D_RTRL", pp_prop])
+def test_names_of_the_rule(name):
+    learner = braintrace.compile(net(), name, X, decay_or_rank=0.9)
+    assert type(learner) is pp_prop and learner.is_compiled and learner.decay == 0.9
+
+
+@pytest.mark.parametrize("example", [X, np.asarray(X), jax.ShapeDtypeStruct((N_IN,), jnp.float32), MultiStepData(XS)])
+def test_examples(example):
+    assert braintrace.compile(net(), "pp_prop", example, decay_or_rank=0.9)(X).shape == (N_OUT,)
+
+
+def test_compile_makes_new_states_with_the_batch_size():
+    model = net()
+    h = model.layers[0].h
+    learner = braintrace.compile(model, "pp_prop", BATCHED[0], batch_size=3, decay_or_rank=0.9)
+    assert model.layers[0].h is not h and model.layers[0].h.value.shape == (3, N)
+    assert learner(BATCHED[0]).shape == (3, N_OUT)
+    assert {r.primitive.name for r in learner.graph.hidden_param_op_relations} == {"etp_mm"}
+
+
+def test_compile_initialises_a_fresh_model():
+    learner = braintrace.compile(braintrace.nn.LSTMCell(N_IN, N), "pp_prop", X, decay_or_rank=0.9)
+    assert learner(X).shape == (N,)
+
+
+def test_seed_of_the_initial_states():
+    def initial(seed):
+        cell = braintrace.nn.GRUCell(N_IN, N, state_init=brainstate.nn.init.Normal(1.0))
+        braintrace.compile(cell, "pp_prop", X, decay_or_rank=0.9, seed=seed)
+        return np.asarray(cell.h.value)
+
+    np.testing.assert_array_equal(initial(5), initial(5))
+    assert np.abs(initial(5) - initial(6)).max() > 1e-3
+
+
+def test_the_global_generator_is_restored():
+    def draw(seed):
+        with brainstate.random.seed_context(1):
+            cell = braintrace.nn.ValinaRNNCell(N_IN, N, w_init=jnp.ones((N_IN + N, N)))
+            for _ in range(seed is not None):
+                braintrace.compile(cell, "pp_prop", X, decay_or_rank=0.9, seed=seed)
+            return np.asarray(brainstate.random.uniform(size=3))
+
+    np.testing.assert_array_equal(draw(None), draw(7))
+
+
+@pytest.mark.parametrize("verbose", [0, 1, 2])
+def test_verbose(verbose, capsys):
+    learner = braintrace.compile(net(), "pp_prop", X, decay_or_rank=0.9, verbose=verbose)
+    assert capsys.readouterr().out == ("" if verbose == 0 else learner.report.to_str(verbose) + "\n")
+
+
+def test_options_reach_the_constructor():
+    learner = braintrace.compile(net(), "pp_prop", X, decay_or_rank=(0.9, 3), vjp_method="multi-step", name="mine")
+    assert (learner.decay_x, learner.decay_f, learner.vjp_method, learner.name) == (0.9, 0.5, "multi-step", "mine")
+
+
+def test_two_learners_of_one_model_are_independent():
+    model = net()
+    first = braintrace.compile(model, "pp_prop", X, decay_or_rank=0.9)
+    first(X)
+    second = braintrace.compile(model, "pp_prop", X, decay_or_rank=0.5)
+    assert (first.running_index.value, second.running_index.value) == (1, 0)
+    assert list(second.hidden_states.values())[0] is model.states(HiddenState)["layers", 0, "h"]
+    assert list(first.hidden_states.values())[0] is not model.states(HiddenState)["layers", 0, "h"]
+    assert all(first.param_states[p] is second.param_states[p] for p in first.param_states)

@@ -1,0 +1,403 @@
+"""Whole sequences: `etrace_grad` and `etrace_evolve` against the oracle and against the user's own loop."""
+
+from itertools import product
+
+import brainstate
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import pytest
+from brainstate import HiddenState
+from helpers import PPProp, assert_close, total
+from models import CELLS, LOSSES, READOUTS, SMALL, SPIKING, STACKED, Problem
+
+import braintrace
+
+pytestmark = pytest.mark.usefixtures("time_step")
+
+ALL = CELLS | SPIKING | STACKED | SMALL
+PAIRS = [("gru", "linear"), ("lif-alif", "leaky"), ("alif-coba", "leaky"), ("ReadsOld", None), ("Beside", "leaky")]
+
+
+def problem_of(model, readout, batch=2, **options):
+    return Problem(ALL[model], READOUTS.get(readout), batch, **options)
+
+
+def step_fn(problem, learner):
+    return lambda x, target: problem.loss(problem.net, learner, x, target)
+
+
+def weighted(steps, weights):
+    """The sum of weight times gradient over `(loss, gradient)` pairs."""
+    return total([(loss, jax.tree.map(lambda g: w * g, grads)) for w, (loss, grads) in zip(weights, steps)])
+
+
+def hidden(net):
+    return {path: state.value for path, state in net.states(HiddenState).items()}
+
+
+# -- the same sum, however it is driven
+
+
+@pytest.mark.parametrize(
+    "model, readout, loss",
+    [(*pair, models.squares) for pair in PAIRS] + list(product(["gru", "lif-alif"], ["leaky"], LOSSES)),
+)
+def test_whole_sequence_is_the_oracle(model, readout, loss):
+    problem = problem_of(model, readout, loss=loss)
+    learner = problem.learner(0.9)
+    grads, losses = learner.etrace_grad(
+        *problem.sequences(), step_fn=step_fn(problem, learner), reduction="sum", return_value=True
+    )
+    steps, after = problem.oracle().online(PPProp(0.9), problem.sequence)
+    assert_close(dict(grads), total(steps))
+    np.testing.assert_allclose(losses, [loss for loss, _ in steps], rtol=1e-5)
+    assert_close(hidden(problem.net), {path: after[path] for path in hidden(problem.net)})
+
+
+def by_loop(problem, learner):
+    return total(problem.online(learner))
+
+
+def by_driver(problem, learner):
+    return learner.etrace_grad(*problem.sequences(), step_fn=step_fn(problem, learner), reduction="sum")
+
+
+def by_jitted_driver(problem, learner):
+    return brainstate.transform.jit(
+        lambda *xs: learner.etrace_grad(*xs, step_fn=step_fn(problem, learner), reduction="sum")
+    )(*problem.sequences())
+
+
+def by_two_drivers(problem, learner, at=2):
+    parts = [[x[:at] for x in problem.sequences()], [x[at:] for x in problem.sequences()]]
+    f = step_fn(problem, learner)
+    return total([(None, dict(learner.etrace_grad(*xs, step_fn=f, reduction="sum"))) for xs in parts])
+
+
+def by_driver_then_loop(problem, learner, at=3):
+    head = learner.etrace_grad(
+        *(x[:at] for x in problem.sequences()), step_fn=step_fn(problem, learner), reduction="sum"
+    )
+    step = problem.step(learner)
+    return total([(None, dict(head))] + [(None, dict(step(*args)[0])) for args in problem.sequence[at:]])
+
+
+def by_loop_then_driver(problem, learner, at=1):
+    step = problem.step(learner)
+    head = [(None, dict(step(*args)[0])) for args in problem.sequence[:at]]
+    tail = learner.etrace_grad(
+        *(x[at:] for x in problem.sequences()), step_fn=step_fn(problem, learner), reduction="sum"
+    )
+    return total([*head, (None, dict(tail))])
+
+
+def by_scan(problem, learner):
+    """The user's own `scan` over the gradient of a step."""
+    step = brainstate.transform.grad(
+        lambda *args: problem.loss(problem.net, learner, *args), learner.param_states, return_value=True
+    )
+    stacked, _ = brainstate.transform.for_loop(lambda *args: step(*args), *problem.sequences())
+    return jax.tree.map(lambda g: g.sum(0), stacked)
+
+
+WAYS = [by_loop, by_driver, by_jitted_driver, by_two_drivers, by_driver_then_loop, by_loop_then_driver, by_scan]
+
+
+@pytest.mark.parametrize("model, readout", PAIRS[1:3])
+def test_ways_to_drive(model, readout):
+    """Every way gives the oracle's sum and leaves the learner where the others leave it, ready for one more step."""
+    problem = problem_of(model, readout, steps=6)
+    *problem.sequence, last = problem.sequence
+    expected = total(problem.oracle().online(PPProp(0.9), problem.sequence)[0])
+    (*_, (_, one_more)), after = problem.oracle().online(PPProp(0.9), [*problem.sequence, last])
+    learner = problem.learner(0.9)
+    for way in WAYS:
+        brainstate.nn.reset_all_states(problem.net, problem.batch)
+        learner.reset_state()
+        assert_close(dict(way(problem, learner)), expected, what=way.__name__)
+        assert int(learner.running_index.value) == len(problem.sequence), way.__name__
+        assert_close(dict(problem.step(learner)(*last)[0]), one_more, what=f"{way.__name__}, one more step")
+        assert_close(hidden(problem.net), {path: after[path] for path in hidden(problem.net)}, what=way.__name__)
+
+
+@pytest.mark.parametrize("model, readout", [("gru", "linear"), ("alif-coba", "leaky"), ("Beside", None)])
+def test_mapped_learner(model, readout):
+    batched = problem_of(model, readout)
+    problem = problem_of(model, readout, batch=None)
+    problem.batch, problem.sequence = 2, batched.sequence
+    mapped = braintrace.compile(
+        problem.net, braintrace.pp_prop, problem.sequence[0][0], batch_size=2, vmap=True, decay_or_rank=0.9
+    )
+    grads = mapped.etrace_grad(*problem.sequences(), step_fn=step_fn(problem, mapped), reduction="sum")
+    assert_close(dict(grads), total(batched.oracle().online(PPProp(0.9), batched.sequence)[0]))
+
+
+def test_one_step():
+    problem = problem_of("lstm", "linear", steps=1)
+    learner = problem.learner(0.9)
+    grads = learner.etrace_grad(*problem.sequences(), step_fn=step_fn(problem, learner))
+    assert_close(dict(grads), problem.oracle().bptt(problem.sequence)[1])
+
+
+def test_pytree_sequences():
+    problem = problem_of("gru", "linear")
+    xs, targets = problem.sequences()
+    learner = problem.learner(0.9)
+    grads = learner.etrace_grad(
+        {"x": xs, "rest": (targets,)},
+        jnp.arange(len(xs)),
+        step_fn=lambda s, t: (t + 1) * problem.loss(problem.net, learner, s["x"], s["rest"][0]),
+        reduction="sum",
+    )
+    steps, _ = problem.oracle().online(PPProp(0.9), problem.sequence)
+    assert_close(dict(grads), weighted(steps, range(1, 6)))
+
+
+# -- mask, reduction, what is returned
+
+MASKS = [None, [1, 1, 0, 1, 0], [0, 0, 0, 0, 1], [0.5, -1, 0, 2, 0.25], [0.1, 0, 0.2, 0, 0], [0, 0, 0, 0, 0]]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The oracle's steps for the rows below."""
+    with brainstate.environ.context(dt=1.0):
+        problem = problem_of("vanilla", "linear")
+        return problem.oracle().online(PPProp(0.9), problem.sequence)[0]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_mask_and_reduction(mask, reduction, reference):
+    problem = problem_of("vanilla", "linear")
+    learner = problem.learner(0.9)
+    weights = np.ones(5) if mask is None else np.array(mask)
+    scale = 1 / max(weights.sum(), 1) if reduction == "mean" else 1.0
+    raw = np.array([loss for loss, _ in reference])
+    expected = weighted(reference, scale * weights)
+    options = {} if mask is None else {"mask": jnp.array(mask, jnp.float32)}
+    for output, losses in [
+        (None, None),
+        ("per_step", raw),
+        ("masked", raw * weights),
+        ("scalar", scale * (raw * weights).sum()),
+    ]:
+        brainstate.nn.reset_all_states(problem.net, 2)
+        learner.reset_state()
+        keywords = options if output is None else options | {"return_value": True, "loss_output": output}
+        result = learner.etrace_grad(
+            *problem.sequences(), step_fn=step_fn(problem, learner), reduction=reduction, **keywords
+        )
+        if output is not None:
+            result, values = result
+            np.testing.assert_allclose(values, losses, rtol=1e-5, atol=1e-6)
+        assert_close(dict(result), expected)
+
+
+@pytest.mark.parametrize("has_aux", [False, True])
+@pytest.mark.parametrize("return_value", [False, True])
+def test_results(has_aux, return_value, reference):
+    problem = problem_of("vanilla", "linear")
+    learner = problem.learner(0.9)
+
+    def f(x, target):
+        out = learner(x)
+        loss = ((out - target) ** 2).sum()
+        return (loss, {"out": out, "norm": jnp.abs(out).sum()}) if has_aux else loss
+
+    result = learner.etrace_grad(*problem.sequences(), step_fn=f, has_aux=has_aux, return_value=return_value)
+    if has_aux or return_value:
+        result, *rest = result
+        assert len(rest) == has_aux + return_value
+        if return_value:
+            np.testing.assert_allclose(rest[0], [loss for loss, _ in reference], rtol=1e-5)
+        if has_aux:
+            assert rest[-1]["out"].shape == (5, 2, models.N_OUT) and rest[-1]["norm"].shape == (5,)
+            losses = ((rest[-1]["out"] - problem.sequences()[1]) ** 2).sum((1, 2))
+            np.testing.assert_allclose(losses, [loss for loss, _ in reference], rtol=1e-5)
+    assert_close(dict(result), weighted(reference, [1 / 5] * 5))
+
+
+def test_weights(reference):
+    """Only the states asked for, under the keys they are given by."""
+    problem = problem_of("vanilla", "linear")
+    learner = problem.learner(0.9)
+    chosen = {"gate": learner.param_states["layers", 0, "W", "weight"], "out": problem.net.layers[1].weight}
+    grads = learner.etrace_grad(
+        *problem.sequences(), step_fn=step_fn(problem, learner), weights=chosen, reduction="sum"
+    )
+    every = total(reference)
+    expected = {"gate": every["layers", 0, "W", "weight"], "out": every["layers", 1, "weight"]}
+    assert_close(dict(grads), expected)
+
+
+# -- windows
+
+
+def window_fn(learner):
+    def f(xs, targets):
+        return ((learner(braintrace.MultiStepData(xs)) - targets) ** 2).sum((1, 2))
+
+    return f
+
+
+WINDOWS = [
+    ("gru", "linear", 2),
+    ("gru", "linear", 6),
+    *(("ModelB", None, k) for k in (1, 2, 3, 6)),
+    ("alif-coba", "leaky", 3),
+]
+
+
+@pytest.mark.parametrize("model, readout, k", WINDOWS)
+def test_windows(model, readout, k):
+    """Back-propagation inside a window, the trace at its entry for what was before; one window is BPTT."""
+    problem = problem_of(model, readout, steps=6)
+    learner = problem.learner(0.9, vjp_method="multi-step")
+    f = window_fn(learner) if k > 1 else step_fn(problem, learner)
+    mask = jnp.array([1.0, 1.0, 0.5, 1.0, 0.0, 2.0]) if k > 1 else None
+    grads, losses = learner.etrace_grad(
+        *problem.sequences(), step_fn=f, chunk_size=k, reduction="sum", return_value=True
+    )
+    steps, after = problem.oracle().windows(PPProp(0.9), problem.sequence, k)
+    assert_close(dict(grads), total(steps), 2e-5)
+    np.testing.assert_allclose(losses, np.concatenate([np.atleast_1d(loss) for loss, _ in steps]), rtol=1e-5)
+    assert_close(hidden(problem.net), {path: after[path] for path in hidden(problem.net)})
+    assert int(learner.running_index.value) == 6
+    if k == 6:
+        assert_close(dict(grads), problem.oracle().bptt(problem.sequence)[1], 2e-5)
+    if mask is not None:
+        brainstate.nn.reset_all_states(problem.net, 2)
+        learner.reset_state()
+        problem.sequence = [(*args, m) for args, m in zip(problem.sequence, mask)]
+        problem.loss = lambda net, call, x, target, m: m * models.squares(net, call, x, target)
+        grads = learner.etrace_grad(*problem.sequences()[:2], step_fn=f, chunk_size=k, mask=mask, reduction="sum")
+        assert_close(dict(grads), total(problem.oracle().windows(PPProp(0.9), problem.sequence, k)[0]), 2e-5)
+
+
+# -- etrace_evolve
+
+
+@pytest.mark.parametrize(
+    "vjp_method, k", [("single-step", None), ("single-step", 3), ("multi-step", 1), ("multi-step", 2)]
+)
+def test_evolve(vjp_method, k):
+    """Everything advances, nothing is differentiated: the next gradient is that after as many steps."""
+    problem = problem_of("lstm", "leaky", steps=7)
+    *problem.sequence, last = problem.sequence
+    learner = problem.learner(0.9, vjp_method=vjp_method)
+    xs = problem.sequences()[0]
+    outputs = learner.etrace_evolve(xs, chunk_size=k, return_outputs=True)
+    assert outputs.shape == ((6, 2, 2) if k in (None, 1) else (6 // k, k, 2, 2))
+    assert int(learner.running_index.value) == 6
+    problem.sequence.append(last)
+    if vjp_method == "single-step":
+        steps, _ = problem.oracle().online(PPProp(0.9), problem.sequence)
+    else:
+        steps, _ = problem.oracle().windows(PPProp(0.9), problem.sequence, 1)
+    assert_close(dict(problem.step(learner)(*last)[0]), steps[-1][1], 2e-5)
+    targets = jnp.stack([target for _, target in problem.sequence[:-1]])
+    losses = ((outputs.reshape(6, 2, 2) - targets) ** 2).sum((1, 2))
+    np.testing.assert_allclose(losses, np.ravel([loss for loss, _ in steps[:-1]]), rtol=1e-5)
+
+
+def test_evolve_returns_nothing_by_default_and_takes_a_step_fn():
+    problem = problem_of("gru", "linear")
+    learner = problem.learner(0.9)
+    xs, targets = problem.sequences()
+    assert learner.etrace_evolve(xs) is None
+    brainstate.nn.reset_all_states(problem.net, 2)
+    learner.reset_state()
+    squares = learner.etrace_evolve(
+        xs, targets, step_fn=lambda x, y: {"loss": ((learner(x) - y) ** 2).sum()}, return_outputs=True
+    )
+    steps, _ = problem.oracle().online(PPProp(0.9), problem.sequence)
+    np.testing.assert_allclose(squares["loss"], [loss for loss, _ in steps], rtol=1e-5)
+
+
+# -- errors: (what is wrong, keywords and sequences, exception). `f` is a good step_fn, `x` a good sequence.
+
+ROWS = [
+    ("no sequences", lambda g, f, x: g(step_fn=f), ValueError),
+    ("empty pytree", lambda g, f, x: g({}, step_fn=f), ValueError),
+    ("scalar leaf", lambda g, f, x: g(x, 1.0, step_fn=lambda x, s: f(x)), ValueError),
+    ("unequal lengths", lambda g, f, x: g(x, x[:3], step_fn=lambda x, s: f(x)), ValueError),
+    ("no time step", lambda g, f, x: g(x[:0], step_fn=f), ValueError),
+    ("chunk_size 0", lambda g, f, x: g(x, step_fn=f, chunk_size=0), ValueError),
+    ("chunk_size not dividing", lambda g, f, x: g(x, step_fn=f, chunk_size=4), ValueError),
+    ("chunk_size bool", lambda g, f, x: g(x, step_fn=f, chunk_size=True), TypeError),
+    ("chunk_size NumPy", lambda g, f, x: g(x, step_fn=f, chunk_size=np.int64(2)), TypeError),
+    ("chunk_size float", lambda g, f, x: g(x, step_fn=f, chunk_size=2.0), TypeError),
+    ("wrapped, several", lambda g, f, x: g(braintrace.MultiStepData(x), step_fn=f), TypeError),
+    ("wrapped, single", lambda g, f, x: g({"a": braintrace.SingleStepData(x)}, step_fn=f), TypeError),
+]
+GRAD_ROWS = [
+    ("no step_fn", lambda g, f, x: g(x), TypeError),
+    ("mask shape", lambda g, f, x: g(x, step_fn=f, mask=jnp.ones(3)), ValueError),
+    ("mask rank", lambda g, f, x: g(x, step_fn=f, mask=jnp.ones((6, 1))), ValueError),
+    ("reduction", lambda g, f, x: g(x, step_fn=f, reduction="max"), ValueError),
+    ("loss_output", lambda g, f, x: g(x, step_fn=f, return_value=True, loss_output="all"), ValueError),
+    ("loss not scalar", lambda g, f, x: g(x, step_fn=lambda x: f(x) * jnp.ones(3)), ValueError),
+]
+WINDOW_ROWS = [
+    ("window loss not (k,)", lambda g, f, x: g(x, step_fn=lambda w: f(w).sum(), chunk_size=2), ValueError),
+    ("window loss too wide", lambda g, f, x: g(x, step_fn=lambda w: f(w)[:, None], chunk_size=2), ValueError),
+]
+IDS = {"ids": lambda value: value if isinstance(value, str) else ""}
+
+
+@pytest.fixture(scope="module", params=["single-step", "multi-step"])
+def small(request):
+    problem = Problem(SMALL["ModelA"], steps=6)
+    return problem.learner(0.9, vjp_method=request.param), problem.sequences()[0]
+
+
+@pytest.mark.parametrize("what, call, error", ROWS, **IDS)
+def test_errors_of_both_drivers(what, call, error, small):
+    learner, xs = small
+    for drive in (learner.etrace_grad, learner.etrace_evolve):
+        with pytest.raises(error):
+            call(drive, lambda x: learner(x).sum(), xs)
+
+
+@pytest.mark.parametrize("what, call, error", GRAD_ROWS, **IDS)
+def test_errors_of_etrace_grad(what, call, error, small):
+    learner, xs = small
+    with pytest.raises(error):
+        call(learner.etrace_grad, lambda x: learner(x).sum(), xs)
+
+
+@pytest.mark.parametrize("what, call, error", WINDOW_ROWS, **IDS)
+def test_errors_of_windows(what, call, error):
+    problem = Problem(SMALL["ModelA"], steps=6)
+    learner = problem.learner(0.9, vjp_method="multi-step")
+    with pytest.raises(error):
+        call(learner.etrace_grad, lambda w: learner(braintrace.MultiStepData(w)).sum(-1), problem.sequences()[0])
+
+
+def test_windows_need_multi_step():
+    problem = Problem(SMALL["ModelA"], steps=6)
+    learner = problem.learner(0.9)
+    with pytest.raises(ValueError, match="multi-step"):
+        learner.etrace_grad(problem.sequences()[0], step_fn=window_fn(learner), chunk_size=2)
+
+
+def test_windows_are_refused_under_vmap():
+    problem = Problem(SMALL["ModelA"], steps=6)
+    xs = jnp.stack([problem.sequences()[0]] * 2, axis=1)
+    options = {"batch_size": 2, "vmap": True, "decay_or_rank": 0.9, "vjp_method": "multi-step"}
+    mapped = braintrace.compile(problem.net, braintrace.pp_prop, xs[0], **options)
+    for drive in (mapped.etrace_grad, mapped.etrace_evolve):
+        with pytest.raises(ValueError):
+            drive(xs, step_fn=lambda w: mapped(braintrace.MultiStepData(w)).sum((1, 2)), chunk_size=2)
+
+
+def test_drivers_need_a_compiled_graph():
+    problem = Problem(SMALL["ModelA"])
+    learner = braintrace.pp_prop(problem.net, 0.9)
+    xs, _ = problem.sequences()
+    for drive in (learner.etrace_grad, learner.etrace_evolve):
+        with pytest.raises(ValueError, match="compile_graph"):
+            drive(xs, step_fn=lambda x: learner(x).sum())
