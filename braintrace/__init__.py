@@ -20,6 +20,10 @@ from ._learners.config import ETraceConfig as ETraceConfig
 from ._learners.io_dim import ES_D_RTRL as ES_D_RTRL
 from ._learners.io_dim import IODimVjpAlgorithm as IODimVjpAlgorithm
 from ._learners.io_dim import pp_prop as pp_prop
+from ._learners.param_dim import ParamDimVjpAlgorithm as ParamDimVjpAlgorithm
+from ._learners.rules import D_RTRL as D_RTRL
+from ._learners.rules import EProp as EProp
+from ._learners.rules import OSTLFeedforward as OSTLFeedforward
 from ._learners.vjp import ETraceVjpAlgorithm as ETraceVjpAlgorithm
 from ._ops import ETPPrimitive as ETPPrimitive
 from ._ops import element_wise as element_wise
@@ -37,6 +41,10 @@ __version_info__ = (0, 3, 0)
 
 __all__ = [
     "CompilationError",
+    "D_RTRL",
+    "EProp",
+    "OSTLFeedforward",
+    "ParamDimVjpAlgorithm",
     "CompilationRecord",
     "CompilationReport",
     "DiagnosticKind",

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from ._learners.base import ETraceAlgorithm, head
 from ._learners.config import ETraceConfig
 from ._learners.io_dim import IODimVjpAlgorithm, pp_prop
+from ._learners.param_dim import ParamDimVjpAlgorithm
+from ._learners.rules import D_RTRL, EProp, OSTLFeedforward
 from ._sequence import ETraceVmap
 from ._types import CompilationError
 
@@ -21,10 +23,17 @@ NAMES: dict[str, type[ETraceAlgorithm]] = {
     "pp_prop": pp_prop,
     "es_d_rtrl": pp_prop,
     "esd_rtrl": pp_prop,
+    "ostl_feedforward": OSTLFeedforward,
+    "d_rtrl": D_RTRL,
+    "eprop": EProp,
+    "e_prop": EProp,
 }
 
 
-ENGINES: dict[str, type[ETraceAlgorithm]] = {"io_factorized": IODimVjpAlgorithm}
+ENGINES: dict[str, type[ETraceAlgorithm]] = {
+    "io_factorized": IODimVjpAlgorithm,
+    "per_param": ParamDimVjpAlgorithm,
+}
 
 
 def compile(
@@ -44,7 +53,8 @@ def compile(
     model : brainstate.nn.Module
         The model; its states are always initialised anew (``brainstate.nn.init_all_states``).
     algorithm : str, ETraceAlgorithm subclass or ETraceConfig
-        The learning rule by name (``'pp_prop'``, ``'es_d_rtrl'``, ``'esd_rtrl'``), by class, or by coordinates.
+        The learning rule by name (``'pp_prop'``, ``'es_d_rtrl'``, ``'esd_rtrl'``, ``'d_rtrl'``, ``'eprop'``,
+        ``'e_prop'``, ``'ostl_feedforward'``), by class, or by coordinates.
     *example_inputs : pytree of array, jax.ShapeDtypeStruct or scalar
         At least one; the structure of later ``update(*inputs)``.
     batch_size : int, optional

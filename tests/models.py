@@ -571,10 +571,10 @@ class Problem:
         self.loss, self.batch = loss, batch
         self.sequence = inputs(steps, batch, N_OUT if readout else N, kind, dtype=dtype)
 
-    def learner(self, *args, **options):
+    def learner(self, *args, make=None, **options):
         import braintrace
 
-        learner = braintrace.pp_prop(self.net, *args, **options)
+        learner = (make or braintrace.pp_prop)(self.net, *args, **options)
         learner.compile_graph(self.sequence[0][0])
         return learner
 

@@ -18,7 +18,7 @@ BATCHES = [None, 2]
 
 def check(problem, rule=PPProp(0.9), tol=1e-5, **options):
     """Every step of the library equals the oracle's; the first one, with no history, equals back-propagation."""
-    learner = problem.learner(**({"decay_or_rank": 0.9} | options))
+    learner = problem.learner(**(options if "make" in options else {"decay_or_rank": 0.9} | options))
     ours = problem.online(learner)
     oracle = problem.oracle()
     theirs, after = oracle.online(rule, problem.sequence)

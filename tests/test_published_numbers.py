@@ -8,6 +8,8 @@ import braintrace
 
 RULES = {
     "pp_prop": lambda net, decay: braintrace.pp_prop(net, decay_or_rank=decay),
+    "D_RTRL": lambda net, _: braintrace.D_RTRL(net),
+    "EProp": lambda net, kappa: braintrace.EProp(net, kappa_filter_decay=kappa),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import brainstate
@@ -75,6 +75,8 @@ class HiddenParamOpRelation(NamedTuple):
     trainable_vars, trainable_paths, trainable_leaf_indices, trainable_param_states : dict
         Per trainable key: the operand variable, the path of its parameter, the leaf number within the parameter's
         value and the parameter. The first parameter is named where an operand is computed from several.
+    fixed_vars : dict
+        Operands that are neither trained nor the input, by position.
     op_index : int
         Number of the operation among the marked operations of the step.
     parameter_paths : tuple of path
@@ -96,6 +98,7 @@ class HiddenParamOpRelation(NamedTuple):
     trainable_paths: dict[str, Path]
     trainable_leaf_indices: dict[str, int]
     trainable_param_states: dict[str, brainstate.ParamState]
+    fixed_vars: Mapping[int, Any]
     op_index: int
     parameter_paths: tuple[Path, ...]
     operand_program: OperandProgram
@@ -264,6 +267,7 @@ def find_relations(
                 trainable_paths=paths,
                 trainable_leaf_indices=leaf_of,
                 trainable_param_states={k: states[p] for k, p in paths.items()},
+                fixed_vars=_fixed_vars(op, paths),
                 op_index=op.index,
                 parameter_paths=_parameter_paths(info, program),
                 operand_program=program,
@@ -286,6 +290,12 @@ def find_relations(
             )
         )
     return tuple(relations), records
+
+
+def _fixed_vars(op: MarkedOp, trained) -> Mapping[int, Any]:
+    slots = op.primitive.trainables(op.eqn.params)
+    taken = {slots[k] for k in trained} | {op.primitive.x_index}
+    return {i: v for i, v in enumerate(op.eqn.invars) if i not in taken}
 
 
 def _parameter_paths(info, program) -> tuple[Path, ...]:

@@ -212,7 +212,10 @@ class _Worlds:
             None if r.x_var is None else (r.x_var, self.op_world[self.flow.ops[r.op_index].position])
             for r in self.relations
         ]
-        fixed = [self._fixed_operands(r) for r in self.relations]
+        fixed = [
+            {i: (v, self.op_world[self.flow.ops[r.op_index].position]) for i, v in r.fixed_vars.items()}
+            for r in self.relations
+        ]
         wanted = [*sinks, *(f for fs in frontiers for f in fs or ()), *(x for x in xs if x is not None)]
         wanted += [item for items in fixed for item in items.values()]
 
@@ -236,12 +239,6 @@ class _Worlds:
             tuple({i: stop(jnp.asarray(read(item))) for i, item in items.items()} for items in fixed),
             varying,
         )
-
-    def _fixed_operands(self, relation):
-        op = self.flow.ops[relation.op_index]
-        slots = op.primitive.trainables(op.eqn.params)
-        taken = {slots[k] for k in relation.trainable_vars} | {op.primitive.x_index}
-        return {i: (v, self.op_world[op.position]) for i, v in enumerate(op.eqn.invars) if i not in taken}
 
     def _leaf_paths(self):
         """Per state leaf among the outputs: the hidden path, or None."""

@@ -9,7 +9,8 @@ import brainstate
 import jax
 import jax.numpy as jnp
 
-from .._traces import IOTrace, bias_correction, contract_io, df_key, init_io, instantaneous, update_io, x_keys
+from .._traces.io import IOTrace, bias_correction, contract_io, init_io, update_io
+from .._traces.record import pair_key, x_keys
 from .._types import Path, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
@@ -130,16 +131,7 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
     def init_etrace_state(self, *args: Any, **kwargs: Any) -> None:
         """Allocate zero traces, as new state objects; the step counter is not touched."""
         del args, kwargs
-        for r in self.graph.hidden_param_op_relations:
-            for g in r.hidden_groups:
-                y, shape = r.y_var.aval.shape, g.varshape
-                if y != shape and not (r.x_var is None and y == shape[1:]):
-                    raise ValueError(
-                        f"The output of {r.primitive.name} at {path_str(r.path)!r} has shape {y}, the hidden states "
-                        f"{', '.join(map(path_str, g.hidden_paths))} that it drives have shape {shape}. pp_prop needs "
-                        "one shape for both: initialise the states with the batch size of the inputs, or give the "
-                        "operation the shape of the states."
-                    )
+        self._check_output_shapes()
         zeros = init_io(self.graph)
         self.etrace_xs = {k: EligibilityTrace(v) for k, v in zeros.xs.items()}
         self.etrace_dfs = {k: EligibilityTrace(v) for k, v in zeros.dfs.items()}
@@ -168,7 +160,7 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
         for i, r in enumerate(relations):
             if r.primitive.batched and i in keys:
                 out.add(keys[i])
-            out.update(df_key(r, g.index) for g in r.hidden_groups if g.index in with_batch)
+            out.update(pair_key(r, g.index) for g in r.hidden_groups if g.index in with_batch)
         return out
 
     def get_etrace_of(self, weight: brainstate.ParamState | Path) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
@@ -195,7 +187,7 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
             if path in r.parameter_paths:
                 if i in keys:
                     xs[keys[i]] = self.etrace_xs[keys[i]].value
-                dfs.update({df_key(r, g.index): self.etrace_dfs[df_key(r, g.index)].value for g in r.hidden_groups})
+                dfs.update({pair_key(r, g.index): self.etrace_dfs[pair_key(r, g.index)].value for g in r.hidden_groups})
         if not dfs:
             raise ValueError(f"The parameter {path_str(path)!r} is trained by the current step alone: it has no trace.")
         return xs, dfs
@@ -216,28 +208,12 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
         del running_index, weight_vals, input_is_multi_step
         return update_io(self.graph, old_traces, *xs_and_dfs, Ds, *self._decays, self.config.recursion_f)
 
-    def _trace_gradients(self, running_index, traces: IOTrace, credit: Credit) -> list[dict[str, jax.Array]]:
-        correction = bias_correction(self.decay_f, running_index)
-        entry_correction = bias_correction(self.decay_f, credit.entry_index)
-        keys = x_keys(self.graph)
-        if not credit.window:
-            xs, dfs, _ = self._read_record(credit.record, credit.operands)
-        out = []
-        for i, r in enumerate(self.graph.hidden_param_op_relations):
-            key = keys.get(i, "")  # an operation without an input has no x-trace
-            parts: list[tuple[Any, Any]] = []  # pairs (linear input, cotangent of the output)
-            if not credit.window:
-                s = contract_io(r, traces, credit.new, correction)
-                parts.append((traces.xs.get(key), s))
-                if i in credit.y:
-                    carried = instantaneous(r, dfs, credit.new)
-                    parts.append((xs.get(key), credit.y[i] if carried is None else credit.y[i] - carried))
-            s = contract_io(r, credit.entry_traces, credit.old, entry_correction)
-            parts.append((credit.entry_traces.xs.get(key), s))
-            given = credit.operands[i], r.eqn_params, credit.record.fixed[i]
-            grads = [r.primitive.weight_vjp(x, s, *given) for x, s in parts if s is not None]
-            out.append({k: sum((g[k] for g in grads[1:]), grads[0][k]) for k in r.trainable_vars} if grads else {})
-        return out
+    def _contract(self, number, traces: IOTrace, signals, steps, credit: Credit):
+        relation = self.graph.hidden_param_op_relations[number]
+        s = contract_io(relation, traces, signals, bias_correction(self.decay_f, steps))
+        # An operation without an input has no x-trace.
+        x = traces.xs.get(x_keys(self.graph).get(number, ""))
+        return None if s is None else self._operand_vjp(number, x, s, credit)
 
 
 class pp_prop(IODimVjpAlgorithm):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from .._compiler.executor import ETraceVjpGraphExecutor
 from .._compiler.groups import slots_of
 from .._compiler.tape import TapeRecord
-from .._traces import Slots, sensitivities, x_keys
+from .._traces.record import Slots, instantaneous, sensitivities, spread, x_keys
 from .._types import MultiStepData, Path, SingleStepData, path_str
 from .base import ETraceAlgorithm
 from .config import ETraceConfig
@@ -52,6 +52,8 @@ class Credit(NamedTuple):
     ----------
     new, old : list
         Signals with respect to the groups' new and old values: per group, one array per hidden variable or ``None``.
+    bare_new : list
+        ``new`` before it was changed for the traces.
     y : dict
         Relation number -> total cotangent of the operation's output, where it is more than ``df`` carries.
     entry_traces, entry_index
@@ -66,6 +68,7 @@ class Credit(NamedTuple):
 
     new: list[Slots]
     old: list[Slots]
+    bare_new: list[Slots]
     y: dict[int, jax.Array]
     entry_traces: Any
     entry_index: jax.Array
@@ -186,8 +189,31 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         """Traces after one step."""
         raise NotImplementedError
 
-    def _trace_gradients(self, running_index: jax.Array, traces: Any, credit: Credit) -> list[dict[str, jax.Array]]:
-        """Per relation: gradients of the trained operands."""
+    def _check_output_shapes(self) -> None:
+        """Refuse operations whose output has another shape than the hidden states that it drives."""
+        for r in self.graph.hidden_param_op_relations:
+            for g in r.hidden_groups:
+                y, shape = r.y_var.aval.shape, g.varshape
+                if y != shape and not (r.x_var is None and y == shape[1:]):
+                    raise ValueError(
+                        f"The output of {r.primitive.name} at {path_str(r.path)!r} has shape {y}, the hidden states "
+                        f"{', '.join(map(path_str, g.hidden_paths))} that it drives have shape {shape}. Both need one "
+                        "shape: initialise the states with the batch size of the inputs, or give the operation the "
+                        "shape of the states."
+                    )
+
+    def _trace_inputs(self, xs: dict[str, Any], record: TapeRecord, operands: Any) -> Any:
+        """What of a step's inputs the trace update takes: by default their linear representations, by x-key."""
+        del record, operands
+        return xs
+
+    def _contract(
+        self, number: int, traces: Any, signals: list[Slots], steps: jax.Array, credit: Credit
+    ) -> dict[str, jax.Array] | None:
+        """Gradients of the operands of one relation: signals contracted with traces of that many steps.
+
+        ``None`` where no signal reaches the relation.
+        """
         raise NotImplementedError
 
     # -- hooks with a default -----------------------------------------------------------------------------------
@@ -219,7 +245,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         etp_window_grads: list[dict[str, jax.Array]] | None,
     ) -> dict[Path, Any]:
         """Gradient of every parameter: ``plain_grads``, plus per relation the gradient of its operands."""
-        gradients = self._trace_gradients(running_index, traces, signals)
+        gradients = self._operand_gradients(running_index, traces, signals)
         leaf_gradients: dict[int, jax.Array] = {}
         for relation, gradient in zip(self.graph.hidden_param_op_relations, gradients):
             if gradient:
@@ -234,6 +260,33 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             traced = [leaf_gradients.get(info.in_tree.num_leaves + i) for i in numbers[path]]
             out[path] = tree.unflatten([g if t is None else g + t.astype(g.dtype) for g, t in zip(leaves, traced)])
         return out
+
+    def _operand_gradients(self, running_index, traces, credit: Credit) -> list[dict[str, jax.Array]]:
+        """Per relation, what the traces give, and what of the current step they do not carry."""
+        out = []
+        for i, r in enumerate(self.graph.hidden_param_op_relations):
+            parts = [self._contract(i, credit.entry_traces, credit.old, credit.entry_index, credit)]
+            if not credit.window:
+                parts.append(self._contract(i, traces, credit.new, running_index, credit))
+                parts.append(self._beside_trace(i, credit))
+            found = [p for p in parts if p is not None]
+            out.append({k: sum((p[k] for p in found[1:]), found[0][k]) for k in r.trainable_vars} if found else {})
+        return out
+
+    def _beside_trace(self, number: int, credit: Credit) -> dict[str, jax.Array] | None:
+        """The current step's credit that does not pass through the hidden groups position by position."""
+        if number not in credit.y:
+            return None
+        relation = self.graph.hidden_param_op_relations[number]
+        xs, dfs, _ = self._read_record(credit.record, credit.operands)
+        carried = instantaneous(relation, dfs, credit.bare_new)
+        rest = credit.y[number] if carried is None else credit.y[number] - carried
+        return self._operand_vjp(number, xs.get(x_keys(self.graph).get(number, "")), rest, credit)
+
+    def _operand_vjp(self, number: int, x: Any, cotangent: jax.Array, credit: Credit) -> dict[str, jax.Array]:
+        r = self.graph.hidden_param_op_relations[number]
+        fixed = credit.record.fixed[number]
+        return r.primitive.weight_vjp(x, cotangent, credit.operands[number], r.eqn_params, fixed)
 
     # -- one call -----------------------------------------------------------------------------------------------
 
@@ -355,7 +408,8 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         outs, record = self.graph.tape(invals, operands if trained else stop(operands), zeros)
         xs, dfs, Ds = self._read_record(record, stop(operands))
         weights = self._weight_dict(stop(values.weights))
-        traces = self._update_etrace_data(index, traces, (xs, dfs), Ds, weights, False)
+        inputs = self._trace_inputs(xs, record, stop(operands))
+        traces = self._update_etrace_data(index, traces, (inputs, dfs), Ds, weights, False)
         out, new = self._outvals(outs)
         return out, new, traces, record
 
@@ -382,7 +436,8 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         window = record is None
         if window:
             record = self.graph.tape(invals, operands, self.graph.tape.zeros())[1]
-        signals = self._signals(new, args), self._signals(old, args)
+        bare = self._slots(new)
+        signals = self._changed(bare, args), self._changed(self._slots(old), args), bare
         return Credit(*signals, y, traces, index, record, window, invals, operands)
 
     def _with_weights(self, index, traces, credit, values, value_bars):
@@ -470,7 +525,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
                 xs[key] = self.graph.hidden_param_op_relations[i].primitive.x_repr(record.x[i], operands[i])
         return (xs, *sensitivities(self.graph, record.varying))
 
-    def _signals(self, by_path: dict[Path, jax.Array], args: Any) -> list[Slots]:
+    def _slots(self, by_path: dict[Path, jax.Array]) -> list[Slots]:
         """Per group one array per hidden variable; ``None`` where the signal is known to be zero."""
         signals: list[Slots] = []
         for g in self.graph.hidden_groups:
@@ -478,13 +533,19 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             bars = [None if b is None or b.dtype == jax.dtypes.float0 else b for b in bars]
             picked = [(bars[i], c) for i, c in slots_of(g.hidden_states)]
             signals.append([b if b is None or c is None else b[..., c] for b, c in picked])
+        return signals
+
+    def _changed(self, signals: list[Slots], args: Any) -> list[Slots]:
+        """The signals as the traces meet them."""
         own_hook = type(self)._compute_learning_signal is not ETraceVjpAlgorithm._compute_learning_signal
-        if not by_path or not (own_hook or self.config.learning_signal in ("random_feedback", "modulatory")):
+        if not (own_hook or self.config.learning_signal in ("random_feedback", "modulatory")):
+            return signals
+        if all(s is None for slots in signals for s in slots):
             return signals
         dense = []
         for g, slots in zip(self.graph.hidden_groups, signals):
             dtype = next((s.dtype for s in slots if s is not None), jnp.result_type(float))
-            dense.append(jnp.stack([jnp.zeros(g.varshape, dtype) if s is None else s for s in slots], -1))
+            dense.append(jnp.stack([spread(s, g.varshape, dtype) for s in slots], -1))
         changed = self._compute_learning_signal(dense, args)
         return [[s[..., a] for a in range(s.shape[-1])] for s in changed]
 

@@ -27,7 +27,7 @@ def _dense_trainables(params):
     return {"weight": 1, "bias": 2} if params["has_bias"] else {"weight": 1}
 
 
-etp_mm_p = ETPPrimitive("etp_mm", _dense_impl, batched=True, trainables=_dense_trainables)
+etp_mm_p = ETPPrimitive("etp_mm", _dense_impl, batched=True, trainables=_dense_trainables, any_rank=True)
 etp_mv_p = ETPPrimitive("etp_mv", _dense_impl, trainables=_dense_trainables, batched_twin=etp_mm_p)
 
 

@@ -20,6 +20,7 @@ from .._jax import Primitive, define_primitive
 __all__ = ["ETPPrimitive", "register_primitive"]
 
 Weights = Mapping[str, jax.Array]
+Anchors = Mapping[str, Any]  # key -> index into the output positions that gives every weight entry its own, or None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,7 @@ class ETPPrimitive(Primitive):
         x_index: int | None = 0,
         y_index: int = 0,
         batched_twin: ETPPrimitive | None = None,
+        any_rank: bool = False,
     ):
         super().__init__(name)
         self.impl_fn = impl
@@ -83,6 +85,10 @@ class ETPPrimitive(Primitive):
         self.x_index = x_index
         self.y_index = y_index
         self.batched_twin = batched_twin
+        self.unbatched_twin: ETPPrimitive | None = None
+        if batched_twin is not None:
+            batched_twin.unbatched_twin = self
+        self.any_rank = any_rank
         self.rules = Rules()
         self.multiple_results = y_index > 0
         define_primitive(self, impl, self._batch)
@@ -129,6 +135,49 @@ class ETPPrimitive(Primitive):
 
         y, pull = jax.vjp(apply, dict(weights))
         return pull(cotangent.astype(y.dtype))[0]
+
+    def lead(self, y_aval: Any) -> int:
+        """Number of batch axes of an output: samples that share the weights."""
+        return y_aval.ndim - 1 if self.any_rank else int(self.batched)
+
+    def sample_vjp(
+        self,
+        x: Any,
+        cotangent: jax.Array,
+        weights: Weights,
+        params: Mapping[str, Any],
+        fixed: Mapping[int, Any],
+        lead: int,
+    ) -> dict[str, jax.Array]:
+        """:meth:`weight_vjp` of every sample by itself: gradients with the ``lead`` batch axes in front."""
+        if lead == 0:
+            return self.weight_vjp(x, cotangent, weights, params, fixed)
+        one = self.unbatched_twin
+
+        def of_sample(x, cotangent):
+            if one is not None:
+                return one.weight_vjp(x, cotangent, weights, params, fixed)
+            x = None if x is None else x[None]
+            return self.weight_vjp(x, cotangent[None], weights, params, fixed)
+
+        for _ in range(lead):
+            of_sample = jax.vmap(of_sample, in_axes=(None if x is None else 0, 0))
+        return of_sample(x, cotangent)
+
+    def spread_signal(
+        self, signal: jax.Array, trace: Mapping[str, jax.Array], params: Mapping[str, Any], anchors: Anchors, lead: int
+    ) -> dict[str, jax.Array]:
+        """Every trace entry times the signal of the output position that it belongs to; ``lead`` batch axes."""
+        own = self.rules.dt_to_t
+
+        def of_sample(signal, trace):
+            if own is not None:
+                return dict(own(signal, trace, **params))
+            return {k: (signal if anchors[k] is None else signal[anchors[k]]) * e for k, e in trace.items()}
+
+        for _ in range(lead):
+            of_sample = jax.vmap(of_sample)
+        return of_sample(signal, dict(trace))
 
     # -- registration of overrides ------------------------------------------------------------------------------
 

@@ -1,0 +1,128 @@
+"""Published learning rules: an engine, its coordinates, and a name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import brainstate
+import jax
+
+from .config import ETraceConfig
+from .io_dim import pp_prop
+from .param_dim import ParamDimVjpAlgorithm
+
+__all__ = ["D_RTRL", "EProp", "OSTLFeedforward"]
+
+
+class D_RTRL(ParamDimVjpAlgorithm):
+    """The learning rule of :class:`ParamDimVjpAlgorithm` under its published name.
+
+    Takes the arguments of :class:`ParamDimVjpAlgorithm`.
+
+    Examples
+    --------
+    >>> import brainstate, braintrace, jax.numpy as jnp
+    >>> learner = braintrace.compile(braintrace.nn.ValinaRNNCell(2, 3), 'd_rtrl', jnp.zeros(2))
+    >>> [t.value['weight'].shape for t in learner.etrace_bwg.values()]
+    [(5, 3, 1)]
+    """
+
+    __module__ = "braintrace"
+
+
+class EProp(ParamDimVjpAlgorithm):
+    r"""D_RTRL with a filtered trace and, optionally, fixed random feedback (e-prop).
+
+    Parameters
+    ----------
+    model : brainstate.nn.Module
+    feedback : {'symmetric', 'random'}
+        Whether the true signal meets the traces, or its unit vector sent through a fixed random matrix over units.
+    kappa_filter_decay : float
+        :math:`\\kappa` of :math:`\\bar\\epsilon \\leftarrow \\kappa \\bar\\epsilon + \\epsilon`; 0 is exactly D_RTRL.
+    random_feedback_key : int or JAX key, optional
+        Needed for ``feedback='random'``.
+    name, vjp_method, fast_solve, **kwargs
+        As for :class:`ParamDimVjpAlgorithm`.
+
+    Raises
+    ------
+    ValueError
+        For another ``feedback``, or a missing key.
+    TypeError
+        If ``config`` is given: the other arguments are its coordinates.
+
+    References
+    ----------
+    .. [1] G. Bellec et al., "A solution to the learning dilemma for recurrent networks of spiking neurons", Nature
+       Communications 11, 2020.
+
+    Examples
+    --------
+    >>> import braintrace, jax.numpy as jnp
+    >>> learner = braintrace.compile(braintrace.nn.GRUCell(2, 3), 'eprop', jnp.zeros(2), kappa_filter_decay=0.5)
+    >>> learner.config.trace_filter
+    'kappa'
+    """
+
+    __module__ = "braintrace"
+
+    def __init__(
+        self,
+        model: brainstate.nn.Module,
+        feedback: str = "symmetric",
+        kappa_filter_decay: float = 0.0,
+        random_feedback_key: jax.Array | int | None = None,
+        name: str | None = None,
+        vjp_method: str = "single-step",
+        fast_solve: bool = True,
+        **kwargs: Any,
+    ):
+        if "config" in kwargs:
+            raise TypeError("EProp takes no config: feedback and kappa_filter_decay are its coordinates.")
+        if feedback not in ("symmetric", "random"):
+            raise ValueError(f"feedback must be 'symmetric' or 'random', got {feedback!r}.")
+        self.feedback = feedback
+        self.kappa_filter_decay = kappa_filter_decay
+        kappa: dict[str, Any] = {"trace_filter": "kappa", "kappa": kappa_filter_decay} if kappa_filter_decay > 0 else {}
+        signal = "random_feedback" if feedback == "random" else "symmetric"
+        super().__init__(
+            model,
+            name,
+            vjp_method,
+            fast_solve,
+            config=ETraceConfig(learning_signal=signal, **kappa),
+            random_feedback_key=random_feedback_key,
+            **kwargs,
+        )
+
+
+class OSTLFeedforward(pp_prop):
+    """pp_prop with a negligible memory, for networks without recurrence (OSTL without H).
+
+    Parameters
+    ----------
+    model : brainstate.nn.Module
+    decay_or_rank : float, int, or pair of these
+        0.0 (or rank 1) has no memory at all.
+    name : str, optional
+    **kwargs
+        As for :class:`IODimVjpAlgorithm`.
+
+    References
+    ----------
+    .. [1] T. Bohnstingl et al., "Online spatio-temporal learning in deep neural networks", IEEE TNNLS, 2022.
+
+    Examples
+    --------
+    >>> import braintrace
+    >>> braintrace.OSTLFeedforward(braintrace.nn.GRUCell(2, 3)).regime
+    'without-H'
+    """
+
+    __module__ = "braintrace"
+
+    regime = "without-H"
+
+    def __init__(self, model: brainstate.nn.Module, decay_or_rank: Any = 1e-6, name: str | None = None, **kwargs: Any):
+        super().__init__(model, decay_or_rank, name, **kwargs)

@@ -1,0 +1,94 @@
+"""The eligibility trace of pp_prop: one filtered input and one filtered sensitivity per relation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._compiler.graph import ETraceGraph
+from .._compiler.relations import HiddenParamOpRelation
+from .record import Jacobian, Sensitivity, Slots, over_groups, pair_key, spread, weighted_sum, x_aval, x_keys
+
+__all__ = ["IOTrace", "bias_correction", "contract_io", "init_io", "update_io"]
+
+
+class IOTrace(NamedTuple):
+    """Traces by key: the filtered input, and the filtered sensitivity of shape ``V + (S,)``."""
+
+    xs: dict[str, jax.Array]
+    dfs: dict[str, jax.Array]
+
+
+def init_io(graph: ETraceGraph) -> IOTrace:
+    """Zero traces."""
+    xs, dfs = {}, {}
+    for i, key in x_keys(graph).items():
+        aval = x_aval(graph.hidden_param_op_relations[i])
+        xs[key] = jnp.zeros(aval.shape, aval.dtype)
+    for r in graph.hidden_param_op_relations:
+        for g in r.hidden_groups:
+            custom = r.primitive.rules.init_pp
+            shape = (*g.varshape, g.num_state)
+            zeros = jnp.zeros(shape, r.y_var.aval.dtype)
+            if custom is not None and r.y_var.aval.shape == g.varshape:
+                zeros = custom(r.x_var, r.y_var, r.trainable_vars, g.num_state)
+            dfs[pair_key(r, g.index)] = zeros
+    return IOTrace(xs, dfs)
+
+
+def update_io(
+    graph: ETraceGraph,
+    trace: IOTrace,
+    xs: dict[str, jax.Array],
+    dfs: dict[str, Sensitivity],
+    Ds: Sequence[Jacobian],
+    decay_x: float,
+    decay_f: float,
+    recursion_f: str = "jacobian",
+) -> IOTrace:
+    r"""One step: :math:`\epsilon_x \leftarrow \alpha_x \epsilon_x + x` and
+    :math:`\epsilon_f \leftarrow \alpha_f D \epsilon_f + (1-\alpha_f)\, df`."""
+    new_xs = {k: decay_x * trace.xs[k] + xs[k].astype(trace.xs[k].dtype) for k in trace.xs}
+    new_dfs = {}
+    for r in graph.hidden_param_op_relations:
+        for g in r.hidden_groups:
+            key = pair_key(r, g.index)
+            old = trace.dfs[key]
+            slots = [old[..., b] for b in range(g.num_state)]
+            out = []
+            for a, df in enumerate(dfs[key].entries):
+                if recursion_f == "jacobian":
+                    carried = weighted_sum(list(zip(Ds[g.index].entries[a], slots)))
+                else:
+                    carried = slots[a] if recursion_f == "scalar_leak" else None
+                value = weighted_sum([(decay_f, carried), (1.0 - decay_f, df)])
+                out.append(spread(value, g.varshape, old.dtype))
+            new_dfs[key] = jnp.stack(out, -1)
+    return IOTrace(new_xs, new_dfs)
+
+
+def bias_correction(decay_f: float, steps: jax.Array) -> jax.Array:
+    r""":math:`1 - \alpha^n`, accurate for :math:`\alpha` near 1 and for every n; 1 for an empty trace."""
+    n = jnp.asarray(steps, jnp.result_type(float))
+    if decay_f == 0.0:
+        return jnp.ones_like(n)
+    return jnp.where(n > 0, -jnp.expm1(n * math.log(decay_f)), 1.0)
+
+
+def contract_io(
+    relation: HiddenParamOpRelation,
+    trace: IOTrace,
+    signals: Sequence[Slots],
+    correction: jax.Array,
+) -> jax.Array | None:
+    """The cotangent of the operation's output that the trace gives: ``sum_a signal_a * f_a / c``, shaped like y."""
+    pairs = {
+        g.index: [(s, trace.dfs[pair_key(relation, g.index)][..., a]) for a, s in enumerate(signals[g.index])]
+        for g in relation.hidden_groups
+    }
+    total = over_groups(relation, pairs)
+    return None if total is None else (total / correction).astype(relation.y_var.aval.dtype)
