@@ -21,6 +21,9 @@ from ._learners.io_dim import ES_D_RTRL as ES_D_RTRL
 from ._learners.io_dim import IODimVjpAlgorithm as IODimVjpAlgorithm
 from ._learners.io_dim import pp_prop as pp_prop
 from ._learners.param_dim import ParamDimVjpAlgorithm as ParamDimVjpAlgorithm
+from ._learners.parts import FixedRandomFeedback as FixedRandomFeedback
+from ._learners.parts import GradExpon as GradExpon
+from ._learners.parts import KappaFilter as KappaFilter
 from ._learners.rules import D_RTRL as D_RTRL
 from ._learners.rules import EProp as EProp
 from ._learners.rules import OSTLFeedforward as OSTLFeedforward
@@ -41,14 +44,12 @@ __version_info__ = (0, 3, 0)
 
 __all__ = [
     "CompilationError",
-    "D_RTRL",
-    "EProp",
-    "OSTLFeedforward",
-    "ParamDimVjpAlgorithm",
     "CompilationRecord",
     "CompilationReport",
+    "D_RTRL",
     "DiagnosticKind",
     "DiagnosticLevel",
+    "EProp",
     "ES_D_RTRL",
     "ETPPrimitive",
     "ETraceAlgorithm",
@@ -59,12 +60,17 @@ __all__ = [
     "ETraceVjpGraphExecutor",
     "ETraceVmap",
     "EligibilityTrace",
+    "FixedRandomFeedback",
+    "GradExpon",
     "HiddenGroup",
     "HiddenParamOpRelation",
     "IODimVjpAlgorithm",
+    "KappaFilter",
     "ModuleInfo",
     "MultiStepData",
     "NotSupportedError",
+    "OSTLFeedforward",
+    "ParamDimVjpAlgorithm",
     "SequenceDriverMixin",
     "SingleStepData",
     "__version__",
