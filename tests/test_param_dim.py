@@ -185,3 +185,38 @@ ERRORS = [
 def test_errors(make, error, match):
     with pytest.raises(error, match=match):
         make(Cell())
+
+
+class ReadsBefore(brainstate.nn.Module):
+    """A marked readout of the state before the update; the state has no recurrent weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.into = braintrace.nn.Linear(2, 3)
+        self.out = braintrace.nn.Linear(3, 2)
+
+    def init_state(self, batch_size=None, **kwargs):
+        self.h = brainstate.HiddenState(jnp.zeros(3))
+
+    def update(self, x):
+        out = self.out(self.h.value)
+        self.h.value = jnp.tanh(0.7 * self.h.value + self.into(x))
+        return out
+
+
+def test_credit_of_old_values_passes_a_marked_readout():
+    xs = brainstate.random.RandomState(3).randn(6, 2)
+    learner = braintrace.compile(ReadsBefore(), "d_rtrl", xs[0])
+    model = learner.model4compile
+
+    def loss(call, x):
+        return (call(x) ** 2).sum() + model.h.value.sum()
+
+    grads = learner.etrace_grad(xs, step_fn=lambda x: loss(learner, x), reduction="sum")
+    model.h.value = jnp.zeros(3)
+
+    def whole():
+        return brainstate.transform.for_loop(lambda x: loss(model, x), xs).sum()
+
+    expected = brainstate.transform.grad(whole, model.states(brainstate.ParamState))()
+    assert_close(dict(grads), dict(expected), 1e-5)
