@@ -170,22 +170,19 @@ class _Worlds:
 
     # -- which world a reader's value lives in ------------------------------------------------------------------
 
-    def _equation_world(self, position, world):
-        """Normalise: the world in which an equation that is needed in ``world`` is evaluated."""
-        if position in self.op_world:
-            world = self.op_world[position]
-        elif world.bare_new is not None and position not in self.groups[world.bare_new].inside:
-            world = _World(self.leads_to[world.bare_new], None)
-        bare_new = world.bare_new if world.bare_new in self.new_of[position] else None
-        return _World(world.bare_old & self.old_of[position], bare_new)
-
-    def _full_world(self, position, world, asked):
-        """The world that an equation's inputs are read in."""
+    def _input_world(self, position, asked):
+        """The world in which an equation that is needed in the world ``asked`` reads its inputs."""
         if position in self.op_world:
             return self.op_world[position]
         if asked.bare_new is not None and position not in self.groups[asked.bare_new].inside:
             return _World(self.leads_to[asked.bare_new], None)
         return asked
+
+    def _key(self, position, asked):
+        """That world without what the equation does not depend on: equal keys are equal values."""
+        world = self._input_world(position, asked)
+        bare_new = world.bare_new if world.bare_new in self.new_of[position] else None
+        return _World(world.bare_old & self.old_of[position], bare_new)
 
     def _needs(self, var, world):
         """(position, world) of the equation behind a variable, if any."""
@@ -252,28 +249,28 @@ class _Worlds:
         return _World(self.leads_to[g], g)
 
     def _plan(self, wanted):
-        plan: dict[int, set] = {}
-        worlds_asked: dict[tuple[int, _World], _World] = {}
+        plan: dict[int, dict[_World, _World]] = {}  # equation -> key -> world of its inputs
+
+        def need_in(position, world):
+            key = self._key(position, world)
+            plan.setdefault(position, {})[key] = self._input_world(position, world)
 
         def ask(var, world):
             need = self._needs(var, world)
             if need is not None:
                 position, world = need
-                key = self._equation_world(position, world)
-                plan.setdefault(position, set()).add(key)
-                worlds_asked[position, key] = self._full_world(position, key, world)
+                need_in(position, world)
 
         for position, eqn in enumerate(self.eqns):
             if eqn.effects:
-                plan.setdefault(position, set()).add(self._equation_world(position, _REST))
-                worlds_asked[position, self._equation_world(position, _REST)] = _REST
+                need_in(position, _REST)
         for var, world in wanted:
             ask(var, world)
         for position in range(len(self.eqns) - 1, -1, -1):
-            for key in plan.get(position, ()):
+            for world in plan.get(position, {}).values():
                 for var in self._inputs(position):
-                    ask(var, worlds_asked[position, key])
-        return {p: {k: worlds_asked[p, k] for k in keys} for p, keys in plan.items()}
+                    ask(var, world)
+        return plan
 
     def _inputs(self, position):
         """Variables that an equation reads; the trained operands of a relation are given from outside."""
@@ -318,7 +315,7 @@ class _Worlds:
         if need is None:
             return self._input(var, world, invals, zeros)
         position, asked = need
-        key = self._equation_world(position, asked)
+        key = self._key(position, asked)
         value = values[position, key][self.eqns[position].outvars.index(var)]
         path = self.owner.get(var)
         if path is not None and path in zeros.new and world.bare_new != self.group_of[path]:
