@@ -16,6 +16,12 @@ def time_step():
 
 
 @pytest.fixture(autouse=True)
+def same_draws():
+    """Every test draws the same weights, whichever tests ran before it."""
+    brainstate.random.seed(2024)
+
+
+@pytest.fixture(autouse=True)
 def bounded_memory():
     """Compiled programs are never shared between tests: keep 40 tests' worth."""
     global _count
