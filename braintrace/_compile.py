@@ -9,13 +9,13 @@ import brainstate
 import jax
 import jax.numpy as jnp
 
-from ._learners.base import ETraceAlgorithm, head
+from ._learners.base import ETraceAlgorithm
 from ._learners.config import ETraceConfig
 from ._learners.io_dim import IODimVjpAlgorithm, pp_prop
 from ._learners.param_dim import ParamDimVjpAlgorithm
 from ._learners.rules import D_RTRL, EProp, OSTLFeedforward
 from ._sequence import ETraceVmap
-from ._types import CompilationError
+from ._types import CompilationError, head
 
 __all__ = ["compile"]
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.extend.core
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, Var
 from jax.interpreters import ad, batching, mlir
@@ -17,7 +18,7 @@ from jax.interpreters import partial_eval as pe
 __all__ = [
     'ClosedJaxpr', 'Jaxpr', 'Literal', 'Primitive', 'Var', 'bind_equation', 'call_body', 'close', 'consts_of',
     'define_primitive', 'eval_jaxpr', 'is_jit', 'is_tracer', 'open_jaxpr', 'prune', 'source_line', 'sub_jaxprs',
-    'sub_program',
+    'sub_program', 'trace_context',
 ]  # fmt: skip
 
 JIT_NAMES = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call", "custom_lin_call", "xla_call"})
@@ -43,6 +44,12 @@ def close(jaxpr: Any, consts: Sequence[Any]) -> Any:
 
 def is_tracer(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
+
+
+def trace_context() -> Any:
+    """An object equal to another one if both were made directly under the same transformation."""
+    home = jax.extend.core if hasattr(jax.extend.core, "get_opaque_trace_state") else jax.core
+    return home.get_opaque_trace_state(convention="nnx")
 
 
 def is_jit(eqn: Any) -> bool:

@@ -9,7 +9,8 @@ import brainstate
 import jax
 import jax.numpy as jnp
 
-from ._types import MultiStepData, SingleStepData
+from ._jax import trace_context
+from ._types import MultiStepData, SingleStepData, head
 
 __all__ = ["ETraceVmap", "SequenceDriverMixin"]
 
@@ -37,6 +38,7 @@ class SequenceDriverMixin:
         loss_output: str = "per_step",
         has_aux: bool = False,
         return_value: bool = False,
+        trace_chunk: int | None = None,
     ) -> Any:
         r"""Online gradient over a sequence, :math:`\sum_t m_t\, g_t` (divided by :math:`\max(\sum m, 1)` for the mean).
 
@@ -58,6 +60,9 @@ class SequenceDriverMixin:
         loss_output : {'per_step', 'masked', 'scalar'}
             What is returned as the value: raw losses ``(T,)``, losses times mask, or the reduced objective.
         has_aux, return_value : bool
+        trace_chunk : int, optional
+            Number of calls whose records are kept until their contribution to the gradient is computed as one product;
+            by default chosen from the sizes. It changes speed and memory, and results by rounding only.
 
         Returns
         -------
@@ -103,16 +108,10 @@ class SequenceDriverMixin:
                 )
             return jnp.sum(loss * m.astype(jnp.result_type(loss))), (loss, aux)
 
-        gradient = brainstate.transform.grad(objective, weights, has_aux=True)
-
-        def body(total, item):
-            slices, m = item
-            grads, (loss, aux) = gradient(slices, m)
-            return jax.tree.map(jnp.add, total, grads), (loss, aux)
-
+        chunk = _chunk_length(trace_chunk)
         items = (_windows(sequences, k), _windows(mask, k))
-        zeros = jax.tree.map(jnp.zeros_like, {p: s.value for p, s in weights.items()})
-        total, (losses, aux) = brainstate.transform.scan(body, zeros, items)
+        engine = _Chunks(self, weights, objective, chunk)
+        total, losses, aux = engine.run(items) if engine.applies(items) else _step_by_step(objective, weights, items)
         losses = losses.reshape(length)
         count = jnp.maximum(mask.sum(), 1)
         if reduction == "mean":
@@ -204,6 +203,177 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
     __module__ = "braintrace"
 
     _per_sample: Any = property(lambda self: self.module)
+
+    def __init__(
+        self,
+        module: Any,
+        in_axes: Any = 0,
+        out_axes: Any = 0,
+        vmap_states: Any = None,
+        vmap_out_states: Any = None,
+        axis_name: Any = None,
+        axis_size: int | None = None,
+    ):
+        super().__init__(module, in_axes, out_axes, vmap_states, vmap_out_states, axis_name, axis_size)
+
+        def recorded(zeros, args, kwargs):
+            with module._recording(zeros) as inner:
+                out = module(*args, **kwargs)
+            self._recorded_length = inner.length
+            return out, inner.recorded
+
+        self._record = brainstate.transform.vmap(
+            recorded,
+            in_axes=(0, tuple(in_axes) if isinstance(in_axes, (tuple, list)) else in_axes, 0),
+            out_axes=(out_axes, 0),
+            in_states=_states_by_axis(module, vmap_states),
+            out_states=_states_by_axis(module, vmap_out_states),
+            axis_name=axis_name,
+            axis_size=axis_size,
+        )
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the mapped learner on inputs with a batch axis."""
+        recorder = self.module._recorder
+        if recorder is None or recorder.context != trace_context():
+            return super().update(*args, **kwargs)
+        out, recorded = self._record(recorder.zeros, args, kwargs)
+        recorder.take(*recorded, self._recorded_length)
+        return out
+
+
+def _states_by_axis(module: Any, states: Any) -> Any:
+    if states is None:
+        return None
+    if isinstance(states, dict):
+        return {axis: module.states(kind) for kind, axis in states.items()}
+    return module.states(states)
+
+
+class _Chunks:
+    """The gradient of a sequence, with everything that is as large as a weight done once for a chunk of steps.
+
+    Neither the derivatives of a step nor its learning signals depend on the traces. So a step is differentiated alone,
+    with respect to zeros that the learner's call adds, and leaves a small record; the algebra of the traces follows for
+    a chunk of records together, as products over time.
+    """
+
+    def __init__(self, learner: Any, weights: Mapping[Any, brainstate.State], objective: Callable, chunk: int | None):
+        self.learner, self.weights, self.objective, self.chunk = learner._per_sample, weights, objective, chunk
+        self.front: tuple[int, ...] = ()
+        if isinstance(learner, ETraceVmap):
+            state = next(iter(self.learner.hidden_states.values()))
+            self.front = (jax.tree.leaves(state.value)[0].shape[0],)
+        self.recorder: Any = None
+
+    def applies(self, items: Any) -> bool:
+        """Whether the learner's call can be recorded: ``step_fn`` makes one, not inside of another transformation."""
+        if not self.learner._can_record():
+            return False
+        first = jax.tree.map(head, items)
+        brainstate.transform.StatefulFunction(self._differentiable).make_jaxpr(*first, self._zeros())
+        return self.recorder.calls == 1
+
+    def _zeros(self):
+        zeros = self.learner._recorder_zeros()
+        return jax.tree.map(lambda z: jnp.zeros((*self.front, *z.shape), z.dtype), zeros)
+
+    def _differentiable(self, slices, m, zeros):
+        with self.learner._recording(zeros) as self.recorder:
+            value, result = self.objective(slices, m)
+        return value, (result, self.recorder.recorded)
+
+    def run(self, items: Any) -> Any:
+        """Gradients by the keys of ``weights``, losses and auxiliary data."""
+        learner = self.learner
+        self.operands = jax.lax.stop_gradient(learner._static_operands())
+        plain = jax.tree.map(jnp.zeros_like, {k: s.value for k, s in self.weights.items()})
+        traced = jax.tree.map(jnp.zeros_like, dict(enumerate(self.operands)))
+        calls = jax.tree.leaves(items)[0].shape[0]
+        size = min(calls, self.chunk or self._automatic(items))
+        whole = calls - calls % size
+        total, results = (plain, traced), []
+        if whole:
+            groups = jax.tree.map(lambda v: v[:whole].reshape((-1, size, *v.shape[1:])), items)
+            if whole == size:
+                total, out = self._chunk(total, jax.tree.map(head, groups))
+            else:
+                total, out = brainstate.transform.scan(self._chunk, total, groups)
+                out = jax.tree.map(lambda v: v.reshape((-1, *v.shape[2:])), out)
+            results.append(out)
+        if whole < calls:
+            total, out = self._chunk(total, jax.tree.map(lambda v: v[whole:], items))
+            results.append(out)
+        losses, aux = results[0] if len(results) == 1 else jax.tree.map(lambda *v: jnp.concatenate(v), *results)
+        return self._gradients(*total), losses, aux
+
+    def _chunk(self, total, items):
+        plain, traced = total
+        learner = self.learner
+        traces = learner._get_etrace_data()
+        gradient = brainstate.transform.grad(self._differentiable, self.weights, argnums=2, has_aux=True)
+
+        def body(carry, item):
+            plain, engine = carry
+            index = learner.running_index.value
+            (grads, bars), (result, recorded) = gradient(*item, self._zeros())
+            read = lambda engine, recorded, bars: learner._recorded_step(  # noqa: E731
+                engine, index, recorded, bars, self.operands, self.recorder.length
+            )
+            if self.front:
+                read = jax.vmap(read, out_axes=(0, 1), axis_size=self.front[0])
+            engine, emitted = read(engine, recorded, bars)
+            return (jax.tree.map(jnp.add, plain, grads), engine), (emitted, result)
+
+        (plain, engine), (emitted, result) = brainstate.transform.scan(
+            body, (plain, learner._chunk_start(traces)), items
+        )
+        emitted = jax.tree.map(lambda v: v.reshape((-1, *v.shape[2:])), emitted)
+        length = jax.tree.leaves(items)[0].shape[0] * (self.recorder.length or 1)
+        traces, found = learner._recorded_chunk(traces, engine, emitted, self.operands, self.front, length)
+        learner._assign_etrace_data(traces)
+        traced = {
+            i: {k: v + found[i][k].astype(v.dtype) if found.get(i) else v for k, v in ws.items()}
+            for i, ws in traced.items()
+        }
+        return (plain, traced), result
+
+    def _gradients(self, plain, traced):
+        learner = self.learner
+        by_path = learner._parameter_gradients(traced)
+        path_of = learner.state_id_to_path
+        out = {}
+        for key, state in self.weights.items():
+            leaves, tree = jax.tree.flatten(plain[key])
+            extra = by_path.get(path_of.get(id(state)), [None] * len(leaves))
+            out[key] = tree.unflatten([g if e is None else g + e.astype(g.dtype) for g, e in zip(leaves, extra)])
+        return out
+
+    def _automatic(self, items) -> int:
+        return 64
+
+
+def _step_by_step(objective, weights, items):
+    """The gradient of a sequence as a sum of gradients of its steps."""
+    gradient = brainstate.transform.grad(objective, weights, has_aux=True)
+
+    def body(total, item):
+        grads, (loss, aux) = gradient(*item)
+        return jax.tree.map(jnp.add, total, grads), (loss, aux)
+
+    zeros = jax.tree.map(jnp.zeros_like, {p: s.value for p, s in weights.items()})
+    total, (losses, aux) = brainstate.transform.scan(body, zeros, items)
+    return total, losses, aux
+
+
+def _chunk_length(trace_chunk: Any) -> int | None:
+    if trace_chunk is None:
+        return None
+    if isinstance(trace_chunk, bool) or not isinstance(trace_chunk, int):
+        raise TypeError(f"trace_chunk must be a Python int or None, got {type(trace_chunk).__name__}.")
+    if trace_chunk < 1:
+        raise ValueError(f"trace_chunk must be at least 1, got {trace_chunk}.")
+    return trace_chunk
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

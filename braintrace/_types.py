@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["CompilationError", "MultiStepData", "NotSupportedError", "Path", "SingleStepData", "path_str"]
+__all__ = ["CompilationError", "MultiStepData", "NotSupportedError", "Path", "SingleStepData", "head", "path_str"]
 
 Path = tuple[Any, ...]
 
@@ -79,3 +79,8 @@ _DESCRIPTION = re.compile(r"\(<class '(?:\w+\.)*(\w+)'>.*?\)(?= // |$)")
 def path_str(path: Path) -> str:
     """A parameter or state path as the attribute access that reaches it."""
     return ".".join(_DESCRIPTION.sub(r"\1", str(p)) for p in path)
+
+
+def head(x: Any) -> Any:
+    """The first entry along axis 0 of an array or of a shape."""
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x[0]

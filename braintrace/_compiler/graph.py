@@ -30,6 +30,8 @@ class ETraceGraph(NamedTuple):
     hid_path_to_group : dict
         Path of a hidden state to its group.
     hidden_param_op_relations : tuple of HiddenParamOpRelation
+    plain_operations : tuple of HiddenParamOpRelation
+        Operations with parameters that drive no group (readouts, weights that act through other weights).
     tape : Tape
         The step as a program whose reverse pass yields the learning signals.
     diagnostics : tuple of CompilationRecord
@@ -39,8 +41,14 @@ class ETraceGraph(NamedTuple):
     hidden_groups: list[HiddenGroup]
     hid_path_to_group: dict[Path, HiddenGroup]
     hidden_param_op_relations: tuple[HiddenParamOpRelation, ...]
+    plain_operations: tuple[HiddenParamOpRelation, ...]
     tape: Tape
     diagnostics: tuple[CompilationRecord, ...]
+
+    @property
+    def operations(self) -> tuple[HiddenParamOpRelation, ...]:
+        """Every operation with parameters: the relations, then the plain ones."""
+        return (*self.hidden_param_op_relations, *self.plain_operations)
 
     def explain(
         self,
@@ -115,8 +123,8 @@ def compile_etrace_graph(model: brainstate.nn.Module, *args: Any) -> ETraceGraph
         if not isinstance(var, Literal):
             sinks.setdefault(var, set()).add(group_of[path].index)
     reach = analyse_reach(info.jaxpr.eqns, info.jaxpr.outvars, sinks, flow.ops)
-    relations, found = find_relations(info, flow, reach, groups)
-    tape = build_tape(info, flow, reach, groups, relations)
+    relations, plain, found = find_relations(info, flow, reach, groups)
+    tape = build_tape(info, flow, reach, groups, (*relations, *plain))
     diagnostics = (*info.diagnostics, *merged, *found)
     emit(diagnostics)
-    return ETraceGraph(info, groups, group_of, relations, tape, diagnostics)
+    return ETraceGraph(info, groups, group_of, relations, plain, tape, diagnostics)

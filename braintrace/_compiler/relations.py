@@ -9,7 +9,7 @@ import brainstate
 import jax
 import numpy as np
 
-from .._jax import Literal, Var, eval_jaxpr, sub_program
+from .._jax import Literal, Var, eval_jaxpr, prune, sub_program
 from .._ops.primitive import ETPPrimitive
 from .._types import Path, path_str
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
@@ -84,6 +84,10 @@ class HiddenParamOpRelation(NamedTuple):
     operand_program : OperandProgram
     residual_free : bool
         Whether every path from the output to the loss is through its hidden groups position by position.
+    offset_keys : tuple of str
+        Trained operands whose gradient does not depend on the input (a bias).
+    linear_keys : tuple of str
+        Trained operands whose gradient does not depend on the operands themselves (no hook).
     """
 
     key: tuple[Path, int]
@@ -103,6 +107,13 @@ class HiddenParamOpRelation(NamedTuple):
     parameter_paths: tuple[Path, ...]
     operand_program: OperandProgram
     residual_free: bool
+    offset_keys: tuple[str, ...]
+    linear_keys: tuple[str, ...]
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the trained operands are the same at every step while the parameters are."""
+        return self.operand_program.inputs == self.operand_program.leaves
 
     @property
     def x(self) -> Any | None:
@@ -184,11 +195,16 @@ def find_relations(
     flow: Flow,
     reach: Reach,
     groups: Sequence[HiddenGroup],
-) -> tuple[tuple[HiddenParamOpRelation, ...], list[CompilationRecord]]:
-    """Every marked operation with a parameter is a relation, or a record says why not."""
+) -> tuple[tuple[HiddenParamOpRelation, ...], tuple[HiddenParamOpRelation, ...], list[CompilationRecord]]:
+    """Every marked operation with a parameter is a relation, or a record says why not.
+
+    Returns the relations, the operations with parameters that drive no group (the same record without groups), and
+    the diagnostics.
+    """
     group_of = {p: g for g in groups for p in g.hidden_paths}
     records: list[CompilationRecord] = []
     relations: list[HiddenParamOpRelation] = []
+    plain: list[HiddenParamOpRelation] = []
     calls: dict[Path, int] = {}
     for op in flow.ops:
         program, paths, why = operand_program(info, flow, op)
@@ -231,15 +247,17 @@ def find_relations(
                         hidden_paths=groups[i].hidden_paths,
                     )
                 )
+        used = tuple(groups[i] for i in usable)
+        through = [k for k in reach.ops(op.y) if k != op.index and _direct_groups(flow, group_of, k) & set(usable)]
+        relation = _relation(info, flow, op, program, paths, used, calls.setdefault(first, 0), bool(through))
         if not usable:
+            plain.append(relation)
             if not fed:
                 records.append(_excluded(info, name, first, op, flow, reach))
             continue
-        used = tuple(groups[i] for i in usable)
-        through = [k for k in reach.ops(op.y) if k != op.index and _direct_groups(flow, group_of, k) & set(usable)]
-        mixed = bool(through)
-        connected = tuple(p for g in used for p in g.hidden_paths)
-        if mixed:
+        relations.append(relation)
+        calls[first] += 1
+        if through:
             records.append(
                 CompilationRecord(
                     DiagnosticKind.RELATION_PARTIAL_PATH,
@@ -248,33 +266,9 @@ def find_relations(
                     "The current step is exact; the trace keeps the direct path.",
                     primitive=name,
                     weight_path=first,
-                    hidden_paths=connected,
+                    hidden_paths=relation.connected_hidden_paths,
                 )
             )
-        leaf_of = {k: _leaf(info, op.operands[k], paths[k]) for k in paths}
-        states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
-        relations.append(
-            HiddenParamOpRelation(
-                key=(first, calls.setdefault(first, 0)),
-                primitive=op.primitive,
-                x_var=op.x,
-                y_var=op.y,
-                hidden_groups=used,
-                connected_hidden_paths=connected,
-                eqn_params=dict(op.eqn.params),
-                path_classification=dict.fromkeys(connected, "mixed" if mixed else "all_direct"),
-                trainable_vars={k: op.operands[k] for k in paths},
-                trainable_paths=paths,
-                trainable_leaf_indices=leaf_of,
-                trainable_param_states={k: states[p] for k, p in paths.items()},
-                fixed_vars=_fixed_vars(op, paths),
-                op_index=op.index,
-                parameter_paths=_parameter_paths(info, program),
-                operand_program=program,
-                residual_free=_residual_free(info, flow, op, used),
-            )
-        )
-        calls[first] += 1
         records.append(
             CompilationRecord(
                 DiagnosticKind.RELATION_INCLUDED,
@@ -282,14 +276,66 @@ def find_relations(
                 f"{name} at {path_str(first)!r} is trained online through {', '.join(g.name for g in used)}.",
                 primitive=name,
                 weight_path=first,
-                hidden_paths=connected,
+                hidden_paths=relation.connected_hidden_paths,
                 context={
                     "hidden_group_indices": tuple(usable),
-                    "path_classification": dict(relations[-1].path_classification),
+                    "path_classification": dict(relation.path_classification),
                 },
             )
         )
-    return tuple(relations), records
+    return tuple(relations), tuple(plain), records
+
+
+def _relation(info, flow, op, program, paths, used, call, mixed) -> HiddenParamOpRelation:
+    connected = tuple(p for g in used for p in g.hidden_paths)
+    states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
+    trainable = {k: op.operands[k] for k in paths}
+    fixed = _fixed_vars(op, paths)
+    offset, linear = _dependence(op, trainable, fixed)
+    return HiddenParamOpRelation(
+        key=(next(iter(paths.values())), call),
+        primitive=op.primitive,
+        x_var=op.x,
+        y_var=op.y,
+        hidden_groups=used,
+        connected_hidden_paths=connected,
+        eqn_params=dict(op.eqn.params),
+        path_classification=dict.fromkeys(connected, "mixed" if mixed else "all_direct"),
+        trainable_vars=trainable,
+        trainable_paths=paths,
+        trainable_leaf_indices={k: _leaf(info, op.operands[k], paths[k]) for k in paths},
+        trainable_param_states={k: states[p] for k, p in paths.items()},
+        fixed_vars=fixed,
+        op_index=op.index,
+        parameter_paths=_parameter_paths(info, program),
+        operand_program=program,
+        residual_free=bool(used) and _residual_free(info, flow, op, used),
+        offset_keys=offset,
+        linear_keys=linear,
+    )
+
+
+def _dependence(op, trainable, fixed) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Keys whose weight gradient ignores the input, and keys whose gradient ignores the weights."""
+    shape_of = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)  # noqa: E731
+    weights = {k: shape_of(v) for k, v in trainable.items()}
+    operands = {i: shape_of(v) for i, v in fixed.items()}
+
+    def gradient(x, weights, fixed, cotangent):
+        return op.primitive.weight_vjp(x, cotangent, weights, op.eqn.params, fixed)
+
+    x = None if op.x is None else shape_of(op.x)
+    closed = jax.make_jaxpr(gradient)(x, weights, operands, shape_of(op.y))
+    offset, linear = [], []
+    for i, key in enumerate(sorted(weights)):
+        _, reads = prune(closed, [j == i for j in range(len(weights))])
+        reads_x = x is not None and reads[0]
+        reads_weights = any(reads[int(x is not None) :][: len(weights)])
+        if not reads_x:
+            offset.append(key)
+        if not reads_weights:
+            linear.append(key)
+    return tuple(offset), tuple(linear)
 
 
 def _fixed_vars(op: MarkedOp, trained) -> Mapping[int, Any]:

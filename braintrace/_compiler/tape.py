@@ -34,14 +34,14 @@ class Zeros(NamedTuple):
 
     new: dict[Path, jax.Array]
     old: dict[Path, jax.Array]
-    y: dict[int, jax.Array]  # relation number -> like its output
+    y: dict[int, jax.Array]  # operation number -> like its output
 
 
 class TapeRecord(NamedTuple):
     """What one step leaves for the trace update."""
 
-    x: tuple[Any, ...]  # per relation: the operation's input, or None
-    fixed: tuple[dict[int, Any], ...]  # per relation: operands that are neither trained nor the input, by position
+    x: tuple[Any, ...]  # per operation: its input, or None
+    fixed: tuple[dict[int, Any], ...]  # per operation: operands that are neither trained nor the input, by position
     varying: tuple[tuple[Any, ...], ...]  # per group: the varying entries of D and df
 
 
@@ -54,12 +54,16 @@ class Tape(NamedTuple):
         ``(step inputs, operands, zeros) -> (step outputs, record)``, all flat.
     zeros_like : Zeros
         Shapes of the zeros that the program takes: only those whose cotangent can be other than zero.
+    recorder : ClosedJaxpr
+        ``(step inputs, operands) -> record`` alone, without side effects.
     """
 
     program: Any
     in_tree: Any
     out_tree: Any
     zeros_like: Any
+    recorder: Any
+    record_tree: Any
 
     def zeros(self) -> Zeros:
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.zeros_like)
@@ -70,6 +74,11 @@ class Tape(NamedTuple):
         flat, tree = jax.tree.flatten((list(invals), [dict(o) for o in operands], zeros))
         assert tree == self.in_tree, (tree, self.in_tree)
         return jax.tree.unflatten(self.out_tree, eval_jaxpr(self.program, *flat))
+
+    def record(self, invals: Sequence[Any], operands: Sequence[Mapping[str, Any]]) -> TapeRecord:
+        """What the step leaves for the trace update, without running the rest of it."""
+        flat = jax.tree.leaves((list(invals), [dict(o) for o in operands]))
+        return jax.tree.unflatten(self.record_tree, eval_jaxpr(self.recorder, *flat))
 
 
 class _World(NamedTuple):
@@ -87,7 +96,7 @@ def build_tape(
     flow: Flow,
     reach: Reach,
     groups: Sequence[HiddenGroup],
-    relations: Sequence[HiddenParamOpRelation],
+    operations: Sequence[HiddenParamOpRelation],
 ) -> Tape:
     jaxpr = info.jaxpr
     shape_of: Any = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)  # noqa: E731
@@ -97,11 +106,11 @@ def build_tape(
     everything: Any = Zeros(
         new=dict(differentiable),
         old=dict(differentiable),
-        y={i: shape_of(r.y_var) for i, r in enumerate(relations) if not r.residual_free},
+        y={i: shape_of(r.y_var) for i, r in enumerate(operations) if not r.residual_free},
     )
-    evaluator = _Worlds(info, flow, reach, groups, relations)
+    evaluator = _Worlds(info, flow, reach, groups, operations)
     invals = [shape_of(v) for v in jaxpr.invars]
-    operands = [{k: shape_of(v) for k, v in r.trainable_vars.items()} for r in relations]
+    operands = [{k: shape_of(v) for k, v in r.trainable_vars.items()} for r in operations]
 
     def trace(zeros):
         closed, out_shape = jax.make_jaxpr(evaluator.run, return_shape=True)(invals, operands, zeros)
@@ -119,14 +128,21 @@ def build_tape(
     )
     closed, out_tree, in_tree = trace(kept)
     closed, _ = prune(closed, [True] * out_tree.num_leaves)
-    return Tape(closed, in_tree, out_tree, kept)
+
+    def record(invals, operands):
+        return evaluator.run(invals, operands, Zeros({}, {}, {}), effects=False)[1]
+
+    recorder, record_shape = jax.make_jaxpr(record, return_shape=True)(invals, operands)
+    record_tree = jax.tree.structure(record_shape)
+    recorder, _ = prune(recorder, [True] * record_tree.num_leaves)
+    return Tape(closed, in_tree, out_tree, kept, recorder, record_tree)
 
 
 class _Worlds:
     """Evaluates the step in several worlds at once; see the module's docstring."""
 
-    def __init__(self, info, flow, reach, groups, relations):
-        self.info, self.flow, self.groups, self.relations = info, flow, groups, relations
+    def __init__(self, info, flow, reach, groups, operations):
+        self.info, self.flow, self.groups, self.operations = info, flow, groups, operations
         self.eqns = info.jaxpr.eqns
         self.consts = dict(zip(info.jaxpr.constvars, consts_of(info.closed_jaxpr)))
         self.number = {v: i for i, v in enumerate(info.jaxpr.invars)}
@@ -134,7 +150,7 @@ class _Worlds:
         self.group_of = {p: g.index for g in groups for p in g.hidden_paths}
         self.path_of_old = {v: p for p, v in info.hidden_path_to_invar.items()}
         self.owner = {v: paths[0] for v, paths in flow.members.items()}
-        self.relation_at = {flow.ops[r.op_index].position: i for i, r in enumerate(relations)}
+        self.operation_at = {flow.ops[r.op_index].position: i for i, r in enumerate(operations)}
         # Whatever leads into F, or into anything that leads there, sees bare old values.
         downstream = [
             frozenset().union(*(reach.groups(info.hidden_path_to_outvar[p]) for p in g.hidden_paths if self._is_var(p)))
@@ -142,8 +158,8 @@ class _Worlds:
         ]
         self.leads_to = [downstream[g.index] | {g.index} for g in groups]
         self.op_world = {}
-        for position, i in self.relation_at.items():
-            fed = reach.groups(relations[i].y_var)
+        for position, i in self.operation_at.items():
+            fed = reach.groups(operations[i].y_var)
             self.op_world[position] = _World(frozenset().union(*(self.leads_to[g] for g in fed)), None)
         self._find_dependence()
 
@@ -151,7 +167,7 @@ class _Worlds:
         return not isinstance(self.info.hidden_path_to_outvar[path], Literal)
 
     def _find_dependence(self):
-        """Per equation: groups whose old / new values it depends on without passing a hidden value or relation."""
+        """Per equation: groups whose old / new values it depends on without passing a hidden value or operation."""
         self.old_of, self.new_of = {}, {}
         old, new = {}, {}
         for v, p in self.path_of_old.items():
@@ -163,7 +179,7 @@ class _Worlds:
             for v in eqn.outvars:
                 if v in self.owner:
                     new[v], old[v] = frozenset([self.group_of[self.owner[v]]]), frozenset()
-                elif i in self.relation_at:
+                elif i in self.operation_at:
                     new[v], old[v] = frozenset(), frozenset()
                 else:
                     new[v], old[v] = self.new_of[i], self.old_of[i]
@@ -195,28 +211,28 @@ class _Worlds:
 
     # -- evaluation ---------------------------------------------------------------------------------------------
 
-    def run(self, invals, operands, zeros):
+    def run(self, invals, operands, zeros, effects=True):
         info = self.info
         sinks = [(v, _REST) for v in info.jaxpr.outvars[: info.num_var_out]]
         for path, outvar in zip(self._leaf_paths(), info.jaxpr.outvars[info.num_var_out :]):
             sinks.append((outvar, _REST if path is None else self._own_world(path)))
-        traced = {g.index for r in self.relations for g in r.hidden_groups}
+        traced = {g.index for r in self.operations for g in r.hidden_groups}
         frontiers = [
             [(v, _World(self.leads_to[g.index], None)) for v in g.cut.inputs] if g.index in traced else None
             for g in self.groups
         ]
         xs = [
             None if r.x_var is None else (r.x_var, self.op_world[self.flow.ops[r.op_index].position])
-            for r in self.relations
+            for r in self.operations
         ]
         fixed = [
             {i: (v, self.op_world[self.flow.ops[r.op_index].position]) for i, v in r.fixed_vars.items()}
-            for r in self.relations
+            for r in self.operations
         ]
         wanted = [*sinks, *(f for fs in frontiers for f in fs or ()), *(x for x in xs if x is not None)]
         wanted += [item for items in fixed for item in items.values()]
 
-        plan = self._plan(wanted)
+        plan = self._plan(wanted, effects)
         values = self._evaluate(plan, invals, operands, zeros)
         read = lambda item: self._read(*item, values, invals, zeros)  # noqa: E731
         outs = []
@@ -248,7 +264,7 @@ class _Worlds:
         g = self.group_of[path]
         return _World(self.leads_to[g], g)
 
-    def _plan(self, wanted):
+    def _plan(self, wanted, effects):
         plan: dict[int, dict[_World, _World]] = {}  # equation -> key -> world of its inputs
 
         def need_in(position, world):
@@ -262,7 +278,7 @@ class _Worlds:
                 need_in(position, world)
 
         for position, eqn in enumerate(self.eqns):
-            if eqn.effects:
+            if eqn.effects and effects:
                 need_in(position, _REST)
         for var, world in wanted:
             ask(var, world)
@@ -273,13 +289,13 @@ class _Worlds:
         return plan
 
     def _inputs(self, position):
-        """Variables that an equation reads; the trained operands of a relation are given from outside."""
+        """Variables that an equation reads; the trained operands of an operation are given from outside."""
         eqn = self.eqns[position]
-        if position not in self.relation_at:
+        if position not in self.operation_at:
             return eqn.invars
-        relation = self.relations[self.relation_at[position]]
-        slots = relation.primitive.trainables(eqn.params)
-        given = {slots[k] for k in relation.trainable_vars}
+        operation = self.operations[self.operation_at[position]]
+        slots = operation.primitive.trainables(eqn.params)
+        given = {slots[k] for k in operation.trainable_vars}
         return [v for i, v in enumerate(eqn.invars) if i not in given]
 
     def _evaluate(self, plan, invals, operands, zeros):
@@ -287,7 +303,7 @@ class _Worlds:
         for position in sorted(plan):
             eqn = self.eqns[position]
             for key, world in plan[position].items():
-                if position in self.relation_at:
+                if position in self.operation_at:
                     outs = self._apply(position, world, values, invals, operands, zeros)
                 else:
                     args = [self._read(v, world, values, invals, zeros) for v in eqn.invars]
@@ -296,16 +312,16 @@ class _Worlds:
         return values
 
     def _apply(self, position, world, values, invals, operands, zeros):
-        eqn, i = self.eqns[position], self.relation_at[position]
-        relation = self.relations[i]
-        slots = relation.primitive.trainables(eqn.params)
+        eqn, i = self.eqns[position], self.operation_at[position]
+        operation = self.operations[i]
+        slots = operation.primitive.trainables(eqn.params)
         given = {slots[k]: w for k, w in operands[i].items()}
         args = [
             given[n] if n in given else self._read(v, world, values, invals, zeros) for n, v in enumerate(eqn.invars)
         ]
-        outs = relation.primitive.outputs(args, eqn.params)
+        outs = operation.primitive.outputs(args, eqn.params)
         if i in zeros.y:
-            outs[relation.primitive.y_index] += zeros.y[i]
+            outs[operation.primitive.y_index] += zeros.y[i]
         return outs
 
     def _read(self, var, world, values, invals, zeros):

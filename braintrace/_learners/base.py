@@ -13,7 +13,7 @@ from .._compiler.executor import ETraceGraphExecutor
 from .._compiler.graph import ETraceGraph
 from .._compiler.report import CompilationReport
 from .._sequence import SequenceDriverMixin
-from .._types import MultiStepData, Path, SingleStepData, path_str
+from .._types import MultiStepData, Path, SingleStepData, head, path_str
 
 __all__ = ["ETraceAlgorithm", "EligibilityTrace"]
 
@@ -171,8 +171,3 @@ def _first_step(arg: Any) -> Any:
         return x
 
     return jax.tree.map(reduce, arg, is_leaf=lambda x: isinstance(x, (SingleStepData, MultiStepData)))
-
-
-def head(x: Any) -> Any:
-    """The first entry along axis 0 of an array or of a shape."""
-    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x[0]

@@ -9,12 +9,21 @@ import brainstate
 import jax
 import jax.numpy as jnp
 
-from .._traces.io import IOTrace, bias_correction, contract_io, init_io, update_io
+from .._traces.io import (
+    IOTrace,
+    bias_correction,
+    contract_io,
+    contract_io_chunk,
+    init_io,
+    join,
+    split,
+    update_io,
+)
 from .._traces.record import pair_key, x_keys
 from .._types import Path, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
-from .vjp import Credit, ETraceVjpAlgorithm, legacy_options
+from .vjp import Bars, ETraceVjpAlgorithm, legacy_options
 
 __all__ = ["ES_D_RTRL", "IODimVjpAlgorithm", "pp_prop"]
 
@@ -204,16 +213,55 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
             for key, state in states.items():
                 state.value = values[key]
 
+    def _advance_slots(self, traces: IOTrace, xs, dfs, Ds) -> IOTrace:
+        return update_io(self.graph, traces, xs, dfs, Ds, *self._decays, self.config.recursion_f)
+
     def _update_etrace_data(self, running_index, old_traces, xs_and_dfs, Ds, weight_vals, input_is_multi_step):
         del running_index, weight_vals, input_is_multi_step
-        return update_io(self.graph, old_traces, *xs_and_dfs, Ds, *self._decays, self.config.recursion_f)
+        return join(self._advance_slots(split(old_traces), *xs_and_dfs, Ds))
 
-    def _contract(self, number, traces: IOTrace, signals, steps, credit: Credit):
+    def _lift(self, number, traces: IOTrace, operands, fixed):
+        r = self.graph.hidden_param_op_relations[number]
+        return r.primitive.lift(self._x_trace(traces.xs, number), operands, r.eqn_params, fixed, r.y_var.aval)
+
+    def _meet(self, number, traces: IOTrace, signals, steps):
         relation = self.graph.hidden_param_op_relations[number]
-        s = contract_io(relation, traces, signals, bias_correction(self.decay_f, steps))
-        # An operation without an input has no x-trace.
-        x = traces.xs.get(x_keys(self.graph).get(number, ""))
-        return None if s is None else self._operand_vjp(number, x, s, credit)
+        return contract_io(relation, split(traces), signals, bias_correction(self.decay_f, steps))
+
+    def _x_trace(self, xs, number):
+        """An operation without an input has no x-trace."""
+        return xs.get(x_keys(self.graph).get(number, ""))
+
+    def _chunk_start(self, traces: IOTrace):
+        return split(traces)
+
+    def _chunk_step(self, carry, index, record, operands, bars: Bars):
+        def cotangents(traces, signals, steps):
+            correction = bias_correction(self.decay_f, steps)
+            found = {i: contract_io(r, traces, signals, correction) for i, r in enumerate(relations)}
+            return {i: c for i, c in found.items() if c is not None}
+
+        relations = self.graph.hidden_param_op_relations
+        before = cotangents(carry, bars.old, index)
+        xs, dfs, Ds = self._read_record(record, operands)
+        carry = self._advance_slots(carry, xs, dfs, Ds)
+        now = cotangents(carry, bars.new, index + 1)
+        met = {i for i in (*before, *now) if record.fixed[i]}
+        return carry, (carry.xs if before or now else {}, now, before), met
+
+    def _chunk_end(self, traces, carry, emitted, operands, front, length):
+        del length
+        xs, now, before = emitted.engine
+        gradients = {}
+        for i, r in enumerate(self.graph.hidden_param_op_relations):
+            inputs = self._x_trace(traces.xs, i), self._x_trace(xs, i)
+            cotangents = now.get(i), before.get(i)
+            fixed = emitted.fixed.get(i, {})
+            gradients[i] = contract_io_chunk(r, *inputs, *cotangents, operands[i], fixed, 1 + len(front))
+        return join(carry), gradients
+
+
+IODimVjpAlgorithm._engine = IODimVjpAlgorithm
 
 
 class pp_prop(IODimVjpAlgorithm):

@@ -7,13 +7,14 @@ from typing import Any
 import brainstate
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from .._traces.param import ParamTrace, contract_param, init_param, meta_of, update_param
-from .._traces.record import pair_key
+from .._traces import param
+from .._traces.record import add, contraction, pair_key
 from .._types import Path, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
-from .vjp import Credit, ETraceVjpAlgorithm, legacy_options
+from .vjp import Bars, ETraceVjpAlgorithm, legacy_options
 
 __all__ = ["ParamDimVjpAlgorithm"]
 
@@ -96,11 +97,65 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         """Allocate zero traces, as new state objects; the step counter is not touched."""
         del args, kwargs
         self._check_output_shapes()
-        self._metas = tuple(meta_of(r) for r in self.graph.hidden_param_op_relations)
-        zeros = init_param(self.graph, self._metas, self.trace_dtype)
-        self.etrace_bwg = {k: EligibilityTrace(v) for k, v in zeros.items()}
-        filtered = zeros if self.config.trace_filter == "kappa" else {}
-        self.etrace_filtered = {k: EligibilityTrace(v) for k, v in filtered.items()}
+        relations = self.graph.hidden_param_op_relations
+        self._metas = tuple(param.meta_of(r) for r in relations)
+        self._factorised = {}
+        self._slot_traces = {}
+        for i, r in enumerate(relations):
+            for g in r.hidden_groups:
+                key = pair_key(r, g.index)
+                # The structure is that of any step: varying entries may be read from anything.
+                recursion = self._recursion(g, _Anything())
+                self._factorised[key] = self._factorise(i, recursion)
+                zeros = param.init(r, self._metas[i], g, self._factorised[key], recursion.width, self.trace_dtype)
+                self._slot_traces[key] = EligibilityTrace(zeros)
+
+    def _factorise(self, number, recursion) -> frozenset:
+        r = self.graph.hidden_param_op_relations[number]
+        rules = r.primitive.rules
+        own_layout = rules.dt_to_t is not None or rules.init_drtrl is not None
+        fixed_slope = set(r.linear_keys) == set(r.trainable_vars) and not r.fixed_vars and not own_layout
+        if r.x_var is None or not fixed_slope or self._overrides("_update_etrace_data"):
+            return frozenset()
+        return param.factorised_slots(recursion, number)
+
+    @property
+    def etrace_bwg(self) -> dict[str, EligibilityTrace]:
+        """Key -> trace, a dict of arrays with the hidden variables along a last axis; a view, made when it is read."""
+        found = {}
+        operands = self._static_operands()
+        for i, r in enumerate(self.graph.hidden_param_op_relations):
+            for g in r.hidden_groups:
+                key = pair_key(r, g.index)
+                trace = self._slot_traces[key].value
+                front = self._front(i, g, key, trace)
+                of = (r, self._metas[i], g, self._factorised[key])
+                found[key] = EligibilityTrace(param.dense(*of, trace, operands[i], g.num_state, front))
+        return found
+
+    def _front(self, number, group, key, trace) -> tuple[int, ...]:
+        """The mapped axis of a trace that is looked at from outside of ``jax.vmap``."""
+        r = self.graph.hidden_param_op_relations[number]
+        one = param.init(r, self._metas[number], group, self._factorised[key], 1, None)
+        name = next(iter(trace))
+        shape = trace[name][0].shape
+        return shape[: len(shape) - one[name][0].ndim]
+
+    def _resized(self, batch_size):
+        """Zero traces with another batch size where they have a batch axis."""
+        for i, r in enumerate(self.graph.hidden_param_op_relations):
+            for g in r.hidden_groups:
+                key = pair_key(r, g.index)
+                lead = self._metas[i].lead or len(g.varshape) - r.y_var.aval.ndim
+
+                def zeros(e, batched):
+                    return jnp.zeros((batch_size, *e.shape[1:]) if batched else e.shape, e.dtype)
+
+                value = {
+                    k: [zeros(e, batch_size is not None and lead > 0 and e.ndim > 0) for e in slots]
+                    for k, slots in self._slot_traces[key].value.items()
+                }
+                self._slot_traces[key].value = value
 
     def reset_state(self, batch_size: int | None = None, **kwargs: Any) -> None:
         """Zero the traces and the step counter; the model's states are untouched.
@@ -111,19 +166,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
             New size of the batch axis of those traces that have one.
         """
         del kwargs
-        lead = {
-            pair_key(r, g.index): m.lead or len(g.varshape) - r.y_var.aval.ndim
-            for r, m in zip(self.graph.hidden_param_op_relations, self._metas)
-            for g in r.hidden_groups
-        }
-        for states in (self.etrace_bwg, self.etrace_filtered):
-            for key, state in states.items():
-                batched = batch_size is not None and lead[key] > 0
-
-                def zeros(e, batched=batched):
-                    return jnp.zeros((batch_size, *e.shape[1:]) if batched else e.shape, e.dtype)
-
-                state.value = jax.tree.map(zeros, state.value)
+        self._resized(batch_size)
         self.running_index.value = jnp.zeros_like(self.running_index.value)
 
     def get_etrace_of(self, weight: brainstate.ParamState | Path) -> dict[str, dict[str, jax.Array]]:
@@ -144,8 +187,9 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
             Before compilation, or if ``weight`` has no trace; the message names the path.
         """
         path = self._path_of(weight)
+        traces = self.etrace_bwg
         found = {
-            pair_key(r, g.index): self.etrace_bwg[pair_key(r, g.index)].value
+            pair_key(r, g.index): traces[pair_key(r, g.index)].value
             for r in self.graph.hidden_param_op_relations
             if path in r.parameter_paths
             for g in r.hidden_groups
@@ -156,34 +200,137 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
 
     # -- the rule -----------------------------------------------------------------------------------------------
 
-    def _get_etrace_data(self) -> tuple[ParamTrace, ParamTrace]:
-        return (
-            {k: s.value for k, s in self.etrace_bwg.items()},
-            {k: s.value for k, s in self.etrace_filtered.items()},
-        )
+    def _get_etrace_data(self) -> dict[str, param.SlotTrace]:
+        return {k: s.value for k, s in self._slot_traces.items()}
 
-    def _assign_etrace_data(self, vals: tuple[ParamTrace, ParamTrace]) -> None:
-        for states, values in zip((self.etrace_bwg, self.etrace_filtered), vals):
-            for key, state in states.items():
-                state.value = values[key]
+    def _assign_etrace_data(self, vals: dict[str, param.SlotTrace]) -> None:
+        for key, state in self._slot_traces.items():
+            state.value = vals[key]
 
-    def _update_etrace_data(self, running_index, old_traces, xs_and_dfs, Ds, weight_vals, input_is_multi_step):
-        del running_index, weight_vals, input_is_multi_step
-        traces, filtered = old_traces
-        (xs, operands, fixed), dfs = xs_and_dfs
+    def _recursion(self, group, varying) -> param.Recursion:
+        """D and df of a group, from its varying entries at one step."""
+        D = [[e.read(varying) for e in row] for row in group.cut.D]
+        numbers = {r.op_index: i for i, r in enumerate(self.graph.hidden_param_op_relations)}
+        df = {numbers[k]: [e.read(varying) for e in row] for k, row in group.cut.df.items() if k in numbers}
         config = self.config
-        traces = update_param(
-            self.graph, self._metas, traces, xs, dfs, Ds, operands, fixed, config.temporal_recursion, config.decay
-        )
-        if filtered:
-            filtered = jax.tree.map(lambda f, e: (config.kappa * f + e).astype(f.dtype), filtered, traces)
-        return traces, filtered
+        return param.recursion_of(D, df, config.temporal_recursion, config.decay, config.kappa)
+
+    def _pairs(self):
+        for i, r in enumerate(self.graph.hidden_param_op_relations):
+            for g in r.hidden_groups:
+                yield i, r, g, pair_key(r, g.index)
 
     def _trace_inputs(self, xs, record, operands):
-        return record.x, operands, record.fixed
+        return record, operands
 
-    def _contract(self, number, traces, signals, steps, credit: Credit):
-        del steps, credit
-        bare, filtered = traces
-        relation = self.graph.hidden_param_op_relations[number]
-        return contract_param(relation, self._metas[number], filtered or bare, signals)
+    def _update_etrace_data(self, running_index, old_traces, xs_and_dfs, Ds, weight_vals, input_is_multi_step):
+        del running_index, Ds, weight_vals, input_is_multi_step
+        record, operands = xs_and_dfs[0]
+        new = {}
+        for i, r, g, key in self._pairs():
+            recursion = self._recursion(g, record.varying[g.index])
+            of = (r, self._metas[i], g, self._factorised[key])
+            inputs = (record.x[i], operands[i], record.fixed[i])
+            new[key] = param.update(*of, recursion, i, old_traces[key], *inputs)
+        return new
+
+    def _met(self, signals):
+        """Signals per slot: with a trace filter they meet the filtered slots."""
+        if self.config.trace_filter != "kappa":
+            return signals
+        return [[*([None] * len(slots)), *slots] for slots in signals]
+
+    def _lift(self, number, traces, operands, fixed):
+        r = self.graph.hidden_param_op_relations[number]
+
+        def gradient(signals):
+            found = [
+                param.contract(r, self._metas[number], self._factorised[key], traces[key], met[g.index], held, fixed)
+                for (g, key), met in ((pair, self._met(signals)) for pair in pairs)
+            ]
+            return add(found)
+
+        held = jax.lax.stop_gradient(operands)
+        pairs = [(g, pair_key(r, g.index)) for g in r.hidden_groups]
+        groups = self.graph.hidden_groups
+        dtype = r.y_var.aval.dtype
+        own = {g.index for g in r.hidden_groups}
+        zeros = [[jnp.zeros(g.varshape, dtype) if g.index in own else None] * g.num_state for g in groups]
+        _, transpose = jax.vjp(gradient, zeros)
+        return transpose({k: operands[k] for k in r.trainable_vars})[0]
+
+    def _meet(self, number, traces, signals, steps):
+        own = {g.index for g in self.graph.hidden_param_op_relations[number].hidden_groups}
+        return [slots if i in own else [None] * len(slots) for i, slots in enumerate(signals)]
+
+    def _chunk_start(self, traces):
+        return ()
+
+    def _chunk_step(self, carry, index, record, operands, bars: Bars):
+        del index, operands
+        needed = set(range(len(self.graph.hidden_param_op_relations)))
+        return carry, (record.varying, bars.new, bars.old), needed
+
+    def _chunk_end(self, traces, carry, emitted, operands, front, length):
+        varying, new, old = emitted.engine
+        # The signals that meet the trace after step t: those of its new values, and of the old values of step t + 1.
+        after = [
+            [add([n, None if o is None else jnp.concatenate([o[1:], jnp.zeros_like(o[:1])])]) for n, o in zip(*slots)]
+            for slots in zip(new, old)
+        ]
+        entry = [[None if o is None else o[0] for o in slots] for slots in old]
+        after, entry = self._met(after), self._met(entry)
+        traces, gradients = dict(traces), {}
+        for g in self.graph.hidden_groups:
+            pairs = [(i, r, key) for i, r, h, key in self._pairs() if h.index == g.index]
+            if pairs:
+                coefficients = self._coefficients(g, pairs, varying[g.index], after[g.index], front, length)
+                for i, r, key in pairs:
+                    x = emitted.x.get(self._source(i))
+                    chunk = coefficients, x, operands[i], emitted.fixed.get(i, {})
+                    traces[key], gradient = self._pair_end(i, r, g, key, traces[key], chunk, entry[g.index], front)
+                    gradients[i] = add([gradients.get(i), gradient])
+        return traces, gradients
+
+    def _coefficients(self, group, pairs, varying, signals, front, length):
+        relations = {i: r for i, r, _ in pairs}
+        width = len(signals)
+        factorised = frozenset.intersection(*(self._factorised[key] for *_, key in pairs))
+        kept = [a for a in range(width) if a not in factorised]
+        dtype = pairs[0][1].y_var.aval.dtype
+
+        def of_sample(varying, signals):
+            read = lambda values: self._recursion(group, values)  # noqa: E731
+            return param.chunk_coefficients(read, varying, signals, relations, kept, group.varshape, dtype, length)
+
+        if front:
+            out_axes = param.ChunkCoefficients(1, 1, 0, 0)
+            of_sample = jax.vmap(of_sample, in_axes=1, out_axes=out_axes, axis_size=front[0])
+        return of_sample(varying, signals)
+
+    def _pair_end(self, number, relation, group, key, trace, chunk, entry, front):
+        coefficients, x, operands, fixed = chunk
+        of = (relation, self._metas[number])
+        factorised = self._factorised[key]
+        cotangent = coefficients.y[number]
+        parts = []
+        if cotangent is not None:
+            parts.append(contraction(relation, x, cotangent, operands, fixed, 1 + len(front)))
+        meets = [add([q, c]) for q, c in zip(entry, coefficients.entry)]
+        at_entry = jax.tree.map(lambda v: v[0], fixed)
+        parts.append(param.contract(*of, factorised, trace, meets, operands, at_entry, len(front)))
+        recursion = self._recursion(group, _Anything())
+        trace = param.chunk_update(
+            *of, group, factorised, recursion, number, trace, coefficients, x, operands, fixed, front
+        )
+        return trace, add(parts)
+
+
+ParamDimVjpAlgorithm._engine = ParamDimVjpAlgorithm
+
+
+class _Anything:
+    """Varying entries whose values do not matter."""
+
+    def __getitem__(self, slot: int) -> np.ndarray:
+        return np.zeros((1,))

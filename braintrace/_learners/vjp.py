@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import brainstate
@@ -13,13 +14,14 @@ import jax.numpy as jnp
 from .._compiler.executor import ETraceVjpGraphExecutor
 from .._compiler.groups import slots_of
 from .._compiler.tape import TapeRecord
-from .._traces.record import Slots, instantaneous, sensitivities, spread, x_keys
+from .._jax import is_tracer, trace_context
+from .._traces.record import Slots, add, contraction, instantaneous, sensitivities, spread, x_keys
 from .._types import MultiStepData, Path, SingleStepData, path_str
 from .base import ETraceAlgorithm
 from .config import ETraceConfig
 from .signals import expand_modulator, feedback_matrix, random_feedback
 
-__all__ = ["Credit", "ETraceVjpAlgorithm", "legacy_options"]
+__all__ = ["Bars", "ETraceVjpAlgorithm", "Emitted", "legacy_options"]
 
 
 def legacy_options(options: dict[str, Any]) -> None:
@@ -45,37 +47,57 @@ def _check_config(config: Any, own: ETraceConfig) -> ETraceConfig:
     return config
 
 
-class Credit(NamedTuple):
-    """Everything that a gradient is made of, beside the traces after the step.
+class Bars(NamedTuple):
+    """Cotangents of one step, as they meet the traces.
 
     Attributes
     ----------
     new, old : list
         Signals with respect to the groups' new and old values: per group, one array per hidden variable or ``None``.
-    bare_new : list
-        ``new`` before it was changed for the traces.
-    y : dict
-        Relation number -> total cotangent of the operation's output, where it is more than ``df`` carries.
-    entry_traces, entry_index
-        Traces and number of steps before the step or window.
-    record : TapeRecord
-        Of the step; of a window, of its first step.
-    window : bool
-        Whether the call is differentiated as a window.
-    invals, operands : list
-        Inputs of the step (the first one of a window), and the trained operands of every relation.
+    beside : dict
+        Operation number -> cotangent of its output that no trace carries.
     """
 
     new: list[Slots]
     old: list[Slots]
-    bare_new: list[Slots]
-    y: dict[int, jax.Array]
-    entry_traces: Any
-    entry_index: jax.Array
-    record: TapeRecord
-    window: bool
-    invals: list[Any]
-    operands: list[dict[str, jax.Array]]
+    beside: dict[int, jax.Array]
+
+
+class Emitted(NamedTuple):
+    """What one step leaves for the end of its chunk, stacked over the K steps there.
+
+    Attributes
+    ----------
+    engine : pytree
+        Of the learning rule.
+    x : dict
+        Operation number -> input, once for all operations that read it.
+    fixed : dict
+        Operation number -> untrained operands.
+    beside : dict
+        As in :class:`Bars`.
+    """
+
+    engine: Any
+    x: dict[int, jax.Array]
+    fixed: dict[int, dict[int, jax.Array]]
+    beside: dict[int, jax.Array]
+
+
+class Recorder:
+    """Stands in for the traces while a driver differentiates a step: gives the zeros, takes the record."""
+
+    def __init__(self, zeros: Any):
+        self.zeros = zeros
+        self.context = trace_context()
+        self.calls = 0
+        self.recorded: Any = None
+        self.length: int | None = None
+
+    def take(self, record: Any, extras: Any, length: int | None) -> None:
+        """Keep what a call leaves; ``length``: the number of steps of a window."""
+        self.calls += 1
+        self.recorded, self.length = (record, extras), length
 
 
 class _Values(NamedTuple):
@@ -118,6 +140,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
     __module__ = "braintrace"
 
     _default_config: ClassVar[ETraceConfig] = ETraceConfig()
+    _engine: ClassVar[type[ETraceVjpAlgorithm]]  # the class whose hooks are the engine's own
 
     def __init__(
         self,
@@ -143,6 +166,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             random_feedback_key = jax.random.key(random_feedback_key)
         self._feedback_key = random_feedback_key
         self._modulator: brainstate.State | None = None
+        self._recorder: Recorder | None = None
 
     @property
     def config(self) -> ETraceConfig:
@@ -207,12 +231,30 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         del record, operands
         return xs
 
-    def _contract(
-        self, number: int, traces: Any, signals: list[Slots], steps: jax.Array, credit: Credit
-    ) -> dict[str, jax.Array] | None:
-        """Gradients of the operands of one relation: signals contracted with traces of that many steps.
+    def _lift(self, number: int, traces: Any, operands: dict[str, jax.Array], fixed: Any) -> Any:
+        """Arrays whose cotangents :meth:`_meet` gives, and through which these reach the operands of one relation."""
+        raise NotImplementedError
 
-        ``None`` where no signal reaches the relation.
+    def _meet(self, number: int, traces: Any, signals: list[Slots], steps: jax.Array) -> Any | None:
+        """Cotangents of :meth:`_lift` for signals that meet traces of that many steps; ``None`` if there are none."""
+        raise NotImplementedError
+
+    def _chunk_start(self, traces: Any) -> Any:
+        """What the steps of a chunk carry."""
+        raise NotImplementedError
+
+    def _chunk_step(
+        self, carry: Any, index: jax.Array, record: TapeRecord, operands: Any, bars: Bars
+    ) -> tuple[Any, Any, set[int]]:
+        """Advance the carry; what to emit, and the operations whose inputs are to be emitted."""
+        raise NotImplementedError
+
+    def _chunk_end(
+        self, traces: Any, carry: Any, emitted: Emitted, operands: Any, front: tuple[int, ...], length: int
+    ) -> tuple[Any, dict[int, dict[str, jax.Array]]]:
+        """Traces after a chunk of that many steps, and the gradients of the relations' operands.
+
+        ``front`` is the size of the mapped axis, if any.
         """
         raise NotImplementedError
 
@@ -239,54 +281,20 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         self,
         running_index: jax.Array,
         traces: Any,
-        signals: Credit,
+        signals: None,
         weight_vals: dict[Path, Any],
         plain_grads: dict[Path, Any],
-        etp_window_grads: list[dict[str, jax.Array]] | None,
+        etp_window_grads: None,
     ) -> dict[Path, Any]:
-        """Gradient of every parameter: ``plain_grads``, plus per relation the gradient of its operands."""
-        gradients = self._operand_gradients(running_index, traces, signals)
-        leaf_gradients: dict[int, jax.Array] = {}
-        for relation, gradient in zip(self.graph.hidden_param_op_relations, gradients):
-            if gradient:
-                for i, g in relation.operand_program.pull_back(signals.invals, gradient).items():
-                    leaf_gradients[i] = leaf_gradients[i] + g if i in leaf_gradients else g
-        info = self.graph.module_info
-        numbers = {p: leaves for p, leaves in zip(info.compiled_state_paths, info.state_leaves)}
-        out = {}
-        tree: Any
-        for path in weight_vals:
-            leaves, tree = jax.tree.flatten(plain_grads[path])
-            traced = [leaf_gradients.get(info.in_tree.num_leaves + i) for i in numbers[path]]
-            out[path] = tree.unflatten([g if t is None else g + t.astype(g.dtype) for g, t in zip(leaves, traced)])
-        return out
+        """The gradient of every parameter, which arrives complete in ``plain_grads``: a subclass may change it.
 
-    def _operand_gradients(self, running_index, traces, credit: Credit) -> list[dict[str, jax.Array]]:
-        """Per relation, what the traces give, and what of the current step they do not carry."""
-        out = []
-        for i, r in enumerate(self.graph.hidden_param_op_relations):
-            parts = [self._contract(i, credit.entry_traces, credit.old, credit.entry_index, credit)]
-            if not credit.window:
-                parts.append(self._contract(i, traces, credit.new, running_index, credit))
-                parts.append(self._beside_trace(i, credit))
-            found = [p for p in parts if p is not None]
-            out.append({k: sum((p[k] for p in found[1:]), found[0][k]) for k in r.trainable_vars} if found else {})
-        return out
+        ``traces`` are those after the step (of a window: at its entry), ``running_index`` counts their steps.
+        """
+        del running_index, traces, signals, weight_vals, etp_window_grads
+        return plain_grads
 
-    def _beside_trace(self, number: int, credit: Credit) -> dict[str, jax.Array] | None:
-        """The current step's credit that does not pass through the hidden groups position by position."""
-        if number not in credit.y:
-            return None
-        relation = self.graph.hidden_param_op_relations[number]
-        xs, dfs, _ = self._read_record(credit.record, credit.operands)
-        carried = instantaneous(relation, dfs, credit.bare_new)
-        rest = credit.y[number] if carried is None else credit.y[number] - carried
-        return self._operand_vjp(number, xs.get(x_keys(self.graph).get(number, "")), rest, credit)
-
-    def _operand_vjp(self, number: int, x: Any, cotangent: jax.Array, credit: Credit) -> dict[str, jax.Array]:
-        r = self.graph.hidden_param_op_relations[number]
-        fixed = credit.record.fixed[number]
-        return r.primitive.weight_vjp(x, cotangent, credit.operands[number], r.eqn_params, fixed)
+    def _overrides(self, *names: str) -> bool:
+        return any(getattr(type(self), n, None) is not getattr(self._engine, n, None) for n in names)
 
     # -- one call -----------------------------------------------------------------------------------------------
 
@@ -324,12 +332,16 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
         values = self._split([self._state_value(p, s) for p, s in states.items()])
         index = self.running_index.value
-        call = self._differentiable_call(over_time, length)
-        out, new, traces = call(leaves, values, self._get_etrace_data(), index, aux)
+        if self._recorder is not None and self._recorder.context == trace_context():
+            out, new = self._record(over_time, length, leaves, values, aux)
+        else:
+            traces = jax.lax.stop_gradient(self._get_etrace_data())
+            run = self._run_window if self.graph_executor.is_multi_step_vjp else self._run_step
+            out, new, traces = run(over_time, length, leaves, values, traces, index, aux)
+            self._assign_etrace_data(traces)
         for state, value in zip(self._split(list(states.values()))[1:], new[1:]):
             for s, v in zip(state, value):
                 s.value = v
-        self._assign_etrace_data(traces)
         self.running_index.value = index + (1 if length is None else length)
         return out
 
@@ -348,103 +360,277 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             expand_modulator(aux, g, jnp.result_type(float))
         return aux
 
-    def _differentiable_call(self, over_time, length):
-        """``(argument leaves, state values, traces, index, aux) -> (output, new values, new traces)``."""
-        multi = self.graph_executor.is_multi_step_vjp
-
-        def forward(leaves, values, traces, index, aux=None):
-            if length is not None:
-                return self._run_window(over_time, length, leaves, values, traces, index)
-            return self._run_step(leaves, values, traces, index, self.graph.tape.zeros(), trained=multi)[:3]
-
-        def step_forward(leaves, values, traces, index, aux):
-            if length is not None:
-                raise NotImplementedError(
-                    "A single-step learner has no gradient of a window. Make the learner with vjp_method='multi-step', "
-                    "or differentiate step by step."
-                )
-
-            def run(leaves, values, zeros):
-                out, new, new_traces, record = self._run_step(leaves, values, traces, index, zeros)
-                return (out, new), (new_traces, record)
-
-            values = values._replace(weights=jax.tree.map(_first_order, values.weights))
-            zeros = self.graph.tape.zeros()
-            (out, new), pull, (new_traces, record) = jax.vjp(run, leaves, values, zeros, has_aux=True)
-            return (out, new, new_traces), (pull, leaves, values, traces, index, aux, new_traces, record)
-
-        def step_backward(residuals, cotangents):
-            pull, leaves, values, traces, index, aux, new_traces, record = residuals
-            leaf_bars, value_bars, zero_bars = pull(tuple(cotangents[:2]))
-            credit = self._credit(zero_bars.new, zero_bars.old, zero_bars.y, traces, index, record, leaves, values, aux)
-            return leaf_bars, self._with_weights(index + 1, new_traces, credit, values, value_bars), None, None, None
-
-        def window_forward(leaves, values, traces, index, aux):
-            def run(leaves, values):
-                out, new, new_traces = forward(leaves, values, traces, index)
-                return (out, new), new_traces
-
-            (out, new), pull, new_traces = jax.vjp(run, leaves, values, has_aux=True)
-            return (out, new, new_traces), (pull, leaves, values, traces, index, aux)
-
-        def window_backward(residuals, cotangents):
-            pull, leaves, values, traces, index, aux = residuals
-            leaf_bars, value_bars = pull(tuple(cotangents[:2]))
-            paths = self.graph.module_info.states_of(brainstate.HiddenState)
-            entry = {p: jax.tree.leaves(bar)[0] for p, bar in zip(paths, value_bars.hidden)}
-            now = leaves if length is None else [x[0] if m else x for x, m in zip(leaves, over_time)]
-            credit = self._credit({}, entry, {}, traces, index, None, now, values, aux)
-            return leaf_bars, self._with_weights(index, traces, credit, values, value_bars), None, None, None
-
-        call = jax.custom_vjp(forward)
-        call.defvjp(*((window_forward, window_backward) if multi else (step_forward, step_backward)))
-        return call
-
-    def _run_step(self, leaves, values, traces, index, zeros, trained=False):
-        """One step; with ``trained``, operations are differentiated in their trained operands too."""
+    def _run_step(self, over_time, length, leaves, values, traces, index, aux):
+        """One step, differentiated as such: see :func:`_credit`."""
+        if length is not None:
+            out, new, traces = self._run_window(over_time, length, leaves, values, traces, index, aux)
+            return (*_no_window_gradient((out, new)), traces)
+        held = jax.lax.stop_gradient(self._invals(leaves, values))
+        held_operands = self._operands(held)
+        record = self.graph.tape.record(held, held_operands)
+        after = self._advance(traces, index, record, held_operands, values.weights)
+        values = self._hooked(values, after, index + 1)
         invals = self._invals(leaves, values)
         operands = self._operands(invals)
-        stop = jax.lax.stop_gradient
-        outs, record = self.graph.tape(invals, operands if trained else stop(operands), zeros)
-        xs, dfs, Ds = self._read_record(record, stop(operands))
-        weights = self._weight_dict(stop(values.weights))
-        inputs = self._trace_inputs(xs, record, stop(operands))
-        traces = self._update_etrace_data(index, traces, (inputs, dfs), Ds, weights, False)
-        out, new = self._outvals(outs)
-        return out, new, traces, record
+        zeros = self._credited_zeros(traces, after, index, record, leaves, operands, values.weights, aux)
+        trained = len(self.graph.hidden_param_op_relations)
+        operands = [jax.lax.stop_gradient(w) if i < trained else w for i, w in enumerate(operands)]
+        out, new = self._outvals(self.graph.tape(invals, operands, zeros)[0])
+        return out, new, after
 
-    def _run_window(self, over_time, length, leaves, values, traces, index):
-        zeros = self.graph.tape.zeros()
+    def _run_window(self, over_time, length, leaves, values, traces, index, aux):
+        """A window of steps (or one), differentiated through all of them."""
+        values = self._hooked(values, traces, index)
+        values = values._replace(hidden=self._credited_entry(traces, index, leaves, over_time, length, values, aux))
+        weights = jax.lax.stop_gradient(values.weights)
 
-        def body(carry, sliced):
+        def step(carry, leaves):
             hidden, others, traces, index = carry
-            sliced = iter(sliced)
-            now = [next(sliced) if m else x for x, m in zip(leaves, over_time)]
-            state = values._replace(hidden=hidden, others=others)
-            out, new, traces, _ = self._run_step(now, state, traces, index, zeros, trained=True)
+            out, new, record = self._plain_step(leaves, values._replace(hidden=hidden, others=others))
+            held = jax.lax.stop_gradient(self._operands(self._invals(leaves, values)))
+            traces = self._advance(traces, index, record, held, weights)
             return (new.hidden, new.others, traces, index + 1), out
 
-        data = [x for x, m in zip(leaves, over_time) if m]
-        first = (values.hidden, values.others, traces, index)
-        (hidden, others, traces, _), out = jax.lax.scan(body, first, data, length=length)
+        start = (values.hidden, values.others, traces, index)
+        (hidden, others, traces, _), out = self._over_time(step, start, over_time, length, leaves)
         return out, values._replace(hidden=hidden, others=others), traces
 
-    def _credit(self, new, old, y, traces, index, record, leaves, values, aux):
+    def _plain_step(self, leaves, values):
+        """The model's step with trained operands as they are, and what it leaves for the traces."""
         invals = self._invals(leaves, values)
-        args = (leaves, aux)
-        operands = self._operands(invals)
-        window = record is None
-        if window:
-            record = self.graph.tape(invals, operands, self.graph.tape.zeros())[1]
-        bare = self._slots(new)
-        signals = self._changed(bare, args), self._changed(self._slots(old), args), bare
-        return Credit(*signals, y, traces, index, record, window, invals, operands)
+        outs, record = self.graph.tape(invals, self._operands(invals), self.graph.tape.zeros())
+        return *self._outvals(outs), record
 
-    def _with_weights(self, index, traces, credit, values, value_bars):
-        weight_vals = self._weight_dict(values.weights)
-        plain = self._weight_dict(value_bars.weights)
-        gradients = self._solve_weight_gradients(index, traces, credit, weight_vals, plain, None)
-        return value_bars._replace(weights=[gradients[p] for p in weight_vals])
+    @staticmethod
+    def _over_time(step, start, over_time, length, leaves):
+        """``step(carry, leaves)`` once, or scanned over the leaves that have a time axis."""
+        if length is None:
+            return step(start, leaves)
+
+        def body(carry, sliced):
+            sliced = iter(sliced)
+            return step(carry, [next(sliced) if m else x for x, m in zip(leaves, over_time)])
+
+        return jax.lax.scan(body, start, [x for x, m in zip(leaves, over_time) if m], length=length)
+
+    def _advance(self, traces, index, record, operands, weights):
+        xs, dfs, Ds = self._read_record(record, operands)
+        inputs = self._trace_inputs(xs, record, operands)
+        weights = self._weight_dict(jax.lax.stop_gradient(weights))
+        return self._update_etrace_data(index, traces, (inputs, dfs), Ds, weights, False)
+
+    # -- how cotangents of a step's result reach the parameters ---------------------------------------------------
+    #
+    # The zeros that the tape adds come from `credit`, a function of arrays that depend on the parameters: its value is
+    # zero, its reverse rule turns the signals into cotangents of these arrays. All of it is an ordinary JAX program,
+    # so that under jax.vmap the weight gradients of all samples are one product.
+
+    def _credited_zeros(self, traces, after, index, record, leaves, operands, weights, aux):
+        zeros = self.graph.tape.zeros()
+        if not any(map(is_tracer, jax.tree.leaves(weights))):
+            return zeros  # nothing differentiates this call
+        _, dfs, _ = self._read_record(record, operands)
+        lifted = {}
+        for i, r in enumerate(self.graph.hidden_param_op_relations):
+            lifted[i] = {"now": self._lift(i, after, operands[i], record.fixed[i])}
+            if any(p in zeros.old for g in r.hidden_groups for p in g.hidden_paths):
+                lifted[i]["before"] = self._lift(i, traces, operands[i], record.fixed[i])
+            if i in zeros.y:
+                fixed, y = record.fixed[i], r.y_var.aval
+                lifted[i]["beside"] = r.primitive.lift(record.x[i], operands[i], r.eqn_params, fixed, y)
+        own = zeros._replace(y={i: z for i, z in zeros.y.items() if i in lifted})
+
+        def reverse(held, bars):
+            traces, after, index, dfs, leaves, aux = held
+            bars = self._bars(bars.new, bars.old, bars.y, dfs, leaves, aux)
+            return {
+                i: {
+                    name: bars.beside[i]
+                    if name == "beside"
+                    else self._meet(i, after, bars.new, index + 1)
+                    if name == "now"
+                    else self._meet(i, traces, bars.old, index)
+                    for name in parts
+                }
+                for i, parts in lifted.items()
+            }
+
+        own = _credit(reverse, own, lifted, (traces, after, index, dfs, leaves, aux), weights)
+        return own._replace(y={**zeros.y, **own.y})
+
+    def _credited_entry(self, traces, index, leaves, over_time, length, values, aux):
+        """Hidden values at the entry of a window, whose cotangents meet the traces there."""
+        if not any(map(is_tracer, jax.tree.leaves(values.weights))):
+            return values.hidden
+        now = leaves if length is None else [x[0] if m else x for x, m in zip(leaves, over_time)]
+        invals = self._invals(now, values)
+        operands = self._operands(invals)
+        fixed = self.graph.tape.record(*jax.lax.stop_gradient((invals, operands))).fixed
+        number = range(len(self.graph.hidden_param_op_relations))
+        lifted = {i: self._lift(i, traces, operands[i], fixed[i]) for i in number}
+        zeros = jax.tree.map(jnp.zeros_like, self._hidden_dict(values.hidden))
+
+        def reverse(held, bars):
+            traces, index, leaves, aux = held
+            signals = self._changed(self._slots(bars), (leaves, aux))
+            return {i: self._meet(i, traces, signals, index) for i in number}
+
+        zeros = _credit(reverse, zeros, lifted, (traces, index, now, aux), None)
+        added = [zeros[p] for p in self._hidden_dict(values.hidden)]
+        return [jax.tree.map(lambda v, z=z: v + z, h) for h, z in zip(values.hidden, added)]
+
+    def _bars(self, new, old, y, dfs, leaves, aux) -> Bars:
+        """Signals as they meet the traces, and what they do not carry."""
+        bare = self._slots(new)
+        beside = {}
+        for i, bar in y.items():
+            carried = instantaneous(self.graph.operations[i], dfs, bare)
+            beside[i] = bar if carried is None else bar - carried
+        args = (leaves, aux)
+        return Bars(self._changed(bare, args), self._changed(self._slots(old), args), beside)
+
+    def _hooked(self, values, traces, index):
+        """The parameters, through the hook of a subclass for their gradients."""
+        if not self._overrides("_solve_weight_gradients"):
+            return values
+
+        @jax.custom_vjp
+        def hook(weights, traces, index):
+            del traces, index
+            return weights
+
+        def backward(held, bars):
+            weights, traces, index = held
+            found = self._solve_weight_gradients(
+                index, traces, None, self._weight_dict(weights), self._weight_dict(bars), None
+            )
+            return [found[p] for p in self._weight_dict(bars)], None, None
+
+        hook.defvjp(lambda weights, traces, index: (weights, (weights, traces, index)), backward)
+        return values._replace(weights=hook(values.weights, traces, index))
+
+    # -- under a driver of whole sequences: see _sequence.py ------------------------------------------------------
+
+    def _can_record(self) -> bool:
+        """Whether the gradient of a sequence may be taken chunk by chunk."""
+        hooks = "_update_etrace_data", "_solve_weight_gradients", "_make_etrace_stepper"
+        return not self._overrides(*hooks) and all(r.is_static for r in self.graph.operations)
+
+    def _recorder_zeros(self) -> Any:
+        if self.graph_executor.is_single_step_vjp:
+            return self.graph.tape.zeros()
+        return {
+            p: jnp.zeros(v.aval.shape, v.aval.dtype) for p, v in self.graph.module_info.hidden_path_to_invar.items()
+        }
+
+    @contextlib.contextmanager
+    def _recording(self, zeros: Any) -> Iterator[Recorder]:
+        before, self._recorder = self._recorder, Recorder(zeros)
+        try:
+            yield self._recorder
+        finally:
+            self._recorder = before
+
+    def _record(self, over_time, length, leaves, values, aux):
+        recorder = self._recorder
+        now = leaves if length is None else [x[0] if m else x for x, m in zip(leaves, over_time)]
+        extras = (now if self._overrides("_compute_learning_signal") else None, aux)
+        if self.graph_executor.is_single_step_vjp:
+            if length is not None:
+                raise NotImplementedError(_NO_WINDOW)
+            invals = self._invals(leaves, values)
+            held = jax.lax.stop_gradient(self._operands(invals))
+            outs, record = self.graph.tape(invals, held, recorder.zeros)
+            recorder.take(record, extras, None)
+            return self._outvals(outs)
+        hidden = [
+            jax.tree.map(lambda v, z=recorder.zeros[p]: v + z, h) for p, h in self._hidden_dict(values.hidden).items()
+        ]
+
+        def step(carry, leaves):
+            hidden, others = carry
+            out, new, record = self._plain_step(leaves, values._replace(hidden=hidden, others=others))
+            return (new.hidden, new.others), (out, record)
+
+        (hidden, others), (out, record) = self._over_time(step, (hidden, values.others), over_time, length, leaves)
+        recorder.take(record, extras, length)
+        return out, values._replace(hidden=hidden, others=others)
+
+    def _recorded_step(self, carry, index, recorded, bars, operands, length) -> tuple[Any, Emitted]:
+        """From the record of a call and the cotangents of its zeros to what the end of the chunk needs.
+
+        Everything emitted has a leading axis: the ``length`` steps of a window, or one.
+        """
+        record, (leaves, aux) = recorded
+        if self.graph_executor.is_single_step_vjp:
+            _, dfs, _ = self._read_record(record, operands)
+            found = self._bars(bars.new, bars.old, bars.y, dfs, leaves, aux)
+            carry, emitted = self._emit(carry, index, record, found, operands)
+            return carry, jax.tree.map(lambda v: v[None], emitted)
+        entry = self._changed(self._slots(bars), (leaves, aux))
+        silent: list[Slots] = [[None] * len(slots) for slots in entry]
+        if length is None:
+            carry, emitted = self._emit(carry, index, record, Bars(silent, entry, {}), operands)
+            return carry, jax.tree.map(lambda v: v[None], emitted)
+
+        def body(state, item):
+            carry, index = state
+            record, first = item
+            old = [[None if s is None else jnp.where(first, s, jnp.zeros_like(s)) for s in slots] for slots in entry]
+            carry, emitted = self._emit(carry, index, record, Bars(silent, old, {}), operands)
+            return (carry, index + 1), emitted
+
+        (carry, _), emitted = jax.lax.scan(body, (carry, index), (record, jnp.arange(length) == 0))
+        return carry, emitted
+
+    def _emit(self, carry, index, record, bars, operands):
+        carry, engine, needed = self._chunk_step(carry, index, record, operands, bars)
+        needed = needed | set(bars.beside)
+        sources = {self._source(i) for i in needed if record.x[i] is not None}
+        fixed = {i: record.fixed[i] for i in needed if record.fixed[i]}
+        return carry, Emitted(engine, {i: record.x[i] for i in sources}, fixed, bars.beside)
+
+    def _source(self, number: int) -> int:
+        """The first operation that reads the same value."""
+        operations = self.graph.operations
+        return next(i for i, r in enumerate(operations) if r.x_var is operations[number].x_var)
+
+    def _recorded_chunk(self, traces, carry, emitted, operands, front, length):
+        """Traces after a chunk, and the gradients of all operations' operands."""
+        traces, gradients = self._chunk_end(traces, carry, emitted, operands, front, length)
+        for i, cotangent in emitted.beside.items():
+            x, fixed = emitted.x.get(self._source(i)), emitted.fixed.get(i, {})
+            axes = 1 + len(front)
+            more = contraction(self.graph.operations[i], x, cotangent, operands[i], fixed, axes)
+            gradients[i] = add([gradients.get(i), more])
+        return traces, gradients
+
+    def _static_operands(self) -> list[dict[str, jax.Array]]:
+        """The trained operands of every operation, from the present parameters."""
+        return self._operands(self._static_invals())
+
+    def _static_invals(self) -> list[Any]:
+        info = self.graph.module_info
+        invals: list[Any] = [None] * len(info.jaxpr.invars)
+        first = info.in_tree.num_leaves
+        for path, state, numbers in zip(info.compiled_state_paths, info.compiled_model_states, info.state_leaves):
+            if isinstance(state, brainstate.ParamState):
+                for n, leaf in zip(numbers, jax.tree.leaves(self._state_value(path, state))):
+                    invals[first + n] = leaf
+        return invals
+
+    def _parameter_gradients(self, gradients: dict[int, dict[str, jax.Array]]) -> dict[Path, Any]:
+        """Gradients of operands -> path -> gradients of the parameter's leaves, ``None`` where there is none."""
+        invals = self._static_invals()
+        leaves: dict[int, jax.Array] = {}
+        for i, gradient in gradients.items():
+            if gradient:
+                for n, g in self.graph.operations[i].operand_program.pull_back(invals, gradient).items():
+                    leaves[n] = leaves[n] + g if n in leaves else g
+        info = self.graph.module_info
+        numbers = dict(zip(info.compiled_state_paths, info.state_leaves))
+        first = info.in_tree.num_leaves
+        return {p: [leaves.get(first + n) for n in numbers[p]] for p in self.param_states}
 
     # -- between states, step inputs and signals ----------------------------------------------------------------
 
@@ -511,11 +697,14 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         values = [t.unflatten([rest[i] for i in n]) for t, n in zip(info.state_trees, info.state_leaves)]
         return info.out_tree.unflatten(out), self._split(values)
 
+    def _hidden_dict(self, hidden: list[Any]) -> dict[Path, Any]:
+        return dict(zip(self.graph.module_info.states_of(brainstate.HiddenState), hidden))
+
     def _weight_dict(self, weights: list[Any]) -> dict[Path, Any]:
         return dict(zip(self.graph.module_info.states_of(brainstate.ParamState), weights))
 
     def _operands(self, invals: list[Any]) -> list[dict[str, jax.Array]]:
-        return [r.operand_program.operands(invals) for r in self.graph.hidden_param_op_relations]
+        return [r.operand_program.operands(invals) for r in self.graph.operations]
 
     def _read_record(self, record: TapeRecord, operands: list[dict[str, jax.Array]]) -> tuple[Any, Any, Any]:
         """Inputs by x-key, df by key, and D per group."""
@@ -537,8 +726,10 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
 
     def _changed(self, signals: list[Slots], args: Any) -> list[Slots]:
         """The signals as the traces meet them."""
-        own_hook = type(self)._compute_learning_signal is not ETraceVjpAlgorithm._compute_learning_signal
-        if not (own_hook or self.config.learning_signal in ("random_feedback", "modulatory")):
+        if not (
+            self._overrides("_compute_learning_signal")
+            or self.config.learning_signal in ("random_feedback", "modulatory")
+        ):
             return signals
         if all(s is None for slots in signals for s in slots):
             return signals
@@ -548,6 +739,59 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             dense.append(jnp.stack([spread(s, g.varshape, dtype) for s in slots], -1))
         changed = self._compute_learning_signal(dense, args)
         return [[s[..., a] for a in range(s.shape[-1])] for s in changed]
+
+
+_NO_WINDOW = (
+    "A single-step learner has no gradient of a window. Make the learner with vjp_method='multi-step', or "
+    "differentiate step by step."
+)
+
+
+@jax.custom_jvp
+def _no_window_gradient(outputs):
+    return outputs
+
+
+@_no_window_gradient.defjvp
+def _refuse_window(primals, tangents):
+    raise NotImplementedError(_NO_WINDOW)
+
+
+def _credit(reverse, zeros, lifted, held, weights):
+    """``zeros``, whose cotangents ``bars`` reach the arrays ``lifted`` as ``reverse(held, bars)``.
+
+    ``weights``: parameters in which this has no second derivative.
+    """
+
+    shapes, like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (zeros, lifted))
+
+    @jax.custom_vjp
+    def credit(lifted, held, weights):
+        del held, weights
+        # Under jax.vmap the zeros must be mapped like what they stand for, or the signals of all samples were summed.
+        mapped = sum(x[(0,) * x.ndim].astype(jnp.float32) for x in jax.tree.leaves(lifted))
+        return jax.tree.map(
+            lambda z: jnp.where(False, jnp.broadcast_to(mapped, z.shape).astype(z.dtype), jnp.zeros(z.shape, z.dtype)),
+            shapes,
+        )
+
+    def forward(lifted, held, weights):
+        return credit(lifted, held, weights), (held, jax.tree.map(_first_order, weights))
+
+    def backward(residuals, bars):
+        return _filled(reverse(residuals[0], bars), like), None, None
+
+    credit.defvjp(forward, backward)
+    return credit(lifted, held, weights)
+
+
+def _filled(tree, like):
+    """``tree`` in the dtypes of ``like``, with zeros in the place of ``None``."""
+    if isinstance(like, (jax.Array, jax.ShapeDtypeStruct)):
+        return jnp.zeros(like.shape, like.dtype) if tree is None else tree.astype(like.dtype)
+    children, structure = jax.tree.flatten(like, is_leaf=lambda x: x is not like)
+    given = [None] * len(children) if tree is None else jax.tree.leaves(tree, is_leaf=lambda x: x is not tree)
+    return jax.tree.unflatten(structure, [_filled(t, c) for t, c in zip(given, children)])
 
 
 @jax.custom_jvp

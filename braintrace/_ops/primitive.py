@@ -24,6 +24,22 @@ Anchors = Mapping[str, Any]  # key -> index into the output positions that gives
 
 
 @dataclasses.dataclass(frozen=True)
+class Unshared:
+    """One sample of an operation with a weight entry of its own for every output position.
+
+    Attributes
+    ----------
+    expand : callable
+        ``weights -> unshared weights``, per key, ordinary differentiable JAX.
+    impl : callable
+        ``(x, unshared weights) -> y``: the value of the operation for one sample, linear in ``x`` and in each entry.
+    """
+
+    expand: Callable[[Weights], Weights]
+    impl: Callable[[Any, Weights], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
 class Rules:
     """Overrides of what is derived from the implementation; ``None`` means derived."""
 
@@ -35,6 +51,8 @@ class Rules:
     pp_x_repr: Callable[..., jax.Array] | None = None
     snap_anchor: Callable[..., bool] | None = None
     snap_adjacency: Callable[..., Any] | None = None
+    unshare: Callable[..., Unshared | None] | None = None  # (x, y, weights, params) of one sample
+    anchors: Callable[..., Anchors] | None = None  # (y, weights, params) of one sample
 
 
 def _only_weight(params: Mapping[str, Any]) -> dict[str, int]:
@@ -121,48 +139,82 @@ class ETPPrimitive(Primitive):
 
         ``fixed`` holds the other operands by position.
         """
-        slots = self.trainables(params)
         if self.rules.xy_to_dw is not None:
+            slots = self.trainables(params)
             untrained = {k: fixed[i] for k, i in slots.items() if i in fixed}
             gradients = self.rules.xy_to_dw(x, cotangent, {**weights, **untrained}, **params)
             return {k: gradients[k] for k in weights}
 
-        def apply(ws):
-            operands = dict(fixed) | {slots[k]: w for k, w in ws.items()}
-            if self.x_index is not None:
-                operands[self.x_index] = x
-            return self.outputs([operands[i] for i in sorted(operands)], params)[self.y_index]
-
-        y, pull = jax.vjp(apply, dict(weights))
+        y, pull = jax.vjp(lambda ws: self._apply(x, ws, params, fixed), dict(weights))
         return pull(cotangent.astype(y.dtype))[0]
 
-    def lead(self, y_aval: Any) -> int:
-        """Number of batch axes of an output: samples that share the weights."""
-        return y_aval.ndim - 1 if self.any_rank else int(self.batched)
+    def _apply(self, x: Any, weights: Weights, params: Mapping[str, Any], fixed: Mapping[int, Any]) -> jax.Array:
+        slots = self.trainables(params)
+        operands = dict(fixed) | {slots[k]: w for k, w in weights.items()}
+        if self.x_index is not None:
+            operands[self.x_index] = x
+        return self.outputs([operands[i] for i in sorted(operands)], params)[self.y_index]
 
-    def sample_vjp(
+    def lift(self, x: Any, weights: Weights, params: Mapping[str, Any], fixed: Mapping[int, Any], y: Any) -> jax.Array:
+        """An array like the output ``y`` whose cotangent ``c`` reaches the weights as ``weight_vjp(x, c)``.
+
+        Being the operation itself (or the transpose of its own rule), it keeps ``jax.vmap`` and ``jax.grad`` on the
+        ordinary product: mapped samples share one weight gradient.
+        """
+        if self.rules.xy_to_dw is None:
+            return self._apply(x, weights, params, fixed)
+        held = jax.lax.stop_gradient(dict(weights))
+        _, transpose = jax.vjp(lambda c: self.weight_vjp(x, c, held, params, fixed), jnp.zeros(y.shape, y.dtype))
+        return transpose(dict(weights))[0]
+
+    def summed_vjp(
         self,
         x: Any,
         cotangent: jax.Array,
         weights: Weights,
         params: Mapping[str, Any],
         fixed: Mapping[int, Any],
-        lead: int,
+        axes: int,
     ) -> dict[str, jax.Array]:
-        """:meth:`weight_vjp` of every sample by itself: gradients with the ``lead`` batch axes in front."""
-        if lead == 0:
-            return self.weight_vjp(x, cotangent, weights, params, fixed)
-        one = self.unbatched_twin
+        """:meth:`weight_vjp` summed over ``axes`` leading axes (time, mapped samples) of all but the weights."""
+        if self.rules.pp_x_repr is not None and self.rules.xy_to_dw is not None:
+            return self._summed_own(x, cotangent, weights, params, fixed, axes)
 
-        def of_sample(x, cotangent):
-            if one is not None:
-                return one.weight_vjp(x, cotangent, weights, params, fixed)
-            x = None if x is None else x[None]
-            return self.weight_vjp(x, cotangent[None], weights, params, fixed)
+        def apply(ws):
+            def one(x, fixed):
+                return self._apply(x, ws, params, fixed)
 
-        for _ in range(lead):
-            of_sample = jax.vmap(of_sample, in_axes=(None if x is None else 0, 0))
-        return of_sample(x, cotangent)
+            for _ in range(axes):
+                one = jax.vmap(one)
+            return one(x, dict(fixed))
+
+        y, pull = jax.vjp(apply, dict(weights))
+        return pull(cotangent.astype(y.dtype))[0]
+
+    def _summed_own(self, x, cotangent, weights, params, fixed, axes):
+        whole = self if self.batched else self.batched_twin
+        if whole is not None and not fixed:
+            axes += int(self.batched)
+            merged = [v.reshape((-1, *v.shape[axes:])) for v in (x, cotangent)]
+            return whole.weight_vjp(*merged, weights, params, {})
+
+        def add(total, item):
+            return jax.tree.map(jnp.add, total, self.weight_vjp(item[0], item[1], weights, params, item[2])), None
+
+        items = jax.tree.map(lambda v: v.reshape((-1, *v.shape[axes:])), (x, cotangent, dict(fixed)))
+        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, dict(weights)), items)[0]
+
+    def lead(self, y_aval: Any) -> int:
+        """Number of batch axes of an output: samples that share the weights."""
+        return y_aval.ndim - 1 if self.any_rank else int(self.batched)
+
+    def apply_sample(self, x: Any, weights: Weights, params: Mapping[str, Any], fixed: Mapping[int, Any]) -> jax.Array:
+        """The output of one sample, whether or not the operation has a batch axis."""
+        if not self.batched:
+            return self._apply(x, weights, params, fixed)
+        if self.unbatched_twin is not None:
+            return self.unbatched_twin._apply(x, weights, params, fixed)
+        return self._apply(x[None], weights, params, fixed)[0]
 
     def spread_signal(
         self, signal: jax.Array, trace: Mapping[str, jax.Array], params: Mapping[str, Any], anchors: Anchors, lead: int

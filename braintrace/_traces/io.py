@@ -4,27 +4,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from .._compiler.graph import ETraceGraph
 from .._compiler.relations import HiddenParamOpRelation
-from .record import Jacobian, Sensitivity, Slots, over_groups, pair_key, spread, weighted_sum, x_aval, x_keys
+from .record import (
+    Jacobian,
+    Sensitivity,
+    Slots,
+    contraction,
+    over_groups,
+    pair_key,
+    spread,
+    weighted_sum,
+    x_aval,
+    x_keys,
+)
 
-__all__ = ["IOTrace", "bias_correction", "contract_io", "init_io", "update_io"]
+__all__ = ["IOTrace", "bias_correction", "contract_io", "contract_io_chunk", "init_io", "join", "split", "update_io"]
 
 
 class IOTrace(NamedTuple):
-    """Traces by key: the filtered input, and the filtered sensitivity of shape ``V + (S,)``."""
+    """Traces by key: the filtered input, and the filtered sensitivity, one array of shape V per hidden variable.
+
+    In the trace states the sensitivity is one array of shape ``V + (S,)``: see :func:`join` and :func:`split`.
+    """
 
     xs: dict[str, jax.Array]
-    dfs: dict[str, jax.Array]
+    dfs: dict[str, Any]
+
+
+def split(trace: IOTrace) -> IOTrace:
+    return trace._replace(dfs={k: [f[..., a] for a in range(f.shape[-1])] for k, f in trace.dfs.items()})
+
+
+def join(trace: IOTrace) -> IOTrace:
+    return trace._replace(dfs={k: jnp.stack(slots, -1) for k, slots in trace.dfs.items()})
 
 
 def init_io(graph: ETraceGraph) -> IOTrace:
-    """Zero traces."""
+    """Zero traces, joined."""
     xs, dfs = {}, {}
     for i, key in x_keys(graph).items():
         aval = x_aval(graph.hidden_param_op_relations[i])
@@ -57,8 +79,7 @@ def update_io(
     for r in graph.hidden_param_op_relations:
         for g in r.hidden_groups:
             key = pair_key(r, g.index)
-            old = trace.dfs[key]
-            slots = [old[..., b] for b in range(g.num_state)]
+            slots = trace.dfs[key]
             out = []
             for a, df in enumerate(dfs[key].entries):
                 if recursion_f == "jacobian":
@@ -66,8 +87,8 @@ def update_io(
                 else:
                     carried = slots[a] if recursion_f == "scalar_leak" else None
                 value = weighted_sum([(decay_f, carried), (1.0 - decay_f, df)])
-                out.append(spread(value, g.varshape, old.dtype))
-            new_dfs[key] = jnp.stack(out, -1)
+                out.append(spread(value, slots[a].shape, slots[a].dtype))
+            new_dfs[key] = out
     return IOTrace(new_xs, new_dfs)
 
 
@@ -87,8 +108,36 @@ def contract_io(
 ) -> jax.Array | None:
     """The cotangent of the operation's output that the trace gives: ``sum_a signal_a * f_a / c``, shaped like y."""
     pairs = {
-        g.index: [(s, trace.dfs[pair_key(relation, g.index)][..., a]) for a, s in enumerate(signals[g.index])]
+        g.index: [(s, trace.dfs[pair_key(relation, g.index)][a]) for a, s in enumerate(signals[g.index])]
         for g in relation.hidden_groups
     }
     total = over_groups(relation, pairs)
     return None if total is None else (total / correction).astype(relation.y_var.aval.dtype)
+
+
+def contract_io_chunk(
+    relation: HiddenParamOpRelation,
+    x_start: Any,
+    xs: Any,
+    now: jax.Array | None,
+    before: jax.Array | None,
+    operands: Any,
+    fixed: Any,
+    axes: int,
+) -> dict[str, jax.Array] | None:
+    """Gradient of a chunk of K steps from the filtered inputs ``xs`` of its steps, ``x_start`` at its entry.
+
+    ``now[t]`` is the cotangent that meets the trace after step t, ``before[t]`` the one that meets the trace before.
+    """
+    if before is None:
+        return None if now is None else contraction(relation, xs, now, operands, fixed, axes)
+    if xs is not None:
+        xs = jnp.concatenate([x_start[None], xs])
+    # Both meet the same K + 1 traces: after step t is before step t + 1.
+    nothing = jnp.zeros_like(before[:1])
+    total = jnp.concatenate([before, nothing])
+    if now is not None:
+        total = total + jnp.concatenate([nothing, now])
+    if fixed:
+        fixed = jax.tree.map(lambda v: jnp.concatenate([v[:1], v]), fixed)
+    return contraction(relation, xs, total, operands, fixed, axes)

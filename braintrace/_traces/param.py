@@ -1,6 +1,9 @@
-"""The eligibility trace of D_RTRL: one entry per trained weight, sample and hidden variable.
+r"""The eligibility trace of D_RTRL: one entry per trained weight, sample and hidden variable.
 
-Pure functions of (trace, one step's record); arrays have no units.
+Pure functions of traces and records; arrays have no units. A trace is kept per *slot*, one array per hidden variable.
+A slot whose coefficients in D and df are numbers, the same at every position and step, is kept *factorised*: its trace
+is the product of a filtered input with ones, so that only the filtered input is stored. A trace filter doubles the
+slots: the filtered trace obeys :math:`\bar\epsilon \leftarrow \kappa\bar\epsilon + D\epsilon + \mathrm{df} \otimes x`.
 """
 
 from __future__ import annotations
@@ -12,27 +15,73 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._compiler.graph import ETraceGraph
-from .._compiler.positions import MANY, NONE, no_cut, own_label, propagate
+from .._compiler.groups import HiddenGroup
+from .._compiler.positions import MANY, NONE, is_aligned, no_cut, own_label, propagate
 from .._compiler.relations import HiddenParamOpRelation
 from .._jax import open_jaxpr
 from .._types import path_str
-from .record import Jacobian, Sensitivity, Slots, pair_key
+from .record import Slots, add, contraction, spread, unbroadcast, weighted_sum, x_aval
 
-__all__ = ["ParamMeta", "ParamTrace", "contract_param", "init_param", "meta_of", "update_param"]
+__all__ = [
+    "ChunkCoefficients", "ParamMeta", "Recursion", "SlotTrace", "chunk_coefficients", "chunk_update", "contract",
+    "dense", "factorised_slots", "init", "meta_of", "recursion_of", "update",
+]  # fmt: skip
 
-ParamTrace = dict[str, dict[str, jax.Array]]  # pair key -> trained key -> array of shape (lead, weight shape, S)
+SlotTrace = dict[str, list[jax.Array]]  # trained key -> one array per slot: (lead, weight shape), or a filtered input
+Row = Sequence[Any]  # entries that are arrays, numbers, or None for a known zero
+
+
+class Recursion(NamedTuple):
+    """``D`` and, per relation, ``df`` of one group over its slots, filtered ones included."""
+
+    D: tuple[Row, ...]
+    df: dict[int, Row]
+
+    @property
+    def width(self) -> int:
+        return len(self.D)
+
+
+def recursion_of(D: Sequence[Row], df: Mapping[int, Row], kind: str, decay: float | None, kappa: float | None):
+    """The recursion that the traces obey: D as it is, a leak or nothing in its place, and a filter on top."""
+    n = len(D)
+    if kind != "jacobian":
+        D = [[decay if decay and a == b else None for b in range(n)] for a in range(n)]
+    if kappa is None:
+        return Recursion(tuple(map(tuple, D)), {i: tuple(row) for i, row in df.items()})
+    nothing = [None] * n
+    upper = [(*row, *nothing) for row in D]
+    lower = [(*row, *(kappa if a == b else None for b in range(n))) for a, row in enumerate(D)]
+    return Recursion((*upper, *lower), {i: (*row, *row) for i, row in df.items()})
+
+
+def factorised_slots(recursion: Recursion, number: int) -> frozenset:
+    """The largest set of slots that only numbers drive, from the input and from each other."""
+    is_number = lambda e: e is None or np.ndim(e) == 0 and not hasattr(e, "dtype")  # noqa: E731
+    slots = {a for a in range(recursion.width) if is_number(recursion.df[number][a])}
+    while True:
+        kept = {
+            a for a in slots if all(e is None or (b in slots and is_number(e)) for b, e in enumerate(recursion.D[a]))
+        }
+        if kept == slots:
+            return frozenset(slots)
+        slots = kept
+
+
+# -- what is known of a relation before the first step --------------------------------------------------------------
 
 
 class ParamMeta(NamedTuple):
-    """What of a relation is known before the first step: its batch axes, and where each weight entry acts."""
+    """Batch axes of a relation, where each trace entry acts, and the trace's shape per sample."""
 
     lead: int
     anchors: Mapping[str, Any]
+    unshared: Any  # the operation with a weight entry for every position, where its own act on several; or None
+    shapes: Mapping[str, tuple[int, ...]]
 
 
 def meta_of(relation: HiddenParamOpRelation) -> ParamMeta:
-    """Find the output position of every weight entry from the derivative of the operation.
+    """Find the output position of every trace entry from the derivative of the operation.
 
     Raises
     ------
@@ -44,139 +93,420 @@ def meta_of(relation: HiddenParamOpRelation) -> ParamMeta:
     weights = {k: _struct(v) for k, v in relation.trainable_vars.items()}
     fixed = {i: _struct(v) for i, v in relation.fixed_vars.items()}
     where = f"{p.name} at {path_str(relation.path)!r}"
+    shapes = {k: w.shape for k, w in weights.items()}
     if lead and any(f.shape[:lead] == y.shape[:lead] and len(f.shape) == y.ndim for f in fixed.values()):
         raise NotImplementedError(
             f"An operand of {where} that is not trained has a batch axis. Use braintrace.pp_prop, or apply it outside."
         )
-    if relation.x_var is None or p.rules.dt_to_t is not None:
-        return ParamMeta(lead, dict.fromkeys(weights))
-    ones = (1,) * lead
-    x = jax.ShapeDtypeStruct(ones + relation.x_var.aval.shape[lead:], relation.x_var.aval.dtype)
-    cotangent = jax.ShapeDtypeStruct(ones + y.shape[lead:], y.dtype)
+    if relation.x_var is None:
+        # Without an entry of its own for every position, the trace is that of the output, and an anchor says so.
+        return ParamMeta(lead, dict.fromkeys(weights, None if _pointwise(relation) else ()), None, shapes)
+    x = jax.ShapeDtypeStruct(relation.x_var.aval.shape[lead:], relation.x_var.aval.dtype)
+    one_y = jax.ShapeDtypeStruct(y.shape[lead:], y.dtype)
+    unshared = None if p.rules.unshare is None else p.rules.unshare(x, one_y, weights, relation.eqn_params)
+    if unshared is not None:
+        own = jax.eval_shape(unshared.expand, weights)
+        shapes, weights = {k: w.shape for k, w in own.items()}, own
+    meta = ParamMeta(lead, {}, unshared, shapes)
+    if p.rules.dt_to_t is not None:
+        return meta._replace(anchors=dict.fromkeys(weights))
+    if p.rules.anchors is not None:
+        return meta._replace(anchors=p.rules.anchors(one_y, weights, relation.eqn_params))
+    return meta._replace(anchors=_find_anchors(relation, meta, x, one_y, weights, fixed, where))
 
+
+def _find_anchors(relation, meta, x, y, weights, fixed, where) -> dict[str, Any]:
     def derivative(x, cotangent, weights, fixed):
-        return p.weight_vjp(x, cotangent, weights, relation.eqn_params, fixed)
+        return jax.vjp(lambda w: _sample(relation, meta, x, w, fixed), weights)[1](cotangent)[0]
 
-    jaxpr = open_jaxpr(jax.make_jaxpr(derivative)(x, cotangent, weights, fixed))
-    env = {jaxpr.invars[1]: {("y", 0): own_label(cotangent.shape, len(cotangent.shape))}}
+    jaxpr = open_jaxpr(jax.make_jaxpr(derivative)(x, y, weights, fixed))
+    env = {jaxpr.invars[1]: {("y", 0): own_label(y.shape, len(y.shape))}}
     propagate(jaxpr.eqns, env, no_cut)
     anchors: dict[str, Any] = {}
     for key, var in zip(sorted(weights), jaxpr.outvars):
         label = env.get(var, {}).get(("y", 0))
-        index = [] if label is None else [np.where(a == NONE, 0, a) for a in label[1 + lead :]]
+        index = [] if label is None else [np.where(a == NONE, 0, a) for a in label[1:]]
         if label is None or any(np.any(a == MANY) for a in index):
             raise NotImplementedError(
                 f"A weight of {where} acts on several positions of one sample, so that there is no single trace per "
-                "weight. Use braintrace.pp_prop, or register dt_to_t on the operation."
+                "weight. Use braintrace.pp_prop, or register the rule unshare or dt_to_t on the operation."
             )
         # Where the position is that of the last axes, broadcasting does: far cheaper than a gather.
         own = own_label(weights[key].shape, len(weights[key].shape))
         tail = len(weights[key].shape) - len(index)
         aligned = tail >= 0 and all(np.array_equal(a, own[1 + tail + i]) for i, a in enumerate(index))
         anchors[key] = None if aligned else tuple(index)
-    return ParamMeta(lead, anchors)
+    return anchors
 
 
 def _struct(var: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
 
 
-def init_param(graph: ETraceGraph, metas: Sequence[ParamMeta], dtype: Any) -> ParamTrace:
-    """Zero traces."""
-    traces: ParamTrace = {}
-    for r, meta in zip(graph.hidden_param_op_relations, metas):
-        custom = r.primitive.rules.init_drtrl
-        for g in r.hidden_groups:
-            batch = g.varshape[: meta.lead]
-            own = None if custom is None else custom(r.x_var, r.y_var, r.trainable_vars, g.num_state)
-            traces[pair_key(r, g.index)] = {
-                k: own[k]
-                if own is not None
-                else jnp.zeros(
-                    (*(g.varshape if r.x_var is None else (*batch, *v.aval.shape)), g.num_state),
-                    dtype or jnp.result_type(v.aval.dtype, r.y_var.aval.dtype),
-                )
-                for k, v in r.trainable_vars.items()
-            }
-    return traces
+def _pointwise(relation: HiddenParamOpRelation) -> bool:
+    """Whether the output of an operation without input depends entry by entry on its weight."""
+    (key,) = relation.trainable_vars
+    w, y = _struct(relation.trainable_vars[key]), relation.y_var.aval
+    fixed = {i: _struct(v) for i, v in relation.fixed_vars.items()}
+
+    def value(w, fixed):
+        return relation.primitive.apply_sample(None, {key: w}, relation.eqn_params, fixed)
+
+    jaxpr = open_jaxpr(jax.make_jaxpr(value)(w, fixed))
+    env = {jaxpr.invars[0]: {("w", 0): own_label(w.shape, len(w.shape))}}
+    propagate(jaxpr.eqns, env, no_cut)
+    label = env.get(jaxpr.outvars[0], {}).get(("w", 0))
+    return w.shape == y.shape and (label is None or is_aligned(label, w.shape))
 
 
-def _times(relation, meta, coefficient: Any, trace: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def init(
+    relation: HiddenParamOpRelation, meta: ParamMeta, group: HiddenGroup, factorised: frozenset, width: int, dtype: Any
+) -> SlotTrace:
+    """Zero traces of one relation and group."""
+    custom = relation.primitive.rules.init_drtrl
+    own = custom and custom(relation.x_var, relation.y_var, relation.trainable_vars, group.num_state)
+    batch, y = group.varshape[: meta.lead], relation.y_var.aval
+    trace: SlotTrace = {}
+    for k, v in relation.trainable_vars.items():
+        kept = dtype or jnp.result_type(v.aval.dtype, y.dtype)
+        full = group.varshape if relation.x_var is None else (*batch, *meta.shapes[k])
+        if own:
+            full, kept = own[k].shape[:-1], own[k].dtype
+        filtered = () if k in relation.offset_keys else x_aval(relation).shape if factorised else None
+        trace[k] = [jnp.zeros(filtered if a in factorised else full, kept) for a in range(width)]
+    return trace
+
+
+# -- one entry of the recursion ---------------------------------------------------------------------------------------
+
+
+def _sample(relation, meta, x, weights, fixed):
+    if meta.unshared is not None:
+        return meta.unshared.impl(x, weights)
+    return relation.primitive.apply_sample(x, weights, relation.eqn_params, fixed)
+
+
+def _own(meta: ParamMeta, operands):
+    """The weights that have traces: the operation's own, or one for every position."""
+    return dict(operands) if meta.unshared is None else meta.unshared.expand(operands)
+
+
+def instant(relation, meta, x, coefficient, operands, fixed, extra: int = 0, time: bool = False) -> dict[str, Any]:
+    """``coefficient`` times the derivative of the output with respect to the weights, per sample.
+
+    ``extra`` axes of mapped samples stand in front of the batch axes of the operation; with ``time`` another one in
+    front of these is summed over.
+    """
+    if relation.x_var is None:
+        return _instant_without_input(relation, meta, coefficient, operands, fixed, time)
+    weights = _own(meta, operands)
+
+    def of_sample(x, coefficient, fixed):
+        def apply(weights):
+            one = lambda x, fixed: _sample(relation, meta, x, weights, fixed)  # noqa: E731
+            return (jax.vmap(one) if time else one)(x, fixed)
+
+        y, pull = jax.vjp(apply, weights)
+        return pull(coefficient.astype(y.dtype))[0]
+
+    axis = int(time)
+    for _ in range(meta.lead):
+        of_sample = jax.vmap(of_sample, in_axes=(axis, axis, None))
+    for _ in range(extra):
+        of_sample = jax.vmap(of_sample, in_axes=axis)
+    return of_sample(x, coefficient, dict(fixed))
+
+
+def _instant_without_input(relation, meta, coefficient, operands, fixed, time):
+    (key,) = relation.trainable_vars
+    total = coefficient.sum(0) if time else coefficient
+    if meta.anchors[key] is not None:  # the trace is that of the output
+        return {key: total}
+    fixed = jax.tree.map(lambda v: v[0], dict(fixed)) if time else fixed
+    ones = jnp.ones(relation.y_var.aval.shape, relation.y_var.aval.dtype)
+    slope = relation.primitive.weight_vjp(None, ones, operands, relation.eqn_params, fixed)
+    return {key: total * slope[key]}
+
+
+def _times(relation, meta, coefficient: Any, trace: Mapping[str, jax.Array], extra: int) -> dict[str, jax.Array]:
     """A coefficient (a number, or an array over positions) times the trace entries of its positions."""
     if jnp.ndim(coefficient) == 0 or relation.x_var is None:
         return {k: coefficient * e for k, e in trace.items()}
-    return relation.primitive.spread_signal(coefficient, trace, relation.eqn_params, meta.anchors, meta.lead)
+    lead = meta.lead + extra
+    return relation.primitive.spread_signal(coefficient, trace, relation.eqn_params, meta.anchors, lead)
 
 
-def _add(terms: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array] | None:
-    return {k: sum((t[k] for t in terms[1:]), terms[0][k]) for k in terms[0]} if terms else None
-
-
-def instant(relation, meta, x, df, operands, fixed) -> dict[str, jax.Array]:
-    """``df`` times the derivative of the output with respect to the weights, per sample."""
-    group_shape = jnp.shape(df)
-    if relation.x_var is None:
-        # One weight entry per unit, the same for every sample.
-        def pull(cotangent):
-            return relation.primitive.weight_vjp(None, cotangent, operands, relation.eqn_params, fixed)
-
-        for _ in range(len(group_shape) - relation.y_var.aval.ndim):
-            pull = jax.vmap(pull)
-        return pull(df)
-    return relation.primitive.sample_vjp(x, df, operands, relation.eqn_params, fixed, meta.lead)
-
-
-def update_param(
-    graph: ETraceGraph,
-    metas: Sequence[ParamMeta],
-    traces: ParamTrace,
-    xs: Sequence[Any],
-    dfs: Mapping[str, Sensitivity],
-    Ds: Sequence[Jacobian],
-    operands: Sequence[Mapping[str, jax.Array]],
-    fixed: Sequence[Mapping[int, Any]],
-    recursion: str = "jacobian",
-    decay: float | None = None,
-) -> ParamTrace:
-    r"""One step: :math:`\epsilon \leftarrow D \epsilon + \mathrm{df} \otimes x` for every weight entry."""
-    out: ParamTrace = {}
-    for i, (r, meta) in enumerate(zip(graph.hidden_param_op_relations, metas)):
-        for g in r.hidden_groups:
-            key = pair_key(r, g.index)
-            old = traces[key]
-            slots = [{k: e[..., a] for k, e in old.items()} for a in range(g.num_state)]
-            new = []
-            for a, df in enumerate(dfs[key].entries):
-                if recursion == "jacobian":
-                    row: Sequence[Any] = Ds[g.index].entries[a]
-                else:
-                    row = [decay if b == a and decay else None for b in range(g.num_state)]
-                terms = [_times(r, meta, d, slots[b]) for b, d in enumerate(row) if d is not None]
-                if df is not None:
-                    spread = jnp.broadcast_to(jnp.asarray(df, r.y_var.aval.dtype), g.varshape)
-                    terms.append(instant(r, meta, xs[i], spread, operands[i], fixed[i]))
-                new.append(_add(terms) or {k: jnp.zeros_like(e) for k, e in slots[a].items()})
-            out[key] = {k: jnp.stack([n[k].astype(e.dtype) for n in new], -1) for k, e in old.items()}
+def _outer(relation, meta, filtered, coefficient, operands, extra) -> dict[str, jax.Array]:
+    """A factorised slot, spread over positions: filtered input times coefficient."""
+    x = next((filtered[k] for k in filtered if k not in relation.offset_keys), None)
+    if x is None:  # offsets alone: any input will do
+        x = jnp.zeros((*coefficient.shape[:extra], *x_aval(relation).shape), x_aval(relation).dtype)
+    out = instant(relation, meta, x, coefficient, operands, {}, extra)
+    for k in relation.offset_keys:
+        count = filtered[k].reshape(filtered[k].shape + (1,) * (out[k].ndim - filtered[k].ndim))
+        out[k] = count * out[k]
     return out
 
 
-def contract_param(
-    relation: HiddenParamOpRelation, meta: ParamMeta, traces: ParamTrace, signals: Sequence[Slots]
+def _slot(trace: SlotTrace, a: int) -> dict[str, jax.Array]:
+    return {k: slots[a] for k, slots in trace.items()}
+
+
+def _shape(group: HiddenGroup, front: tuple[int, ...]) -> tuple[int, ...]:
+    return (*front, *group.varshape)
+
+
+def _full(relation, entry, shape):
+    return spread(entry, shape, relation.y_var.aval.dtype)
+
+
+# -- one step ---------------------------------------------------------------------------------------------------------
+
+
+def update(
+    relation: HiddenParamOpRelation,
+    meta: ParamMeta,
+    group: HiddenGroup,
+    factorised: frozenset,
+    recursion: Recursion,
+    number: int,
+    trace: SlotTrace,
+    x: Any,
+    operands: Mapping[str, jax.Array],
+    fixed: Mapping[int, Any],
+) -> SlotTrace:
+    r"""One step of one relation and group: :math:`\epsilon \leftarrow D \epsilon + \mathrm{df} \otimes x`."""
+    new: list[dict[str, jax.Array]] = []
+    for a, (row, df) in enumerate(zip(recursion.D, recursion.df[number])):
+        old = _slot(trace, a)
+        if a in factorised:
+            source = relation.primitive.x_repr(x, operands)
+            inputs = {k: 1.0 if k in relation.offset_keys else source for k in trace}
+            value = {k: weighted_sum([*zip(row, slots), (df, inputs[k])]) for k, slots in trace.items()}
+        else:
+            terms = []
+            for b, d in enumerate(row):
+                if d is None:
+                    continue
+                if b in factorised:
+                    spread_d = _full(relation, d, group.varshape)
+                    terms.append(_outer(relation, meta, _slot(trace, b), spread_d, operands, 0))
+                else:
+                    terms.append(_times(relation, meta, d, _slot(trace, b), 0))
+            if df is not None:
+                terms.append(instant(relation, meta, x, _full(relation, df, group.varshape), operands, fixed))
+            value = add(terms) or dict.fromkeys(trace)
+        new.append({k: spread(value[k], old[k].shape, old[k].dtype) for k in old})
+    return {k: [slot[k] for slot in new] for k in trace}
+
+
+def contract(
+    relation: HiddenParamOpRelation,
+    meta: ParamMeta,
+    factorised: frozenset,
+    trace: SlotTrace,
+    signals: Slots,
+    operands: Mapping[str, jax.Array],
+    fixed: Mapping[int, Any],
+    extra: int = 0,
 ) -> dict[str, jax.Array] | None:
     """``sum_a <signal_a, trace_a>`` over samples and positions, shaped like the weights."""
+    terms, whole = [], []
+    for a, signal in enumerate(signals):
+        if signal is None:
+            continue
+        slot = _slot(trace, a)
+        slot = {k: e.astype(jnp.result_type(e.dtype, signal.dtype)) for k, e in slot.items()}
+        if a in factorised:
+            terms.append(_contract_factorised(relation, slot, signal, operands, extra))
+        else:
+            whole.append(_times(relation, meta, signal, slot, extra))
+    total = add(whole)
+    if total is not None:
+        terms.append(_to_weights(relation, meta, total, operands, fixed))
+    return add(terms)
+
+
+def _contract_factorised(relation, filtered, signal, operands, extra):
+    x = next((filtered[k] for k in filtered if k not in relation.offset_keys), None)
+    out = {} if x is None else contraction(relation, x, signal, operands, {}, extra)
+    for k in relation.offset_keys:
+        count = filtered[k].reshape(filtered[k].shape + (1,) * (signal.ndim - filtered[k].ndim))
+        x = jnp.zeros((*signal.shape[:extra], *x_aval(relation).shape), x_aval(relation).dtype)
+        out[k] = contraction(relation, x, count * signal, operands, {}, extra)[k]
+    return out
+
+
+def _to_weights(relation, meta, total, operands, fixed):
+    """Sum trace-shaped gradients over samples, and pull them back to the operation's weights."""
+    avals = {k: v.aval for k, v in relation.trainable_vars.items()}
+    if relation.x_var is None and meta.anchors[next(iter(avals))] is not None:
+        y = relation.y_var.aval
+        (value,) = total.values()
+        out = relation.primitive.weight_vjp(None, unbroadcast(value, y.shape), operands, relation.eqn_params, fixed)
+    else:
+        out = {k: unbroadcast(e, meta.shapes[k]) for k, e in total.items()}
+        if meta.unshared is not None:
+            own, pull = jax.vjp(meta.unshared.expand, dict(operands))
+            (out,) = pull({k: out[k].astype(own[k].dtype) for k in own})
+    return {k: out[k].astype(avals[k].dtype) for k in avals}
+
+
+def dense(relation, meta, group, factorised, trace: SlotTrace, operands, width: int, front: tuple[int, ...]):
+    """The trace as arrays with the slots along a last axis."""
+    slots = []
+    for a in range(width):
+        slot = _slot(trace, a)
+        if a in factorised:
+            ones = _full(relation, 1.0, _shape(group, front))
+            whole = _outer(relation, meta, slot, ones, operands, len(front))
+            slot = {k: whole[k].astype(slot[k].dtype) for k in slot}
+        slots.append(slot)
+    return {k: jnp.stack([slot[k] for slot in slots], -1) for k in trace}
+
+
+# -- a chunk of K steps -----------------------------------------------------------------------------------------------
+#
+# With a_t = q_t + D_{t+1}' a_{t+1} (q_t: the signals that meet the trace after step t; D': transposed) and
+# M_t = D_K ... D_{t+1}, both taken backward in time, position by position,
+#
+#   gradient = sum_t x_t (x) <df_t, a_t> + <q_0 + D_1' a_1, trace_0>
+#   trace_K  = M_0 trace_0 + sum_t M_t df_t (x) x_t
+#
+# so that every weight-sized array is touched once a chunk, by products over time.
+
+
+class ChunkCoefficients(NamedTuple):
+    y: dict[int, jax.Array | None]  # relation -> <df_t, a_t>, (K, *y)
+    u: dict[int, list[Any]]  # relation -> per slot M_t df_t, (K, *V), or None
+    entry: list[Any]  # per slot D_1' a_1, V, or None
+    M: list[list[Any]]  # M_0, V each, or None
+
+
+def chunk_coefficients(
+    read: Any,
+    varying: Any,
+    signals: Slots,
+    relations: Mapping[int, HiddenParamOpRelation],
+    kept: Sequence[int],
+    shape: tuple[int, ...],
+    dtype: Any,
+    length: int,
+) -> ChunkCoefficients:
+    """Everything that a chunk needs beside the inputs, for one group and one sample.
+
+    ``read(varying entries of one step) -> Recursion``; ``signals``: per slot ``(K, *V)`` or ``None``; ``kept``: slots
+    whose traces are arrays.
+    """
+    structure = read(jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), varying))
+    n = structure.width
+    has = [[e is not None for e in row] for row in structure.D]
+    felt = _closure({a for a in range(n) if signals[a] is not None}, has)
+    backward = {b for b in range(n) if any(has[a][b] for a in felt)}
+    reach = {a: _closure({a}, has) for a in kept}
+    zeros = jnp.zeros(shape, dtype)
+    start = (
+        {b: zeros for b in backward},
+        {a: {b: zeros + float(a == b) for b in reach[a]} for a in kept},
+    )
+
+    def body(carry, item):
+        future, M = carry
+        values, q = item
+        recursion = read(values)
+        total = {a: add([q[a], future.get(a)]) for a in felt}
+        y, u = {}, {}
+        for i, r in relations.items():
+            df = recursion.df[i]
+            c = weighted_sum([(df[a], total[a]) for a in felt])
+            y[i] = None if c is None else unbroadcast(c, r.y_var.aval.shape).astype(r.y_var.aval.dtype)
+            u[i] = [weighted_sum([(M[a][b], df[b]) for b in reach[a]]) if a in kept else None for a in range(n)]
+        back = {b: weighted_sum([(recursion.D[a][b], total[a]) for a in felt]).astype(dtype) for b in backward}
+        product = lambda a, c: weighted_sum([(M[a][b], recursion.D[b][c]) for b in reach[a]])  # noqa: E731
+        M = {a: {c: spread(product(a, c), shape, dtype) for c in reach[a]} for a in kept}
+        return (back, M), (y, u)
+
+    (future, M), (y, u) = jax.lax.scan(body, start, (varying, signals), length=length, reverse=True)
+    rows = [[M[a].get(b) if a in kept else None for b in range(n)] for a in range(n)]
+    return ChunkCoefficients(y, u, [future.get(b) for b in range(n)], rows)
+
+
+def _closure(start: set[int], has: Sequence[Sequence[bool]]) -> list[int]:
+    """Slots that those of ``start`` depend on, at any earlier time, themselves included."""
+    found = set(start)
+    while True:
+        more = found | {b for a in found for b, link in enumerate(has[a]) if link}
+        if more == found:
+            return sorted(found)
+        found = more
+
+
+def chunk_update(
+    relation: HiddenParamOpRelation,
+    meta: ParamMeta,
+    group: HiddenGroup,
+    factorised: frozenset,
+    recursion: Recursion,
+    number: int,
+    trace: SlotTrace,
+    coefficients: ChunkCoefficients,
+    xs: Any,
+    operands: Mapping[str, jax.Array],
+    fixed: Mapping[int, Any],
+    front: tuple[int, ...],
+) -> SlotTrace:
+    """Traces after a chunk with inputs ``xs`` of shape ``(K, *front, ...)``."""
+    extra = len(front)
+    new = []
+    powers = _powers(recursion, number, factorised, jax.tree.leaves(xs)[0].shape[0]) if factorised else None
+    for a in range(recursion.width):
+        old = _slot(trace, a)
+        if a in factorised:
+            value = _filtered(relation, a, factorised, powers, trace, xs, operands)
+        else:
+            links = coefficients.M[a], coefficients.u[number][a]
+            value = add(_chunk_terms(relation, meta, factorised, trace, *links, xs, operands, fixed, extra))
+        value = value or dict.fromkeys(trace)
+        new.append({k: spread(value[k], old[k].shape, old[k].dtype) for k in old})
+    return {k: [slot[k] for slot in new] for k in trace}
+
+
+def _chunk_terms(relation, meta, factorised, trace, row, u, xs, operands, fixed, extra):
     terms = []
-    for g in relation.hidden_groups:
-        trace = traces[pair_key(relation, g.index)]
-        for a, signal in enumerate(signals[g.index]):
-            if signal is None:
-                continue
-            slot = {k: e[..., a].astype(jnp.result_type(e.dtype, signal.dtype)) for k, e in trace.items()}
-            terms.append(_times(relation, meta, signal, slot))
-    total = _add(terms)
-    if total is None:
-        return None
+    for b, m in enumerate(row):
+        if m is None:
+            continue
+        if b in factorised:
+            terms.append(_outer(relation, meta, _slot(trace, b), m, operands, extra))
+        else:
+            terms.append(_times(relation, meta, m, _slot(trace, b), extra))
+    if u is not None:
+        terms.append(instant(relation, meta, xs, u, operands, fixed, extra, time=True))
+    return terms
+
+
+def _powers(recursion, number, factorised, length):
+    """Weights of the K inputs and of the old slots in the new factorised slots, as numbers."""
+    slots = sorted(factorised)
+    D = np.array([[recursion.D[a][b] or 0.0 for b in slots] for a in slots], np.float64)
+    df = np.array([recursion.df[number][a] or 0.0 for a in slots], np.float64)
+    M, inputs = np.eye(len(slots)), np.zeros((length, len(slots)))
+    for t in range(length - 1, -1, -1):
+        inputs[t] = M @ df
+        M = M @ D
+    return {a: (dict(zip(slots, M[k])), inputs[:, k]) for k, a in enumerate(slots)}
+
+
+def _filtered(relation, a, factorised, powers, trace, xs, operands):
+    old, weights = powers[a]
     out = {}
-    for k, v in relation.trainable_vars.items():
-        extra = total[k].ndim - v.aval.ndim
-        out[k] = total[k].sum(tuple(range(extra))).astype(v.aval.dtype)
+    for k, slots in trace.items():
+        carried = weighted_sum([(float(old[b]), slots[b]) for b in sorted(factorised)])
+        if k in relation.offset_keys:
+            new = float(weights.sum())
+        else:
+            repr_of = lambda x: relation.primitive.x_repr(x, operands)  # noqa: E731
+            x = jax.vmap(repr_of)(xs)
+            new = jnp.tensordot(jnp.asarray(weights, x.dtype), x, 1)
+        out[k] = carried + new
     return out

@@ -6,7 +6,7 @@ only the entries of D that can be non-zero cost anything.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +18,8 @@ from .._compiler.relations import HiddenParamOpRelation
 from .._types import path_str
 
 __all__ = [
-    "Jacobian", "Sensitivity", "Slots", "instantaneous", "over_groups", "pair_key", "relation_name", "sensitivities",
-    "spread", "weighted_sum", "x_aval", "x_keys",
+    "Jacobian", "Sensitivity", "Slots", "add", "contraction", "instantaneous", "over_groups", "pair_key",
+    "relation_name", "sensitivities", "spread", "unbroadcast", "weighted_sum", "x_aval", "x_keys",
 ]  # fmt: skip
 
 Slots = list[Any]  # one array of shape V per hidden variable of a group, or None for a known zero
@@ -44,6 +44,13 @@ class Sensitivity(NamedTuple):
 
 def spread(entry: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jnp.zeros(shape, dtype) if entry is None else jnp.broadcast_to(jnp.asarray(entry, dtype), shape)
+
+
+def unbroadcast(value: Any, shape: tuple[int, ...]) -> Any:
+    """Sum over the axes that broadcasting from ``shape`` added or stretched."""
+    value = value.sum(tuple(range(value.ndim - len(shape))))
+    stretched = tuple(k for k, n in enumerate(shape) if n == 1 != value.shape[k])
+    return value.sum(stretched, keepdims=True) if stretched else value
 
 
 def relation_name(relation: HiddenParamOpRelation) -> str:
@@ -103,16 +110,20 @@ def sensitivities(
 
 def weighted_sum(terms: Sequence[tuple[Any, Any]]) -> Any | None:
     """Sum of products, leaving out known zeros."""
+    return add([a * b for a, b in terms if a is not None and b is not None])
+
+
+def add(terms: Sequence[Any]) -> Any | None:
+    """Sum of arrays, or of trees of one structure, leaving out known zeros; ``None`` where nothing is left."""
     total = None
-    for a, b in terms:
-        if a is None or b is None:
-            continue
-        total = a * b if total is None else total + a * b
+    for term in terms:
+        if term is not None:
+            total = term if total is None else jax.tree.map(jnp.add, total, term)
     return total
 
 
 def instantaneous(
-    relation: HiddenParamOpRelation, dfs: dict[str, Sensitivity], signals: Sequence[Slots]
+    relation: HiddenParamOpRelation, dfs: Mapping[str, Sensitivity], signals: Sequence[Slots]
 ) -> jax.Array | None:
     """``sum_a df_a signal_a``, shaped like y: the position-wise part of the current step."""
     pairs = {
@@ -121,14 +132,25 @@ def instantaneous(
     return over_groups(relation, pairs)
 
 
-def over_groups(relation, pairs) -> jax.Array | None:
+def over_groups(relation: HiddenParamOpRelation, pairs: Mapping[int, Sequence[tuple[Any, Any]]]) -> jax.Array | None:
     """Sum products over hidden variables, groups, and the axes that y lacks."""
-    total = None
-    for terms in pairs.values():
-        part = weighted_sum(terms)
-        if part is None:
-            continue
-        lead = part.ndim - relation.y_var.aval.ndim
-        part = part.sum(axis=tuple(range(lead))) if lead else part
-        total = part if total is None else total + part
-    return total
+    shape = relation.y_var.aval.shape
+    parts = [weighted_sum(terms) for terms in pairs.values()]
+    return add([None if p is None else unbroadcast(p, shape) for p in parts])
+
+
+def contraction(
+    operation: HiddenParamOpRelation, x: Any, cotangent: jax.Array, operands: Any, fixed: Any, axes: int
+) -> dict[str, jax.Array]:
+    """Gradient of an operation's operands, summed over ``axes`` leading axes of its inputs and of its cotangent."""
+    p, params = operation.primitive, operation.eqn_params
+    offset = set() if fixed else set(operation.offset_keys)
+    gradient = dict(p.summed_vjp(x, cotangent, operands, params, fixed, axes)) if set(operands) - offset else {}
+    if offset:
+        # A product with ones: XLA's reduction over leading axes is far slower on a CPU.
+        steps = cotangent.reshape((-1, *cotangent.shape[axes:]))
+        total = jnp.tensordot(jnp.ones(steps.shape[0], steps.dtype), steps, 1)
+        first = None if x is None else x[(0,) * axes]
+        at_first = p.weight_vjp(first, total, operands, params, {})
+        gradient.update({k: at_first[k] for k in offset})
+    return gradient
