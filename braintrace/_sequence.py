@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -250,6 +251,10 @@ def _states_by_axis(module: Any, states: Any) -> Any:
     return module.states(states)
 
 
+_FEW_CALLS, _MANY_CALLS = 32, 200  # fewer leave small products, more gain nothing
+_SMALL_BYTES = 2**26
+
+
 class _Chunks:
     """The gradient of a sequence, with everything that is as large as a weight done once for a chunk of steps.
 
@@ -290,7 +295,7 @@ class _Chunks:
         plain = jax.tree.map(jnp.zeros_like, {k: s.value for k, s in self.weights.items()})
         traced = jax.tree.map(jnp.zeros_like, dict(enumerate(self.operands)))
         calls = jax.tree.leaves(items)[0].shape[0]
-        size = min(calls, self.chunk or self._automatic(items))
+        size = min(calls, self.chunk or self._automatic(calls))
         whole = calls - calls % size
         total, results = (plain, traced), []
         if whole:
@@ -349,8 +354,13 @@ class _Chunks:
             out[key] = tree.unflatten([g if e is None else g + e.astype(g.dtype) for g, e in zip(leaves, extra)])
         return out
 
-    def _automatic(self, items) -> int:
-        return 64
+    def _automatic(self, calls: int) -> int:
+        """As many calls as their records are smaller than what is then touched once instead of at every step."""
+        held, record = self.learner._chunk_bytes()
+        samples = math.prod(self.front) * (self.recorder.length or 1)
+        few = min(_FEW_CALLS, max(1, _SMALL_BYTES // (record * samples)))
+        most = min(_MANY_CALLS, max(few, held // (record * samples)))
+        return -(-calls // -(-calls // most))  # even parts
 
 
 def _step_by_step(objective, weights, items):

@@ -605,6 +605,17 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             gradients[i] = add([gradients.get(i), more])
         return traces, gradients
 
+    def _chunk_bytes(self) -> tuple[int, int]:
+        """Bytes of traces and operands, and of what one step of one sample leaves until the end of its chunk."""
+        size_of = lambda v: v.size * v.dtype.itemsize  # noqa: E731
+        operations = self.graph.operations
+        held = jax.tree.leaves((self._get_etrace_data(), [list(r.trainable_vars.values()) for r in operations]))
+        record = 0
+        for r in operations:
+            slots = sum(g.num_state for g in r.hidden_groups)
+            record += size_of(r.y_var.aval) * (1 + slots) + (0 if r.x_var is None else size_of(r.x_var.aval))
+        return sum(size_of(getattr(v, "aval", v)) for v in held), max(record, 1)
+
     def _static_operands(self) -> list[dict[str, jax.Array]]:
         """The trained operands of every operation, from the present parameters."""
         return self._operands(self._static_invals())

@@ -320,7 +320,7 @@ def contract(
         if a in factorised:
             terms.append(_contract_factorised(relation, slot, signal, operands, extra))
         else:
-            whole.append(_times(relation, meta, signal, slot, extra))
+            whole.append(_over_samples(relation, meta, signal, slot, extra))
     total = add(whole)
     if total is not None:
         terms.append(_to_weights(relation, meta, total, operands, fixed))
@@ -337,18 +337,48 @@ def _contract_factorised(relation, filtered, signal, operands, extra):
     return out
 
 
+def _over_samples(relation, meta, signal, slot, extra) -> dict[str, jax.Array]:
+    """A signal times the trace entries of its positions, summed over samples: by products, where XLA's sum is slow."""
+    lead = meta.lead + extra
+    if relation.x_var is None:
+        return {k: signal * e for k, e in slot.items()}
+    if lead:
+        return {k: _sum(v, lead) for k, v in _times(relation, meta, signal, slot, extra).items()}
+    if relation.primitive.rules.dt_to_t is not None or any(a is not None for a in meta.anchors.values()):
+        return _times(relation, meta, signal, slot, extra)
+    # A product over no axis: mapped and transposed by jax.vmap and jax.grad, it sums over the mapped samples.
+    units = tuple(range(signal.ndim))
+    out = {}
+    for k, e in slot.items():
+        dimensions = (((), ()), (tuple(range(e.ndim - signal.ndim, e.ndim)), units))
+        product = jax.lax.dot_general(e, signal.astype(e.dtype), dimensions)
+        out[k] = jnp.moveaxis(product, units, range(-signal.ndim, 0)) if units else product
+    return out
+
+
+def _sum(value, axes):
+    """Sum over leading axes by halves: additions that XLA fuses, where its own sum reads memory in large strides."""
+    value = value.reshape((-1, *value.shape[axes:]))
+    odd = []
+    while len(value) > 1:
+        half = len(value) // 2
+        odd.extend(value[2 * half :])
+        value = value[:half] + value[half : 2 * half]
+    return sum(odd, value[0])
+
+
 def _to_weights(relation, meta, total, operands, fixed):
-    """Sum trace-shaped gradients over samples, and pull them back to the operation's weights."""
+    """Pull trace-shaped gradients back to the operation's weights."""
     avals = {k: v.aval for k, v in relation.trainable_vars.items()}
     if relation.x_var is None and meta.anchors[next(iter(avals))] is not None:
         y = relation.y_var.aval
         (value,) = total.values()
         out = relation.primitive.weight_vjp(None, unbroadcast(value, y.shape), operands, relation.eqn_params, fixed)
+    elif meta.unshared is not None:
+        own, pull = jax.vjp(meta.unshared.expand, dict(operands))
+        (out,) = pull({k: total[k].astype(own[k].dtype) for k in own})
     else:
         out = {k: unbroadcast(e, meta.shapes[k]) for k, e in total.items()}
-        if meta.unshared is not None:
-            own, pull = jax.vjp(meta.unshared.expand, dict(operands))
-            (out,) = pull({k: out[k].astype(own[k].dtype) for k in own})
     return {k: out[k].astype(avals[k].dtype) for k in avals}
 
 
