@@ -29,9 +29,15 @@ from ._learners.rules import EProp as EProp
 from ._learners.rules import OSTLFeedforward as OSTLFeedforward
 from ._learners.vjp import ETraceVjpAlgorithm as ETraceVjpAlgorithm
 from ._ops import ETPPrimitive as ETPPrimitive
+from ._ops import conv as conv
+from ._ops import einsum as einsum
 from ._ops import element_wise as element_wise
+from ._ops import embedding as embedding
+from ._ops import grouped_matmul as grouped_matmul
+from ._ops import lora_matmul as lora_matmul
 from ._ops import matmul as matmul
 from ._ops import register_primitive as register_primitive
+from ._ops import sparse_matmul as sparse_matmul
 from ._sequence import ETraceVmap as ETraceVmap
 from ._sequence import SequenceDriverMixin as SequenceDriverMixin
 from ._types import CompilationError as CompilationError
@@ -77,10 +83,16 @@ __all__ = [
     "__version_info__",
     "compile",
     "compile_etrace_graph",
+    "conv",
+    "einsum",
     "element_wise",
+    "embedding",
     "extract_module_info",
+    "grouped_matmul",
+    "lora_matmul",
     "matmul",
     "nn",
     "pp_prop",
     "register_primitive",
+    "sparse_matmul",
 ]

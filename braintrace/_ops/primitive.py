@@ -17,15 +17,40 @@ import jax.numpy as jnp
 
 from .._jax import Primitive, define_primitive
 
-__all__ = ["ETPPrimitive", "register_primitive"]
+__all__ = ["ETPPrimitive", "Unshared", "register_primitive"]
 
 Weights = Mapping[str, jax.Array]
 Anchors = Mapping[str, Any]  # key -> index into the output positions that gives every weight entry its own, or None
 
 
 @dataclasses.dataclass(frozen=True)
+class Unshared:
+    """An operation on one sample, with an entry of every weight for each output position that the weight acts on.
+
+    Attributes
+    ----------
+    expand : callable
+        ``weights -> unshared weights``, differentiable. Beside one array per trained key it may return further keys:
+        values of this step that ``impl`` reads as constants.
+    impl : callable
+        ``(x, unshared weights) -> y`` of one sample, with the value of the operation; its derivative with respect to
+        an entry of an unshared weight is zero but at one output position.
+    """
+
+    expand: Callable[[Weights], dict[str, jax.Array]]
+    impl: Callable[[Any, Weights], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
 class Rules:
-    """Overrides of what is derived from the implementation; ``None`` means derived."""
+    """Overrides of what is derived from the implementation; ``None`` means derived.
+
+    Two of them speak of one sample, that is, of shapes without batch axes.
+    ``unshare(x_aval, y_aval, weight_avals, params)`` gives the :class:`Unshared` form, or ``None`` where every weight
+    entry acts on one output position already. ``anchors(y_aval, weight_avals, params)`` gives per trained key, in
+    the unshared form, the output position of every entry: a tuple of one integer array per axis of y, which
+    broadcast to the shape of the weight, or ``None`` where the last axes of the weight are those of y.
+    """
 
     xy_to_dw: Callable[..., dict[str, jax.Array]] | None = None
     dt_to_t: Callable[..., dict[str, jax.Array]] | None = None
@@ -35,6 +60,8 @@ class Rules:
     pp_x_repr: Callable[..., jax.Array] | None = None
     snap_anchor: Callable[..., bool] | None = None
     snap_adjacency: Callable[..., Any] | None = None
+    unshare: Callable[..., Unshared | None] | None = None
+    anchors: Callable[..., Anchors] | None = None
 
 
 def _only_weight(params: Mapping[str, Any]) -> dict[str, int]:
@@ -75,7 +102,7 @@ class ETPPrimitive(Primitive):
         x_index: int | None = 0,
         y_index: int = 0,
         batched_twin: ETPPrimitive | None = None,
-        any_rank: bool = False,
+        sample_ndim: int | Callable[[Mapping[str, Any]], int] | None = None,
     ):
         super().__init__(name)
         self.impl_fn = impl
@@ -88,7 +115,7 @@ class ETPPrimitive(Primitive):
         self.unbatched_twin: ETPPrimitive | None = None
         if batched_twin is not None:
             batched_twin.unbatched_twin = self
-        self.any_rank = any_rank
+        self.sample_ndim = sample_ndim
         self.rules = Rules()
         self.multiple_results = y_index > 0
         define_primitive(self, impl, self._batch)
@@ -136,9 +163,11 @@ class ETPPrimitive(Primitive):
         y, pull = jax.vjp(apply, dict(weights))
         return pull(cotangent.astype(y.dtype))[0]
 
-    def lead(self, y_aval: Any) -> int:
+    def lead(self, y_aval: Any, params: Mapping[str, Any] | None = None) -> int:
         """Number of batch axes of an output: samples that share the weights."""
-        return y_aval.ndim - 1 if self.any_rank else int(self.batched)
+        if self.sample_ndim is None:
+            return int(self.batched)
+        return y_aval.ndim - (self.sample_ndim(params or {}) if callable(self.sample_ndim) else self.sample_ndim)
 
     def sample_vjp(
         self,
