@@ -128,7 +128,8 @@ class SparseLinear(brainstate.nn.SparseLinear):
         self.in_size = size = (rows,) if in_size is None else _as_tuple(in_size)
         if size[-1] != rows:
             raise ValueError(
-                f"SparseLinear: in_size={size} ends in {size[-1]}, the matrix of shape {(rows, cols)} takes {rows} inputs."
+                f"SparseLinear: in_size={size} ends in {size[-1]}, the matrix of shape {(rows, cols)} takes {rows} "
+                "inputs. Pass a size that ends in them."
             )
         self.out_size = (*size[:-1], cols)
         self.spar_mat = spar_mat
