@@ -18,6 +18,7 @@ from helpers import PPProp, assert_close
 from models import N_IN, N, Problem
 
 import braintrace
+from braintrace._ops import pattern_of
 
 pytestmark = pytest.mark.usefixtures("time_step")
 
@@ -295,6 +296,36 @@ def test_the_result_has_the_product_of_the_units(of_x, of_w, of_b, of_y):
     np.testing.assert_allclose(u.get_mantissa(u.Quantity(out) / u.Quantity(expected)), 1.0, rtol=1e-5)
 
 
+WITH_UNITS = {  # operation of (x, weight, bias), the operands, the same in plain JAX
+    "grouped": (
+        braintrace.grouped_matmul,
+        (draw(5, 4, 2), GROUPS, GROUP_BIAS),
+        lambda x, w, b: (x[..., None, :] @ w)[..., 0, :] + b,
+    ),
+    "sparse": (
+        lambda x, w, b: braintrace.sparse_matmul(x, w, sparse_mat=CSR, bias=b),
+        (X, CSR.data, B),
+        lambda x, w, b: x @ SPARSE["CSR"][1](w) + b,
+    ),
+    "conv": (braintrace.conv, (draw(2, 3, 7), draw(4, 3, 3), draw(4)), conv_call("1d", bias=(4,))[1]),
+    "einsum": (lambda x, w, b: braintrace.einsum("bk,kn->bn", x, w) + b, (X, W, B), lambda x, w, b: x @ w + b),
+}
+
+
+@pytest.mark.parametrize("name", WITH_UNITS)
+def test_units_of_the_other_operations(name):
+    op, (x, w, b), reference = WITH_UNITS[name]
+    out = op(x * u.mV, w * u.mS, b * u.mA)
+    np.testing.assert_allclose(out.to_decimal(u.uA), reference(x, w, 1000 * b), rtol=1e-5)
+    assert not isinstance(op(x * u.ms, w * u.kHz, b), u.Quantity)
+
+
+def test_units_of_tables_and_factors():
+    assert u.get_unit(braintrace.embedding(ROWS, TABLE * u.mV)) == u.mV
+    out = braintrace.lora_matmul(X * u.mV, LOW * u.mS, HIGH, bias=B * u.mA)
+    np.testing.assert_allclose(out.to_decimal(u.uA), X @ LOW @ HIGH + 1000 * B, rtol=1e-5)
+
+
 def test_a_bias_is_converted():
     out = braintrace.matmul(X * u.mV, W, B * u.volt)
     np.testing.assert_allclose(out.to_decimal(u.mV), X @ W + 1000 * B, rtol=1e-5)
@@ -370,12 +401,39 @@ def test_mapping_the_input_keeps_the_mark(axis):
         assert marks(jax.jit(mapped), x, W, B) == ["etp_mm"]
 
 
+SAMPLES = {  # operation of one sample and weights, batch of samples, weights, name of the mark
+    "matmul": (braintrace.matmul, X, (W, B), "etp_mm"),
+    "grouped": (braintrace.grouped_matmul, draw(5, 4, 2), (GROUPS, GROUP_BIAS), "etp_gmm"),
+    "embedding": (braintrace.embedding, ROWS, (TABLE,), "etp_emb"),
+    "lora": (lambda x, b, a, c: braintrace.lora_matmul(x, b, a, bias=c), X, (LOW, HIGH, B), "etp_lora_mm"),
+    "sparse": (lambda x, w: braintrace.sparse_matmul(x, w, sparse_mat=CSR), X, (CSR.data,), "etp_sp_mm"),
+    "conv": (braintrace.conv, draw(5, 3, 7), (draw(4, 3, 3), draw(4)), "etp_conv"),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_mapped_sample_is_a_batch(name):
+    op, xs, weights, mark = SAMPLES[name]
+    mapped = jax.vmap(op, (0, *[None] * len(weights)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_allclose(mapped(xs, *weights), jnp.stack([op(x, *weights) for x in xs]), rtol=1e-5)
+        assert marks(mapped, xs, *weights) == marks(op, xs, *weights) == [mark]
+
+
 MAPPED = [  # in_axes, operation, arguments, reference
     ((None, 0), braintrace.matmul, (X[0], jnp.stack([W, 2 * W])), lambda x, w: jnp.einsum("i,kio->ko", x, w)),
     ((0, 0), braintrace.matmul, (X[:2], jnp.stack([W, 2 * W])), lambda x, w: jnp.einsum("ki,kio->ko", x, w)),
     ((None, 2), braintrace.matmul, (X, jnp.stack([W, 2 * W], -1)), lambda x, w: jnp.einsum("bi,iok->kbo", x, w)),
     ((0, None), braintrace.matmul, (jnp.stack([X, -X]), W), lambda x, w: x @ w),
     ((0,), braintrace.element_wise, (W,), lambda w: w),
+    (
+        (0, None),
+        lambda x, w: braintrace.einsum("bk,kn->bn", x, w),
+        (jnp.stack([X, -X]), W),
+        lambda x, w: x @ w,
+    ),
+    ((None, 0), braintrace.embedding, (ROWS, jnp.stack([TABLE, -TABLE])), lambda i, w: w[:, i]),
 ]
 
 
@@ -400,9 +458,69 @@ REFUSED = [
     (lambda: braintrace.matmul(X, W, weight_fun=square), TypeError, "weight_fun"),
     (lambda: braintrace.element_wise([1.0]), TypeError, "weight must be an array.*list"),
     (lambda: braintrace.element_wise(W, jnp.exp, weight_fn=jnp.exp), TypeError, "not both"),
+    (lambda: braintrace.grouped_matmul(X, W), ValueError, r"weight has shape \(2, 3\)"),
+    (lambda: braintrace.grouped_matmul(draw(4, 2), W), ValueError, r"weight has shape \(2, 3\)"),
+    (lambda: braintrace.grouped_matmul(draw(2), GROUPS), ValueError, r"x has shape \(2,\)"),
+    (lambda: braintrace.grouped_matmul(draw(3, 2), GROUPS), ValueError, r"\(3, 2\).*\(4, 2\)"),
+    (lambda: braintrace.grouped_matmul(draw(4, 2), GROUPS, B), ValueError, r"bias has shape \(3,\)"),
+    (lambda: braintrace.embedding(X[:, 0], TABLE), TypeError, "float32.*integers"),
+    (lambda: braintrace.embedding(X[:, 0] > 0, TABLE), TypeError, "bool.*integers"),
+    (lambda: braintrace.embedding(ROWS[None], TABLE), NotImplementedError, r"\(1, 4\).*nn.Embedding"),
+    (lambda: braintrace.embedding(ROWS, B), ValueError, r"\(3,\).*\(rows, features\)"),
+    (lambda: braintrace.embedding([1, 2], TABLE), TypeError, "indices must be an array.*list"),
+    *[
+        (lambda e=equation: braintrace.einsum(e, X, W), ValueError, message)
+        for equation, message in [
+            ("bk,kn", "not two operands"),
+            ("bk->bk", "not two operands"),
+            ("bk,kn,n->bn", "not two operands"),
+            ("bK,Kn->bn", "'bK'.*lower-case"),
+            ("...k,kn->...n", "lower-case"),
+            ("bk,kk->bk", "repeats a letter"),
+            ("bk,bn->bn", "no leading batch letter"),
+            ("bk,kn->nb", "no leading batch letter"),
+            ("bk,kn->bnz", "output letter 'z'"),
+            ("bk,mn->bn", "weight letter 'm'"),
+            ("btk,kn->btn", r"x has shape \(4, 2\)"),
+        ]
+    ],
+    (lambda: braintrace.einsum(1, X, W), TypeError, "string, got int"),
+    (lambda: braintrace.lora_matmul(draw(2, 2, 2), LOW, HIGH), ValueError, r"\(2, 2, 2\)"),
+    (lambda: braintrace.lora_matmul(X, LOW, [1.0]), TypeError, "A must be an array.*list"),
+    (lambda: braintrace.sparse_matmul(X, CSR.data, sparse_mat=DENSE), TypeError, "DataRepresentation.*ArrayImpl"),
+    (lambda: braintrace.sparse_matmul(X, sparse_mat=CSR), TypeError, "weight_data"),
+    (lambda: braintrace.sparse_matmul(draw(2, 2, 2), CSR.data, sparse_mat=CSR), ValueError, r"\(2, 2, 2\)"),
+    (lambda: braintrace.sparse_matmul(draw(3), CSR.data, sparse_mat=CSR), TypeError, "3 and 2 differ"),
+    (lambda: braintrace.sparse_matmul(X, draw(4), sparse_mat=CSR), ValueError, r"\(4,\).*\(3,\)"),
+    (
+        lambda: braintrace.sparse_matmul(X, draw(1), sparse_mat=brainevent.JITCNormalR(0.5, 1.0, 0.5, 1, shape=(2, 3))),
+        TypeError,
+        "JITCNormalR are 2 parameters",
+    ),
+    (
+        lambda: jax.jit(lambda m: braintrace.sparse_matmul(X, m.data, sparse_mat=m))(SPARSE["BCOO"][0]),
+        ValueError,
+        "outside of jit",
+    ),
+    (lambda: braintrace.conv(draw(7), draw(4, 3, 3)), ValueError, r"\(7,\).*\(4, 3, 3\)"),
+    (lambda: braintrace.conv(draw(2, 3, 7, 5), draw(4, 3, 3, 3)), ValueError, r"strides=\(1,\).*2 spatial"),
+    (lambda: braintrace.conv(draw(3, 7), draw(4, 3, 3), batch_group_count=2), ValueError, "needs a batch axis"),
+    (lambda: braintrace.conv(draw(2, 3, 7), draw(4, 3, 3), draw(3)), ValueError, r"bias has shape \(3,\).*4 output"),
+    (lambda: braintrace.conv(draw(2, 3, 7), draw(4, 3, 3), draw(2, 4, 1)), ValueError, "one along the batch axis"),
+    (lambda: braintrace.conv([1.0], draw(4, 3, 3)), TypeError, "x must be an array.*list"),
     (lambda: braintrace.register_primitive("nothing", None), TypeError, "'nothing'.*NoneType"),
     (lambda: scaled.register_etp_rules(xy_to_wd=square), TypeError, "xy_to_wd"),
 ]
+
+
+def test_a_table_has_no_row_beyond_its_end():
+    out = braintrace.embedding(jnp.array([5, 4]), TABLE)
+    assert bool(jnp.isnan(out[0]).all()) and bool((out[1] == TABLE[4]).all())
+
+
+def test_patterns_are_equal_by_content():
+    a, b = (pattern_of(brainevent.CSR.fromdense(DENSE)) for _ in range(2))
+    assert a == b and hash(a) == hash(b) and a != pattern_of(SPARSE["Dense"][0])
 
 
 @pytest.mark.parametrize("call, error, message", REFUSED)
