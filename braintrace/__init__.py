@@ -1,5 +1,7 @@
 """Online learning of recurrent and spiking neural networks with eligibility traces, on JAX."""
 
+from typing import Any as _Any
+
 from . import nn as nn
 from ._compile import compile as compile
 from ._compiler.diagnostics import CompilationRecord as CompilationRecord
@@ -96,3 +98,29 @@ __all__ = [
     "register_primitive",
     "sparse_matmul",
 ]
+
+_DEPRECATED = (
+    "ConvOp",
+    "ETraceOp",
+    "ETraceParam",
+    "ElemWiseOp",
+    "ElemWiseParam",
+    "FakeETraceParam",
+    "FakeElemWiseParam",
+    "LoraOp",
+    "MatMulOp",
+    "NonTempParam",
+    "SpMatMulOp",
+)
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _DEPRECATED:
+        raise AttributeError(f"module 'braintrace' has no attribute {name!r}")
+    from ._deprecated import forward
+
+    return forward(name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_DEPRECATED])
