@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,8 @@ class ETPPrimitive(Primitive):
         Whether axis 0 of the input and of the output is a batch axis.
     gradient_enabled : bool
         Whether a walk from another operation's output to a hidden state passes through this one.
+    Unshared : type
+        What a registered ``unshare`` rule returns, ``Unshared(expand, impl)``.
 
     Examples
     --------
@@ -90,6 +92,8 @@ class ETPPrimitive(Primitive):
     >>> p.bind(jnp.ones(2), jnp.ones((2, 3)), gain=2.0).shape
     (3,)
     """
+
+    Unshared: ClassVar = Unshared
 
     def __init__(
         self,
@@ -211,7 +215,7 @@ class ETPPrimitive(Primitive):
     # -- registration of overrides ------------------------------------------------------------------------------
 
     def register_etp_rules(self, **rules: Any) -> ETPPrimitive:
-        """Replace derived rules; see the arguments of :class:`Rules`. Unknown names are a ``TypeError``."""
+        """Replace derived rules; see the fields of :class:`Rules`. Unknown names are a ``TypeError``."""
         self.rules = dataclasses.replace(self.rules, **{k: v for k, v in rules.items() if v is not None})
         return self
 
