@@ -36,6 +36,8 @@ def _sample_bias(bias, params):
 
 
 def _conv_impl(x, weight, *bias, **params):
+    if params["batch_group_count"] != 1 and x.ndim > len(params["dimension_numbers"].lhs_spec):
+        return jax.vmap(lambda x: _conv_impl(x, weight, *bias, **params))(x)
     kernel = apply_hook(params["kernel_fn"], weight)
     dtype = jnp.result_type(x, kernel)
     # All axes in front of one sample, of time say, are one batch axis.
