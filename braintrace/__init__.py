@@ -1,5 +1,7 @@
 """Online learning of recurrent and spiking neural networks with eligibility traces, on JAX."""
 
+from typing import Any as _Any
+
 from . import nn as nn
 from ._compile import compile as compile
 from ._compiler.diagnostics import CompilationRecord as CompilationRecord
@@ -29,9 +31,15 @@ from ._learners.rules import EProp as EProp
 from ._learners.rules import OSTLFeedforward as OSTLFeedforward
 from ._learners.vjp import ETraceVjpAlgorithm as ETraceVjpAlgorithm
 from ._ops import ETPPrimitive as ETPPrimitive
+from ._ops import conv as conv
+from ._ops import einsum as einsum
 from ._ops import element_wise as element_wise
+from ._ops import embedding as embedding
+from ._ops import grouped_matmul as grouped_matmul
+from ._ops import lora_matmul as lora_matmul
 from ._ops import matmul as matmul
 from ._ops import register_primitive as register_primitive
+from ._ops import sparse_matmul as sparse_matmul
 from ._sequence import ETraceVmap as ETraceVmap
 from ._sequence import SequenceDriverMixin as SequenceDriverMixin
 from ._types import CompilationError as CompilationError
@@ -77,10 +85,42 @@ __all__ = [
     "__version_info__",
     "compile",
     "compile_etrace_graph",
+    "conv",
+    "einsum",
     "element_wise",
+    "embedding",
     "extract_module_info",
+    "grouped_matmul",
+    "lora_matmul",
     "matmul",
     "nn",
     "pp_prop",
     "register_primitive",
+    "sparse_matmul",
 ]
+
+_DEPRECATED = (
+    "ConvOp",
+    "ETraceOp",
+    "ETraceParam",
+    "ElemWiseOp",
+    "ElemWiseParam",
+    "FakeETraceParam",
+    "FakeElemWiseParam",
+    "LoraOp",
+    "MatMulOp",
+    "NonTempParam",
+    "SpMatMulOp",
+)
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _DEPRECATED:
+        raise AttributeError(f"module 'braintrace' has no attribute {name!r}")
+    from ._deprecated import forward
+
+    return forward(name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_DEPRECATED])

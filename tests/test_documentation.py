@@ -12,7 +12,7 @@ import braintrace
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(m.name for m in pkgutil.walk_packages(braintrace.__path__, "braintrace."))
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -26,5 +26,6 @@ def test_docstrings(name):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_pages(page):
+    namespace = {"__name__": "page"}  # one for the page: a tutorial goes on where it stopped
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.M | re.S):
-        exec(compile(block, str(page), "exec"), {"__name__": "page"})
+        exec(compile(block, str(page), "exec"), namespace)

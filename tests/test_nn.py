@@ -4,6 +4,7 @@ import inspect
 import subprocess
 import sys
 
+import brainevent
 import brainstate
 import brainunit as u
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from brainstate.nn import init
 
+import braintrace
 import braintrace.nn as bnn
 
 N_IN, N_OUT, BATCH = 3, 4, 2
@@ -383,6 +385,234 @@ def test_parameters_use_the_given_state_class(name):
         getattr(bnn, name)(N_IN, N_OUT, w_init=np.ones((7, N_OUT)))
 
 
+# --- convolutions ---
+
+KINDS = {1: (7,), 2: (6, 5), 3: (4, 3, 5)}
+GEOMETRIES = [
+    {},
+    dict(stride=2, padding="VALID"),
+    dict(padding=1, rhs_dilation=2),
+    dict(padding=[(1, 0)]),
+    dict(groups=2),
+]
+
+
+def convolution(ndim, channel_first=False, channels=2, **kwargs):
+    space = KINDS[ndim]
+    size = (channels, *space) if channel_first else (*space, channels)
+    return getattr(bnn, f"Conv{ndim}d")(size, 4, 2, channel_first=channel_first, **kwargs)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("channel_first", [False, True], ids=["last", "first"])
+@pytest.mark.parametrize("ndim", [1, 2])
+def test_convolution(ndim, channel_first, geometry):
+    layer = convolution(ndim, channel_first, b_init=init.Normal(), **geometry)
+    twin = getattr(brainstate.nn, f"Conv{ndim}d")(
+        layer.in_size, 4, 2, channel_first=channel_first, b_init=init.Normal(), **geometry
+    )
+    assert isinstance(layer, type(twin)) and layer.out_size == twin.out_size
+    assert jax.tree.map(jnp.shape, layer.weight.value) == jax.tree.map(jnp.shape, twin.weight.value)
+    twin.weight.value = layer.weight.value
+    x = values((BATCH, *layer.in_size))
+    close(layer(x), twin(x))
+    close(layer(x[0]), twin(x)[0])
+    assert layer(x[0]).shape == layer.out_size
+
+
+def test_convolution_in_space():
+    layer = convolution(3, w_init=init.Constant(1.0))
+    x = values((BATCH, *layer.in_size))
+    assert list(layer.states()) == [("weight",)] and list(layer.weight.value) == ["weight"]
+    total = np.pad(x.sum(-1), [(0, 0), *[(0, 1)] * 3])
+    window = sum(total[:, i : i + 4, j : j + 3, k : k + 5] for i in (0, 1) for j in (0, 1) for k in (0, 1))
+    close(layer(x), np.repeat(window[..., None], 4, -1), tol=1e-4)
+
+
+@pytest.mark.parametrize("mask", [lambda shape: jnp.ones(shape).at[0].set(0.0), np.arange(16).reshape(2, 2, 4) % 3])
+def test_convolution_mask_acts_on_values_and_gradients(mask):
+    layer = convolution(1, w_mask=mask)
+    array = np.asarray(mask((2, 2, 4)) if callable(mask) else mask, np.float32)
+    x = values((BATCH, *layer.in_size))
+    free = convolution(1)
+    free.weight.value = {"weight": layer.weight.value["weight"] * array}
+    close(layer(x), free(x))
+    gradient = brainstate.transform.grad(lambda: (layer(x) ** 2).sum(), layer.states())()["weight",]["weight"]
+    plain = brainstate.transform.grad(lambda: (free(x) ** 2).sum(), free.states())()["weight",]["weight"]
+    close(gradient, array * plain, tol=1e-4)
+
+
+def test_convolution_of_another_shape():
+    layer = convolution(2)
+    for shape in [(5, 6, 2), (BATCH, 6, 5, 3), (2, BATCH, 6, 5, 2)]:
+        with pytest.raises(ValueError, match=r"inputs of shape \(6, 5, 2\)"):
+            layer(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("batch, mapped", [(None, False), (BATCH, False), (BATCH, True)], ids=str)
+@pytest.mark.parametrize("channel_first", [False, True], ids=["last", "first"])
+def test_convolution_is_trained_in_every_mode(channel_first, batch, mapped):
+    class Cell(brainstate.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = convolution(2, channel_first, b_init=init.Normal())
+
+        def init_state(self, batch_size=None, **_):
+            lead = () if batch_size is None else (batch_size,)
+            self.h = brainstate.HiddenState(jnp.zeros((*lead, *self.conv.out_size)))
+
+        def update(self, x):
+            self.h.value = jnp.tanh(0.5 * self.h.value + self.conv(x))
+            return self.h.value
+
+    cell = Cell()
+    lead = () if batch is None else (batch,)
+    x = jnp.asarray(values((*lead, *cell.conv.in_size)))
+    learner = braintrace.compile(cell, "pp_prop", x, decay_or_rank=0.9, batch_size=batch, vmap=mapped)
+    grads = brainstate.transform.grad(lambda: (learner(x) ** 2).sum(), cell.states(brainstate.ParamState))()
+    layer, kernel = cell.conv, cell.conv.weight.value
+    layer.weight.value = kernel
+    truth = brainstate.transform.grad(lambda: (jnp.tanh(layer(x)) ** 2).sum(), layer.states())()["weight",]
+    for key in kernel:
+        close(grads["conv", "weight"][key], truth[key], tol=1e-4)
+
+
+# --- embedding ---
+
+
+@pytest.mark.parametrize("size", [3, (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(), (5,), (2, 5)], ids=str)
+def test_embedding(size, shape):
+    layer = bnn.Embedding(7, size)
+    assert isinstance(layer, brainstate.nn.Embedding) and list(layer.states()) == [("weight",)]
+    row = (size,) if isinstance(size, int) else size
+    assert layer.weight.value.shape == (7, *row) and layer.out_size == row
+    indices = np.random.default_rng(0).integers(0, 7, shape)
+    close(layer(jnp.asarray(indices)), np.asarray(layer.weight.value)[indices])
+
+
+OPTIONS = [dict(padding_idx=0), dict(max_norm=1.0), dict(scale_grad_by_freq=True), dict(freeze=True)]
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, dict(padding_idx=2, freeze=True)], ids=str)
+def test_embedding_options_that_a_trace_cannot_follow(options):
+    with pytest.raises(NotImplementedError) as error:
+        bnn.Embedding(7, 3, **options)
+    assert all(name in str(error.value) for name in options)
+    layer = bnn.Embedding(7, 3)
+    for name, value in options.items():
+        setattr(layer, name, value)
+    with pytest.raises(NotImplementedError, match=next(iter(options))):
+        layer(jnp.array(0))
+
+
+def test_embedding_of_no_shape():
+    with pytest.raises(ValueError, match=r"embedding_size=\(\)"):
+        bnn.Embedding(7, ())
+
+
+@every_batch
+def test_embeddings_of_several_tables_of_one_index(batch):
+    """Each table filters its own one-hot vector."""
+
+    class Cell(brainstate.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = bnn.Embedding(5, 3), bnn.Embedding(7, (3,))
+            self.h = brainstate.HiddenState(jnp.zeros((3,) if batch is None else (batch, 3)))
+
+        def update(self, i):
+            self.h.value = 0.5 * self.h.value + self.a(i) + self.b(i)
+            return self.h.value
+
+    learner = braintrace.pp_prop(cell := Cell(), 0.9)
+    index = jnp.array(2) if batch is None else jnp.array([2, 4])
+    learner.compile_graph(index)
+    assert sorted(x.value.shape[-1] for x in learner.etrace_xs.values()) == [5, 7]
+    grads = brainstate.transform.grad(lambda: learner(index).sum(), cell.states(brainstate.ParamState))()
+    for name, rows in (("a", 5), ("b", 7)):
+        close(grads[name, "weight"], np.eye(rows)[np.ravel(index)].sum(0)[:, None] * np.ones(3))
+
+
+# --- few weights ---
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (2, 5)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_grouped_linear(lead, bias):
+    layer = bnn.GroupedLinear(4, N_IN, N_OUT, b_init=init.Normal() if bias else None)
+    assert (layer.in_size, layer.out_size) == ((4, N_IN), (4, N_OUT))
+    params = {k: np.asarray(v) for k, v in layer.weight.value.items()}
+    assert list(params) == (["weight", "bias"] if bias else ["weight"])
+    x = values((*lead, 4, N_IN))
+    close(layer(x), np.einsum("...gk,gkn->...gn", x, params["weight"]) + params.get("bias", 0.0))
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (2, 5)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_sparse_linear(lead, bias):
+    dense = values((N_IN, N_OUT)) * MASK
+    matrix = brainevent.CSR.fromdense(jnp.asarray(dense))
+    layer = bnn.SparseLinear(matrix, b_init=init.Constant(2.0) if bias else None)
+    assert isinstance(layer, brainstate.nn.SparseLinear) and layer.spar_mat is matrix
+    assert (layer.in_size, layer.out_size) == ((N_IN,), (N_OUT,))
+    shapes = {"weight": (MASK.sum(),)} | ({"bias": (N_OUT,)} if bias else {})
+    assert jax.tree.map(jnp.shape, layer.weight.value) == shapes
+    x = values((*lead, N_IN))
+    close(layer(x), x @ dense + 2.0 * bias)
+
+
+def test_sparse_linear_sizes():
+    matrix = brainevent.CSR.fromdense(jnp.asarray(MASK))
+    assert bnn.SparseLinear(matrix, in_size=(5, N_IN)).out_size == (5, N_OUT)
+    with pytest.raises(ValueError, match=r"in_size=\(7,\)"):
+        bnn.SparseLinear(matrix, in_size=7)
+    with pytest.raises(TypeError, match="DataRepresentation"):
+        bnn.SparseLinear(MASK)
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (2, 5)], ids=str)
+@pytest.mark.parametrize("base", [True, False])
+def test_lora(lead, base):
+    module = bnn.Linear(N_IN, N_OUT) if base else None
+    layer = bnn.LoRA(N_IN, 2, N_OUT, base_module=module)
+    assert isinstance(layer, brainstate.nn.LoRA)
+    a, b = layer.weight.value["lora_a"], layer.weight.value["lora_b"]
+    assert (a.shape, b.shape) == ((N_IN, 2), (2, N_OUT))
+    paths = {("weight",)} | ({("base_module", "weight")} if base else set())
+    assert set(layer.states()) == paths
+    x = values((*lead, N_IN))
+    close(layer(x), x @ np.asarray(a @ b) / 2 + (np.asarray(module(x)) if base else 0.0))
+
+
+def test_lora_sizes():
+    layer = bnn.LoRA(N_IN, 2, N_OUT, in_size=(5, N_IN))
+    assert (layer.in_size, layer.out_size) == ((5, N_IN), (5, N_OUT))
+    with pytest.raises(ValueError, match="base_module must be"):
+        bnn.LoRA(N_IN, 2, N_OUT, base_module=3)
+
+
+def test_linear_over_positions_is_one_relation():
+    """A state of shape (B, T, out) that a map of its last axis drives."""
+
+    class Cell(brainstate.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = bnn.Linear(N_IN, N_OUT)
+            self.h = brainstate.HiddenState(jnp.zeros((BATCH, 5, N_OUT)))
+
+        def update(self, x):
+            self.h.value = 0.5 * self.h.value + self.linear(x)
+            return self.h.value
+
+    learner = braintrace.pp_prop(Cell(), 0.9)
+    x = jnp.asarray(values((BATCH, 5, N_IN)))
+    learner.compile_graph(x)
+    assert len(learner.graph.hidden_param_op_relations) == 1
+    (gradient,) = brainstate.transform.grad(lambda: learner(x).sum(), learner.param_states)().values()
+    close(gradient["weight"], np.repeat(x.sum((0, 1))[:, None], N_OUT, 1))
+
+
 # --- units ---
 
 
@@ -450,6 +680,16 @@ SIGNATURES = {
     "SignedWLinear": "w_init=KaimingNormal w_sign=None name=None param_type=ParamState",
     "ScaledWSLinear": "w_init=KaimingNormal b_init=ZeroInit w_mask=None ws_gain=True eps=0.0001 name=None "
     "param_type=ParamState",
+    "GroupedLinear": "w_init=KaimingNormal b_init=ZeroInit name=None param_type=ParamState",
+    "SparseLinear": "b_init=None in_size=None name=None param_type=ParamState",
+    "LoRA": "base_module=None kernel_init=LecunNormal param_type=ParamState in_size=None",
+    "Embedding": "embedding_init=LecunUniform padding_idx=None max_norm=None norm_type=2.0 scale_grad_by_freq=False "
+    "freeze=False name=None param_type=ParamState",
+    **dict.fromkeys(
+        ["Conv1d", "Conv2d", "Conv3d"],
+        "stride=1 padding=SAME lhs_dilation=1 rhs_dilation=1 groups=1 w_init=XavierNormal b_init=None w_mask=None "
+        "channel_first=False name=None param_type=ParamState",
+    ),
     "LeakyRateReadout": "tau=5.0*ms w_init=KaimingNormal r_init=ZeroInit name=None",
     "ValinaRNNCell": "state_init=ZeroInit w_init=XavierNormal b_init=ZeroInit activation=relu name=None",
     "GRUCell": f"w_init=Orthogonal {GATES} activation=tanh name=None",
@@ -464,6 +704,16 @@ SIGNATURES = {
 }
 
 
+SIZES = {
+    "LRUCell": "d_model d_hidden",
+    "GroupedLinear": "num_groups in_features out_features",
+    "SparseLinear": "spar_mat",
+    "LoRA": "in_features lora_rank out_features",
+    "Embedding": "num_embeddings embedding_size",
+    **dict.fromkeys(["Conv1d", "Conv2d", "Conv3d"], "in_size out_channels kernel_size"),
+}
+
+
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signature(name):
     def show(default):
@@ -475,7 +725,7 @@ def test_signature(name):
 
     parameters = list(inspect.signature(getattr(bnn, name).__init__).parameters.values())[1:]
     shown = [p.name if p.default is p.empty else f"{p.name}={show(p.default)}" for p in parameters]
-    sizes = "d_model d_hidden" if name == "LRUCell" else "in_size out_size"
+    sizes = SIZES.get(name, "in_size out_size")
     assert " ".join(shown) == f"{sizes} {SIGNATURES[name]}"
 
 
@@ -493,6 +743,7 @@ BRAINPY = set("IF LIF ALIF Expon Alpha DualExpon STP STD".split())
 
 def test_names():
     assert dir(bnn) == sorted(dir(bnn)) and set(bnn.__all__) < set(dir(bnn))
+    assert set(SIGNATURES) == set(bnn.__all__) and len(dir(bnn)) == 83
     assert len(DEPRECATED) == 62 and BRAINPY < set(DEPRECATED)
     with pytest.raises(AttributeError, match="no attribute 'NoSuchLayer'"):
         bnn.NoSuchLayer
@@ -519,7 +770,7 @@ def test_import_is_light():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("module", ["_cells", "_linear", "_lru", "_readout"])
+@pytest.mark.parametrize("module", ["_cells", "_conv", "_embedding", "_linear", "_lru", "_readout", "_sparse"])
 def test_docstring_examples(module):
     outcome = doctest.testmod(importlib.import_module(f"braintrace.nn.{module}"))
     assert outcome.attempted and not outcome.failed

@@ -2,10 +2,12 @@
 
 import warnings
 
+import brainevent
 import brainstate
 import brainunit as u
 import helpers
 import jax
+import jax.experimental.sparse as jsparse
 import jax.numpy as jnp
 import models
 import numpy as np
@@ -16,6 +18,7 @@ from helpers import PPProp, assert_close
 from models import N_IN, N, Problem
 
 import braintrace
+from braintrace._ops import pattern_of
 
 pytestmark = pytest.mark.usefixtures("time_step")
 
@@ -51,6 +54,99 @@ def marks(f, *args):
 
 # -- values
 
+
+def draw(*shape):
+    """Fixed values around one, none of them zero."""
+    return 1 + 0.7 * jnp.sin(1.0 + 2.3 * jnp.arange(np.prod(shape))).reshape(shape)
+
+
+GROUPS, GROUP_BIAS = draw(4, 2, 3), draw(4, 3)
+TABLE, ROWS = draw(5, 3), jnp.array([4, 0, -1, 2])
+LOW, HIGH = draw(2, 2), draw(2, 3)
+DENSE = draw(2, 3) * jnp.array([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+# Per kind of sparse matrix (of shape (2, 3)): the matrix, and its data -> dense, written by hand.
+CSR = brainevent.CSR.fromdense(DENSE)
+SPARSE = {
+    "CSR": (CSR, lambda w: jnp.array([[0, w[0], w[1]], [w[2], 0, 0]])),
+    "CSC": (brainevent.CSC.fromdense(DENSE), lambda w: jnp.array([[0, w[1], w[2]], [w[0], 0, 0]])),
+    "transposed": (
+        brainevent.CSR.fromdense(DENSE.T).T,
+        lambda w: jnp.array([[0, w[1], w[2]], [w[0], 0, 0]]),
+    ),
+    "Dense": (brainevent.Dense(DENSE), lambda w: w),
+    "per pre": (
+        brainevent.FixedNumPerPre(draw(2, 2), jnp.array([[0, 2], [1, 0]]), shape=(2, 3)),
+        lambda w: jnp.array([[w[0, 0], 0, w[0, 1]], [w[1, 1], w[1, 0], 0]]),
+    ),
+    "per post": (
+        brainevent.FixedNumPerPost(draw(3, 1), jnp.array([[1], [0], [1]]), shape=(2, 3)),
+        lambda w: jnp.array([[0, w[1, 0], 0], [w[0, 0], 0, w[2, 0]]]),
+    ),
+    "one value": (
+        brainevent.FixedNumPerPre(draw(1), jnp.array([[0, 2], [1, 0]]), shape=(2, 3)),
+        lambda w: w[0] * jnp.array([[1.0, 0, 1], [1, 1, 0]]),
+    ),
+    "twice in one place": (
+        brainevent.FixedNumPerPre(draw(2, 2), jnp.array([[1, 1], [2, 0]]), shape=(2, 3)),
+        lambda w: jnp.array([[0, w[0, 0] + w[0, 1], 0], [w[1, 1], 0, w[1, 0]]]),
+    ),
+    "BCOO": (jsparse.BCOO.fromdense(DENSE, nse=5), lambda w: jnp.array([[0, w[0], w[1]], [w[2], 0, 0]])),
+    "BCSR": (jsparse.BCSR.fromdense(DENSE), lambda w: jnp.array([[0, w[0], w[1]], [w[2], 0, 0]])),
+    "brainunit": (u.sparse.coo_fromdense(DENSE), lambda w: jnp.array([[0, w[0], w[1]], [w[2], 0, 0]])),
+}
+PLACES = np.random.default_rng(0).integers(0, (60, 70), (40, 2))  # far below the density of a dense product
+THIN = jsparse.BCOO((draw(40), jnp.asarray(PLACES)), shape=(60, 70))
+
+
+def thin(x, w):
+    return x @ jnp.zeros(THIN.shape).at[PLACES[:, 0], PLACES[:, 1]].add(w)
+
+
+DILATED = dict(strides=(1, 1), lhs_dilation=(1, 2), padding=[(1, 1), (0, 1)])
+LAYOUTS = {  # dimension numbers, shape of x, of the kernel, options
+    "1d": (None, (2, 3, 7), (4, 3, 3), dict()),
+    "1d-last": (("NWC", "WIO", "NWC"), (2, 7, 3), (3, 3, 4), dict(padding="VALID")),
+    "2d": (None, (2, 3, 5, 4), (4, 3, 3, 2), dict(strides=(2, 1))),
+    "2d-last": (("NHWC", "HWIO", "NHWC"), (2, 5, 4, 3), (3, 2, 3, 4), dict(strides=(1, 2), rhs_dilation=(2, 1))),
+    "2d-mixed": (
+        ("NHWC", "OIHW", "NCHW"),
+        (2, 5, 4, 3),
+        (4, 3, 3, 2),
+        dict(strides=(1, 1), lhs_dilation=(1, 2), padding=[(1, 1), (0, 1)]),
+    ),
+    "2d-batch-last": (("HWCN", "HWIO", "HWCN"), (5, 4, 3, 2), (3, 2, 3, 4), dict(strides=(1, 1))),
+    "3d": (None, (2, 2, 3, 4, 3), (4, 2, 2, 2, 2), dict(strides=(1, 2, 1), padding=[(1, 0), (0, 0), (2, 1)])),
+    "groups": (("NWC", "WIO", "NWC"), (2, 7, 4), (3, 2, 4), dict(feature_group_count=2)),
+    "batch-groups": (None, (4, 3, 7), (4, 3, 3), dict(batch_group_count=2)),
+}
+
+
+def conv_call(name, bias=None, sample=False):
+    """A convolution of the table above, JAX's own, and the operands."""
+    layout, x_shape, kernel_shape, options = LAYOUTS[name]
+    options = {"strides": (1,), "padding": "SAME", **options}
+    strides, padding = options["strides"], options["padding"]
+    rest = {k: v for k, v in options.items() if k not in ("strides", "padding")}
+    out = (layout or ("NCWH",) * 3)[2]
+    channel = out.index("C")
+
+    def reference(x, kernel, *b):
+        y = jax.lax.conv_general_dilated(
+            x[None] if sample else x, kernel, strides, padding, dimension_numbers=layout, **rest
+        )
+        if b:
+            y = y + (jnp.moveaxis(b[0].reshape(-1, *[1] * (y.ndim - 1)), 0, channel) if b[0].ndim == 1 else b[0])
+        return y[0] if sample else y
+
+    def ours(x, kernel, *b):
+        return braintrace.conv(x, kernel, *b, dimension_numbers=layout, **options)
+
+    args = (draw(*x_shape)[0] if sample else draw(*x_shape), draw(*kernel_shape))
+    if bias is not None:
+        args += (draw(*bias),)
+    return ours, reference, args
+
+
 CALLS = [  # operation, reference, arguments
     (braintrace.matmul, lambda x, w: x @ w, (X[0], W)),
     (braintrace.matmul, lambda x, w: x @ w, (X, W)),
@@ -68,6 +164,69 @@ CALLS = [  # operation, reference, arguments
     (lambda w: braintrace.element_wise(w, jnp.tanh), jnp.tanh, (W,)),
     (lambda w: braintrace.element_wise(w, fn=jnp.tanh), jnp.tanh, (B,)),
     (lambda w: braintrace.element_wise(w, weight_fn=jnp.tanh), jnp.tanh, (B,)),
+    (braintrace.grouped_matmul, lambda x, w: jnp.einsum("gk,gkn->gn", x, w), (draw(4, 2), GROUPS)),
+    (braintrace.grouped_matmul, lambda x, w: jnp.einsum("bgk,gkn->bgn", x, w), (draw(5, 4, 2), GROUPS)),
+    (
+        lambda x, w, b: braintrace.grouped_matmul(x, w, b, weight_fn=square, bias_fn=jnp.exp),
+        lambda x, w, b: jnp.einsum("bgk,gkn->bgn", x, w**2) + jnp.exp(b),
+        (draw(5, 4, 2), GROUPS, GROUP_BIAS),
+    ),
+    (lambda w: braintrace.embedding(ROWS, w), lambda w: w[ROWS], (TABLE,)),
+    (lambda w: braintrace.embedding(ROWS[1], w, weight_fn=square), lambda w: w[ROWS[1]] ** 2, (TABLE,)),
+    (lambda x, w: braintrace.einsum("bk,kn->bn", x, w), lambda x, w: x @ w, (X, W)),
+    (lambda x, w: braintrace.einsum(" btk, kn -> btn ", x, w), lambda x, w: x @ w, (draw(2, 3, 2), W)),
+    (
+        lambda x, w: braintrace.einsum("bktg,gkn->bngt", x, w, weight_fn=square),
+        lambda x, w: jnp.einsum("bktg,gkn->bngt", x, w**2),
+        (draw(2, 2, 3, 4), GROUPS),
+    ),
+    (lambda x, w: braintrace.einsum("bn,n->bn", x, w), lambda x, w: x * w, (draw(2, 3), B)),
+    (lambda x, w: braintrace.einsum("b,n->bn", x, w), lambda x, w: jnp.outer(x, w), (X[:, 0], B)),
+    (braintrace.lora_matmul, lambda x, b, a: x @ b @ a, (X[0], LOW, HIGH)),
+    (lambda x, b, a: braintrace.lora_matmul(x, b, a, alpha=0.3), lambda x, b, a: 0.3 * x @ b @ a, (X, LOW, HIGH)),
+    (
+        lambda x, b, a, c: braintrace.lora_matmul(
+            x, b, a, alpha=2, bias=c, b_fn=square, a_fn=jnp.tanh, bias_fn=jnp.exp
+        ),
+        lambda x, b, a, c: 2 * x @ b**2 @ jnp.tanh(a) + jnp.exp(c),
+        (X, LOW, HIGH, B),
+    ),
+    *[
+        (
+            lambda x, w, matrix=matrix: braintrace.sparse_matmul(x, w, sparse_mat=matrix),
+            lambda x, w, dense=dense: x @ dense(w),
+            (x, matrix.data),
+        )
+        for matrix, dense in SPARSE.values()
+        for x in (X[0], X)
+    ],
+    *[
+        (lambda x, w: braintrace.sparse_matmul(x, w, sparse_mat=THIN), thin, (x, draw(40)))
+        for x in (draw(60), draw(3, 60))
+    ],
+    (
+        lambda x, w, b: braintrace.sparse_matmul(x, w, sparse_mat=CSR, bias=b, weight_fn=square, bias_fn=jnp.exp),
+        lambda x, w, b: x @ SPARSE["CSR"][1](w**2) + jnp.exp(b),
+        (X, CSR.data, B),
+    ),
+    (
+        lambda x, w: braintrace.sparse_matmul(x, weight_data=w, sparse_mat=SPARSE["per pre"][0]),
+        lambda x, w: x @ SPARSE["per pre"][1](w.reshape(2, 2)),
+        (X, draw(4)),
+    ),
+    *[conv_call(name) for name in LAYOUTS],
+    *[conv_call(name, bias=(4,)) for name in LAYOUTS],
+    *[conv_call(name, bias=(4,), sample=True) for name in ("1d", "2d-last", "2d-mixed", "3d", "groups")],
+    conv_call("1d", bias=(1, 4, 1)),
+    conv_call("1d", bias=(4, 7)),
+    conv_call("2d-last", bias=(1, 1, 1, 4)),
+    conv_call("2d-last", bias=(1, 1, 4), sample=True),
+    conv_call("1d", bias=(4, 7), sample=True),
+    (
+        lambda x, k, b: braintrace.conv(x, k, b, kernel_fn=square, bias_fn=jnp.exp),
+        lambda x, k, b: jax.lax.conv(x, k**2, (1,), "SAME") + jnp.exp(b)[:, None],
+        (draw(2, 3, 7), draw(4, 3, 3), draw(4)),
+    ),
 ]
 IDS = [f"{i}" for i in range(len(CALLS))]
 
@@ -137,6 +296,36 @@ def test_the_result_has_the_product_of_the_units(of_x, of_w, of_b, of_y):
     np.testing.assert_allclose(u.get_mantissa(u.Quantity(out) / u.Quantity(expected)), 1.0, rtol=1e-5)
 
 
+WITH_UNITS = {  # operation of (x, weight, bias), the operands, the same in plain JAX
+    "grouped": (
+        braintrace.grouped_matmul,
+        (draw(5, 4, 2), GROUPS, GROUP_BIAS),
+        lambda x, w, b: (x[..., None, :] @ w)[..., 0, :] + b,
+    ),
+    "sparse": (
+        lambda x, w, b: braintrace.sparse_matmul(x, w, sparse_mat=CSR, bias=b),
+        (X, CSR.data, B),
+        lambda x, w, b: x @ SPARSE["CSR"][1](w) + b,
+    ),
+    "conv": (braintrace.conv, (draw(2, 3, 7), draw(4, 3, 3), draw(4)), conv_call("1d", bias=(4,))[1]),
+    "einsum": (lambda x, w, b: braintrace.einsum("bk,kn->bn", x, w) + b, (X, W, B), lambda x, w, b: x @ w + b),
+}
+
+
+@pytest.mark.parametrize("name", WITH_UNITS)
+def test_units_of_the_other_operations(name):
+    op, (x, w, b), reference = WITH_UNITS[name]
+    out = op(x * u.mV, w * u.mS, b * u.mA)
+    np.testing.assert_allclose(out.to_decimal(u.uA), reference(x, w, 1000 * b), rtol=1e-5)
+    assert not isinstance(op(x * u.ms, w * u.kHz, b), u.Quantity)
+
+
+def test_units_of_tables_and_factors():
+    assert u.get_unit(braintrace.embedding(ROWS, TABLE * u.mV)) == u.mV
+    out = braintrace.lora_matmul(X * u.mV, LOW * u.mS, HIGH, bias=B * u.mA)
+    np.testing.assert_allclose(out.to_decimal(u.uA), X @ LOW @ HIGH + 1000 * B, rtol=1e-5)
+
+
 def test_a_bias_is_converted():
     out = braintrace.matmul(X * u.mV, W, B * u.volt)
     np.testing.assert_allclose(out.to_decimal(u.mV), X @ W + 1000 * B, rtol=1e-5)
@@ -158,10 +347,19 @@ def test_units_that_do_not_match_are_an_error():
 
 
 def total(op, args):
-    return lambda *xs: (jnp.sin(op(*xs)) * jnp.arange(1.0, 1 + op(*args).size).reshape(op(*args).shape)).sum()
+    shape = jax.eval_shape(op, *args).shape
+    return lambda *xs: (jnp.sin(op(*xs)) * jnp.cos(jnp.arange(np.prod(shape))).reshape(shape)).sum()
 
 
 @pytest.mark.parametrize("op, reference, args", CALLS, ids=IDS)
+def test_first_derivatives(op, reference, args):
+    everything = tuple(range(len(args)))
+    ours, theirs = (jax.jit(jax.grad(total(f, args), everything))(*args) for f in (op, reference))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op, reference, args", CALLS[:12], ids=IDS[:12])
 def test_derivatives(op, reference, args):
     ours, theirs = total(op, args), total(reference, args)
     everything = tuple(range(len(args)))
@@ -203,12 +401,39 @@ def test_mapping_the_input_keeps_the_mark(axis):
         assert marks(jax.jit(mapped), x, W, B) == ["etp_mm"]
 
 
+SAMPLES = {  # operation of one sample and weights, batch of samples, weights, name of the mark
+    "matmul": (braintrace.matmul, X, (W, B), "etp_mm"),
+    "grouped": (braintrace.grouped_matmul, draw(5, 4, 2), (GROUPS, GROUP_BIAS), "etp_gmm"),
+    "embedding": (braintrace.embedding, ROWS, (TABLE,), "etp_emb"),
+    "lora": (lambda x, b, a, c: braintrace.lora_matmul(x, b, a, bias=c), X, (LOW, HIGH, B), "etp_lora_mm"),
+    "sparse": (lambda x, w: braintrace.sparse_matmul(x, w, sparse_mat=CSR), X, (CSR.data,), "etp_sp_mm"),
+    "conv": (braintrace.conv, draw(5, 3, 7), (draw(4, 3, 3), draw(4)), "etp_conv"),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_mapped_sample_is_a_batch(name):
+    op, xs, weights, mark = SAMPLES[name]
+    mapped = jax.vmap(op, (0, *[None] * len(weights)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_allclose(mapped(xs, *weights), jnp.stack([op(x, *weights) for x in xs]), rtol=1e-5)
+        assert marks(mapped, xs, *weights) == marks(op, xs, *weights) == [mark]
+
+
 MAPPED = [  # in_axes, operation, arguments, reference
     ((None, 0), braintrace.matmul, (X[0], jnp.stack([W, 2 * W])), lambda x, w: jnp.einsum("i,kio->ko", x, w)),
     ((0, 0), braintrace.matmul, (X[:2], jnp.stack([W, 2 * W])), lambda x, w: jnp.einsum("ki,kio->ko", x, w)),
     ((None, 2), braintrace.matmul, (X, jnp.stack([W, 2 * W], -1)), lambda x, w: jnp.einsum("bi,iok->kbo", x, w)),
     ((0, None), braintrace.matmul, (jnp.stack([X, -X]), W), lambda x, w: x @ w),
     ((0,), braintrace.element_wise, (W,), lambda w: w),
+    (
+        (0, None),
+        lambda x, w: braintrace.einsum("bk,kn->bn", x, w),
+        (jnp.stack([X, -X]), W),
+        lambda x, w: x @ w,
+    ),
+    ((None, 0), braintrace.embedding, (ROWS, jnp.stack([TABLE, -TABLE])), lambda i, w: w[:, i]),
 ]
 
 
@@ -233,9 +458,69 @@ REFUSED = [
     (lambda: braintrace.matmul(X, W, weight_fun=square), TypeError, "weight_fun"),
     (lambda: braintrace.element_wise([1.0]), TypeError, "weight must be an array.*list"),
     (lambda: braintrace.element_wise(W, jnp.exp, weight_fn=jnp.exp), TypeError, "not both"),
+    (lambda: braintrace.grouped_matmul(X, W), ValueError, r"weight has shape \(2, 3\)"),
+    (lambda: braintrace.grouped_matmul(draw(4, 2), W), ValueError, r"weight has shape \(2, 3\)"),
+    (lambda: braintrace.grouped_matmul(draw(2), GROUPS), ValueError, r"x has shape \(2,\)"),
+    (lambda: braintrace.grouped_matmul(draw(3, 2), GROUPS), ValueError, r"\(3, 2\).*\(4, 2\)"),
+    (lambda: braintrace.grouped_matmul(draw(4, 2), GROUPS, B), ValueError, r"bias has shape \(3,\)"),
+    (lambda: braintrace.embedding(X[:, 0], TABLE), TypeError, "float32.*integers"),
+    (lambda: braintrace.embedding(X[:, 0] > 0, TABLE), TypeError, "bool.*integers"),
+    (lambda: braintrace.embedding(ROWS[None], TABLE), NotImplementedError, r"\(1, 4\).*nn.Embedding"),
+    (lambda: braintrace.embedding(ROWS, B), ValueError, r"\(3,\).*\(rows, features\)"),
+    (lambda: braintrace.embedding([1, 2], TABLE), TypeError, "indices must be an array.*list"),
+    *[
+        (lambda e=equation: braintrace.einsum(e, X, W), ValueError, message)
+        for equation, message in [
+            ("bk,kn", "not two operands"),
+            ("bk->bk", "not two operands"),
+            ("bk,kn,n->bn", "not two operands"),
+            ("bK,Kn->bn", "'bK'.*lower-case"),
+            ("...k,kn->...n", "lower-case"),
+            ("bk,kk->bk", "repeats a letter"),
+            ("bk,bn->bn", "no leading batch letter"),
+            ("bk,kn->nb", "no leading batch letter"),
+            ("bk,kn->bnz", "output letter 'z'"),
+            ("bk,mn->bn", "weight letter 'm'"),
+            ("btk,kn->btn", r"x has shape \(4, 2\)"),
+        ]
+    ],
+    (lambda: braintrace.einsum(1, X, W), TypeError, "string, got int"),
+    (lambda: braintrace.lora_matmul(draw(2, 2, 2), LOW, HIGH), ValueError, r"\(2, 2, 2\)"),
+    (lambda: braintrace.lora_matmul(X, LOW, [1.0]), TypeError, "A must be an array.*list"),
+    (lambda: braintrace.sparse_matmul(X, CSR.data, sparse_mat=DENSE), TypeError, "DataRepresentation.*ArrayImpl"),
+    (lambda: braintrace.sparse_matmul(X, sparse_mat=CSR), TypeError, "weight_data"),
+    (lambda: braintrace.sparse_matmul(draw(2, 2, 2), CSR.data, sparse_mat=CSR), ValueError, r"\(2, 2, 2\)"),
+    (lambda: braintrace.sparse_matmul(draw(3), CSR.data, sparse_mat=CSR), TypeError, "3 and 2 differ"),
+    (lambda: braintrace.sparse_matmul(X, draw(4), sparse_mat=CSR), ValueError, r"\(4,\).*\(3,\)"),
+    (
+        lambda: braintrace.sparse_matmul(X, draw(1), sparse_mat=brainevent.JITCNormalR(0.5, 1.0, 0.5, 1, shape=(2, 3))),
+        TypeError,
+        "JITCNormalR are 2 parameters",
+    ),
+    (
+        lambda: jax.jit(lambda m: braintrace.sparse_matmul(X, m.data, sparse_mat=m))(SPARSE["BCOO"][0]),
+        ValueError,
+        "outside of jit",
+    ),
+    (lambda: braintrace.conv(draw(7), draw(4, 3, 3)), ValueError, r"\(7,\).*\(4, 3, 3\)"),
+    (lambda: braintrace.conv(draw(2, 3, 7, 5), draw(4, 3, 3, 3)), ValueError, r"strides=\(1,\).*2 spatial"),
+    (lambda: braintrace.conv(draw(3, 7), draw(4, 3, 3), batch_group_count=2), ValueError, "needs a batch axis"),
+    (lambda: braintrace.conv(draw(2, 3, 7), draw(4, 3, 3), draw(3)), ValueError, r"bias has shape \(3,\).*4 output"),
+    (lambda: braintrace.conv(draw(2, 3, 7), draw(4, 3, 3), draw(2, 4, 1)), ValueError, "one along the batch axis"),
+    (lambda: braintrace.conv([1.0], draw(4, 3, 3)), TypeError, "x must be an array.*list"),
     (lambda: braintrace.register_primitive("nothing", None), TypeError, "'nothing'.*NoneType"),
     (lambda: scaled.register_etp_rules(xy_to_wd=square), TypeError, "xy_to_wd"),
 ]
+
+
+def test_a_table_has_no_row_beyond_its_end():
+    out = braintrace.embedding(jnp.array([5, 4]), TABLE)
+    assert bool(jnp.isnan(out[0]).all()) and bool((out[1] == TABLE[4]).all())
+
+
+def test_patterns_are_equal_by_content():
+    a, b = (pattern_of(brainevent.CSR.fromdense(DENSE)) for _ in range(2))
+    assert a == b and hash(a) == hash(b) and a != pattern_of(SPARSE["Dense"][0])
 
 
 @pytest.mark.parametrize("call, error, message", REFUSED)

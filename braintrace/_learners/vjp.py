@@ -328,6 +328,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             raise ValueError("The learner is not compiled. Call compile_graph(*example_inputs) first.")
         aux = self._aux(modulator)
         leaves, over_time, length = self._argument_leaves(args)
+        leaves = [_reverse_only(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in leaves]
         info = self.graph.module_info
         states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
         values = self._split([self._state_value(p, s) for p, s in states.items()])
@@ -455,7 +456,8 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
                 for i, parts in lifted.items()
             }
 
-        own = _credit(reverse, own, lifted, (traces, after, index, dfs, leaves, aux), weights)
+        held = jax.lax.stop_gradient((traces, after, index, dfs, leaves, aux))
+        own = _credit(reverse, own, lifted, held, weights)
         return own._replace(y={**zeros.y, **own.y})
 
     def _credited_entry(self, traces, index, leaves, over_time, length, values, aux):
@@ -475,7 +477,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             signals = self._changed(self._slots(bars), (leaves, aux))
             return {i: self._meet(i, traces, signals, index) for i in number}
 
-        zeros = _credit(reverse, zeros, lifted, (traces, index, now, aux), None)
+        zeros = _credit(reverse, zeros, lifted, jax.lax.stop_gradient((traces, index, now, aux)), None)
         added = [zeros[p] for p in self._hidden_dict(values.hidden)]
         return [jax.tree.map(lambda v, z=z: v + z, h) for h, z in zip(values.hidden, added)]
 
@@ -750,6 +752,15 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             dense.append(jnp.stack([spread(s, g.varshape, dtype) for s in slots], -1))
         changed = self._compute_learning_signal(dense, args)
         return [[s[..., a] for a in range(s.shape[-1])] for s in changed]
+
+
+@jax.custom_vjp
+def _reverse_only(x):
+    """Identity without forward mode: traces are constants, so that forward and reverse mode would disagree."""
+    return x
+
+
+_reverse_only.defvjp(lambda x: (x, None), lambda _, bar: (bar,))
 
 
 _NO_WINDOW = (

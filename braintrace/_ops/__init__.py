@@ -1,5 +1,16 @@
+from .conv import conv as conv
+from .einsum import einsum as einsum
+from .embedding import embedding as embedding
+from .embedding import lookup as lookup
 from .linear import dense as dense
+from .linear import grouped as grouped
+from .linear import grouped_matmul as grouped_matmul
 from .linear import matmul as matmul
+from .lora import lora_matmul as lora_matmul
+from .lora import low_rank as low_rank
 from .pointwise import element_wise as element_wise
 from .primitive import ETPPrimitive as ETPPrimitive
 from .primitive import register_primitive as register_primitive
+from .sparse import pattern_of as pattern_of
+from .sparse import sparse_matmul as sparse_matmul
+from .sparse import sparse_product as sparse_product

@@ -1,34 +1,35 @@
-"""Matrix products."""
+"""Matrix products: one matrix, or one for every group."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import brainunit as u
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .primitive import ETPPrimitive
 
-__all__ = ["dense", "etp_mm_p", "etp_mv_p", "matmul", "with_units"]
+__all__ = [
+    "Hook", "apply_hook", "array_operand", "dense", "etp_gmm_p", "etp_gmv_p", "etp_mm_p", "etp_mv_p", "grouped",
+    "grouped_matmul", "matmul", "rank_of", "weight_and_bias", "with_units",
+]  # fmt: skip
 
 Hook = Callable[[jax.Array], jax.Array] | None
 
 
-def _dense_impl(x, weight, *bias, has_bias, weight_fn, bias_fn):
-    y = jnp.matmul(x, weight if weight_fn is None else weight_fn(weight))
-    if not has_bias:
-        return y
-    return y + (bias[0] if bias_fn is None else bias_fn(bias[0]))
+def apply_hook(hook: Hook, value: jax.Array) -> jax.Array:
+    return value if hook is None else hook(value)
 
 
-def _dense_trainables(params):
+def weight_and_bias(params: Mapping[str, Any]) -> dict[str, int]:
     return {"weight": 1, "bias": 2} if params["has_bias"] else {"weight": 1}
 
 
-etp_mm_p = ETPPrimitive("etp_mm", _dense_impl, batched=True, trainables=_dense_trainables, any_rank=True)
-etp_mv_p = ETPPrimitive("etp_mv", _dense_impl, trainables=_dense_trainables, batched_twin=etp_mm_p)
+def rank_of(x: Any) -> int:
+    return jnp.ndim(u.get_mantissa(x))
 
 
 def array_operand(op: str, name: str, value: Any) -> None:
@@ -36,7 +37,7 @@ def array_operand(op: str, name: str, value: Any) -> None:
         raise TypeError(f"{op}: {name} must be an array or a brainunit.Quantity, got {type(value).__name__}.")
 
 
-def with_units(op: str, bind: Callable[..., jax.Array], x: Any, weights: dict[str, Any], bias: Any) -> Any:
+def with_units(op: str, bind: Callable[..., jax.Array], x: Any, weights: dict[str, Any], bias: Any = None) -> Any:
     """Run ``bind`` on mantissas; the result has the product of the units, to which the bias is converted."""
     for name, value in {"x": x, **weights, **({} if bias is None else {"bias": bias})}.items():
         array_operand(op, name, value)
@@ -52,9 +53,29 @@ def with_units(op: str, bind: Callable[..., jax.Array], x: Any, weights: dict[st
     return y if unit.is_unitless and unit == u.UNITLESS else u.maybe_decimal(u.Quantity(y, unit=unit))
 
 
+# -- one matrix -------------------------------------------------------------------------------------------------
+
+
+def _dense_impl(x, weight, *bias, has_bias, weight_fn, bias_fn):
+    del has_bias
+    y = jnp.matmul(x, apply_hook(weight_fn, weight))
+    return y + apply_hook(bias_fn, bias[0]) if bias else y
+
+
+def _last_axes(y_aval, weight_avals, params):
+    del y_aval, params
+    return dict.fromkeys(weight_avals)
+
+
+etp_mm_p = ETPPrimitive("etp_mm", _dense_impl, batched=True, trainables=weight_and_bias, sample_ndim=1)
+etp_mv_p = ETPPrimitive("etp_mv", _dense_impl, trainables=weight_and_bias, batched_twin=etp_mm_p)
+for _p in (etp_mm_p, etp_mv_p):
+    _p.register_etp_rules(anchors=_last_axes)
+
+
 def dense(x: Any, weight: Any, bias: Any = None, *, weight_fn: Hook = None, bias_fn: Hook = None) -> Any:
     """:func:`matmul` for an input of any rank; all leading axes are batch axes."""
-    p = etp_mm_p if jnp.ndim(u.get_mantissa(x)) > 1 else etp_mv_p
+    p = etp_mm_p if rank_of(x) > 1 else etp_mv_p
 
     def bind(*operands):
         return p.bind(*operands, has_bias=bias is not None, weight_fn=weight_fn, bias_fn=bias_fn)
@@ -96,10 +117,95 @@ def matmul(x: Any, weight: Any, bias: Any = None, *, weight_fn: Hook = None, bia
     (5, 3)
     """
     array_operand("matmul", "x", x)
-    rank = jnp.ndim(u.get_mantissa(x))
-    if rank not in (1, 2):
+    if rank_of(x) not in (1, 2):
         raise ValueError(
             f"matmul: x has shape {tuple(x.shape)}; accepted are (in,) and (B, in). "
             "Flatten further batch axes, or use braintrace.nn.Linear."
         )
     return dense(x, weight, bias, weight_fn=weight_fn, bias_fn=bias_fn)
+
+
+# -- one matrix for every group ---------------------------------------------------------------------------------
+
+
+def _grouped_impl(x, weight, *bias, has_bias, weight_fn, bias_fn):
+    del has_bias
+    y = jnp.einsum("...gk,gkn->...gn", x, apply_hook(weight_fn, weight))
+    return y + apply_hook(bias_fn, bias[0]) if bias else y
+
+
+def _grouped_anchors(y_aval, weight_avals, params):
+    del params
+    groups, width = y_aval.shape
+    anchors = {"weight": (np.arange(groups)[:, None, None], np.arange(width)), "bias": None}
+    return {k: anchors[k] for k in weight_avals}
+
+
+etp_gmm_p = ETPPrimitive("etp_gmm", _grouped_impl, batched=True, trainables=weight_and_bias, sample_ndim=2)
+etp_gmv_p = ETPPrimitive("etp_gmv", _grouped_impl, trainables=weight_and_bias, batched_twin=etp_gmm_p)
+for _p in (etp_gmm_p, etp_gmv_p):
+    _p.register_etp_rules(anchors=_grouped_anchors)
+
+
+def grouped(x: Any, weight: Any, bias: Any = None, *, weight_fn: Hook = None, bias_fn: Hook = None) -> Any:
+    """:func:`grouped_matmul` for an input of any rank; all axes in front of the groups are batch axes."""
+    for name, value, rank in (("weight", weight, 3), ("bias", bias, 2)):
+        if value is not None:
+            array_operand("grouped_matmul", name, value)
+            if rank_of(value) != rank:
+                raise ValueError(
+                    f"grouped_matmul: {name} has shape {tuple(value.shape)}; accepted is "
+                    f"{'(groups, in, out)' if rank == 3 else '(groups, out)'}."
+                )
+    if tuple(x.shape[-2:]) != tuple(weight.shape[:2]):
+        raise ValueError(
+            f"grouped_matmul: the last axes {tuple(x.shape[-2:])} of x are not the groups and inputs "
+            f"{tuple(weight.shape[:2])} of a weight of shape {tuple(weight.shape)}. Pass x of shape (..., groups, in)."
+        )
+    p = etp_gmm_p if rank_of(x) > 2 else etp_gmv_p
+
+    def bind(*operands):
+        return p.bind(*operands, has_bias=bias is not None, weight_fn=weight_fn, bias_fn=bias_fn)
+
+    return with_units("grouped_matmul", bind, x, {"weight": weight}, bias)
+
+
+def grouped_matmul(x: Any, weight: Any, bias: Any = None, *, weight_fn: Hook = None, bias_fn: Hook = None) -> Any:
+    r"""Marked matrix product of every group by itself, :math:`y_g = x_g\, f(W)_g + g(b)_g`.
+
+    Parameters
+    ----------
+    x : array or Quantity, shape ``(G, K)`` or ``(B, G, K)``
+        The input.
+    weight : array or Quantity, shape ``(G, K, N)``
+        One trained matrix per group.
+    bias : array or Quantity, shape ``(G, N)``, optional
+        Must be convertible to the unit of ``x`` times that of ``weight``.
+    weight_fn, bias_fn : callable, optional
+        Maps of the raw mantissas, as in :func:`matmul`.
+
+    Returns
+    -------
+    array or Quantity, shape ``(G, N)`` or ``(B, G, N)``
+        In the unit of ``x`` times that of ``weight``.
+
+    Raises
+    ------
+    ValueError
+        If an operand has another rank, or the groups or inner dimensions differ.
+    TypeError
+        If an operand is no array.
+
+    Examples
+    --------
+    >>> import braintrace, jax.numpy as jnp
+    >>> braintrace.grouped_matmul(jnp.ones((5, 4, 2)), jnp.ones((4, 2, 3))).shape
+    (5, 4, 3)
+    """
+    array_operand("grouped_matmul", "x", x)
+    if rank_of(x) not in (2, 3):
+        raise ValueError(
+            f"grouped_matmul: x has shape {tuple(x.shape)}; accepted are (groups, in) and (B, groups, in). "
+            "Flatten further batch axes, or use braintrace.nn.GroupedLinear."
+        )
+    return grouped(x, weight, bias, weight_fn=weight_fn, bias_fn=bias_fn)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from .._jax import Primitive, define_primitive
 
-__all__ = ["ETPPrimitive", "register_primitive"]
+__all__ = ["ETPPrimitive", "Unshared", "register_primitive"]
 
 Weights = Mapping[str, jax.Array]
 Anchors = Mapping[str, Any]  # key -> index into the output positions that gives every weight entry its own, or None
@@ -25,23 +25,32 @@ Anchors = Mapping[str, Any]  # key -> index into the output positions that gives
 
 @dataclasses.dataclass(frozen=True)
 class Unshared:
-    """One sample of an operation with a weight entry of its own for every output position.
+    """An operation on one sample, with an entry of every weight for each output position that the weight acts on.
 
     Attributes
     ----------
     expand : callable
-        ``weights -> unshared weights``, per key, ordinary differentiable JAX.
+        ``weights -> unshared weights``, differentiable. Beside one array per trained key it may return further keys:
+        values of this step that ``impl`` reads as constants.
     impl : callable
-        ``(x, unshared weights) -> y``: the value of the operation for one sample, linear in ``x`` and in each entry.
+        ``(x, unshared weights) -> y`` of one sample, with the value of the operation; its derivative with respect to
+        an entry of an unshared weight is zero but at one output position.
     """
 
-    expand: Callable[[Weights], Weights]
+    expand: Callable[[Weights], dict[str, jax.Array]]
     impl: Callable[[Any, Weights], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Overrides of what is derived from the implementation; ``None`` means derived."""
+    """Overrides of what is derived from the implementation; ``None`` means derived.
+
+    Two of them speak of one sample, that is, of shapes without batch axes.
+    ``unshare(x_aval, y_aval, weight_avals, params)`` gives the :class:`Unshared` form, or ``None`` where every weight
+    entry acts on one output position already. ``anchors(y_aval, weight_avals, params)`` gives per trained key, in
+    the unshared form, the output position of every entry: a tuple of one integer array per axis of y, which
+    broadcast to the shape of the weight, or ``None`` where the last axes of the weight are those of y.
+    """
 
     xy_to_dw: Callable[..., dict[str, jax.Array]] | None = None
     dt_to_t: Callable[..., dict[str, jax.Array]] | None = None
@@ -51,8 +60,8 @@ class Rules:
     pp_x_repr: Callable[..., jax.Array] | None = None
     snap_anchor: Callable[..., bool] | None = None
     snap_adjacency: Callable[..., Any] | None = None
-    unshare: Callable[..., Unshared | None] | None = None  # (x, y, weights, params) of one sample
-    anchors: Callable[..., Anchors] | None = None  # (y, weights, params) of one sample
+    unshare: Callable[..., Unshared | None] | None = None
+    anchors: Callable[..., Anchors] | None = None
 
 
 def _only_weight(params: Mapping[str, Any]) -> dict[str, int]:
@@ -73,6 +82,8 @@ class ETPPrimitive(Primitive):
         Whether axis 0 of the input and of the output is a batch axis.
     gradient_enabled : bool
         Whether a walk from another operation's output to a hidden state passes through this one.
+    Unshared : type
+        What a registered ``unshare`` rule returns, ``Unshared(expand, impl)``.
 
     Examples
     --------
@@ -81,6 +92,8 @@ class ETPPrimitive(Primitive):
     >>> p.bind(jnp.ones(2), jnp.ones((2, 3)), gain=2.0).shape
     (3,)
     """
+
+    Unshared: ClassVar = Unshared
 
     def __init__(
         self,
@@ -93,7 +106,7 @@ class ETPPrimitive(Primitive):
         x_index: int | None = 0,
         y_index: int = 0,
         batched_twin: ETPPrimitive | None = None,
-        any_rank: bool = False,
+        sample_ndim: int | Callable[[Mapping[str, Any]], int] | None = None,
     ):
         super().__init__(name)
         self.impl_fn = impl
@@ -106,7 +119,7 @@ class ETPPrimitive(Primitive):
         self.unbatched_twin: ETPPrimitive | None = None
         if batched_twin is not None:
             batched_twin.unbatched_twin = self
-        self.any_rank = any_rank
+        self.sample_ndim = sample_ndim
         self.rules = Rules()
         self.multiple_results = y_index > 0
         define_primitive(self, impl, self._batch)
@@ -154,6 +167,12 @@ class ETPPrimitive(Primitive):
         if self.x_index is not None:
             operands[self.x_index] = x
         return self.outputs([operands[i] for i in sorted(operands)], params)[self.y_index]
+
+    def lead(self, y_aval: Any, params: Mapping[str, Any] | None = None) -> int:
+        """Number of batch axes of an output: samples that share the weights."""
+        if self.sample_ndim is None:
+            return int(self.batched)
+        return y_aval.ndim - (self.sample_ndim(params or {}) if callable(self.sample_ndim) else self.sample_ndim)
 
     def lift(self, x: Any, weights: Weights, params: Mapping[str, Any], fixed: Mapping[int, Any], y: Any) -> jax.Array:
         """An array like the output ``y`` whose cotangent ``c`` reaches the weights as ``weight_vjp(x, c)``.
@@ -204,10 +223,6 @@ class ETPPrimitive(Primitive):
         items = jax.tree.map(lambda v: v.reshape((-1, *v.shape[axes:])), (x, cotangent, dict(fixed)))
         return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, dict(weights)), items)[0]
 
-    def lead(self, y_aval: Any) -> int:
-        """Number of batch axes of an output: samples that share the weights."""
-        return y_aval.ndim - 1 if self.any_rank else int(self.batched)
-
     def apply_sample(self, x: Any, weights: Weights, params: Mapping[str, Any], fixed: Mapping[int, Any]) -> jax.Array:
         """The output of one sample, whether or not the operation has a batch axis."""
         if not self.batched:
@@ -234,7 +249,7 @@ class ETPPrimitive(Primitive):
     # -- registration of overrides ------------------------------------------------------------------------------
 
     def register_etp_rules(self, **rules: Any) -> ETPPrimitive:
-        """Replace derived rules; see the arguments of :class:`Rules`. Unknown names are a ``TypeError``."""
+        """Replace derived rules; see the fields of :class:`Rules`. Unknown names are a ``TypeError``."""
         self.rules = dataclasses.replace(self.rules, **{k: v for k, v in rules.items() if v is not None})
         return self
 

@@ -89,7 +89,7 @@ def meta_of(relation: HiddenParamOpRelation) -> ParamMeta:
         If one weight entry acts on several positions of a sample, or an untrained operand has a batch axis.
     """
     p, y = relation.primitive, relation.y_var.aval
-    lead = p.lead(y)
+    lead = p.lead(y, relation.eqn_params)
     weights = {k: _struct(v) for k, v in relation.trainable_vars.items()}
     fixed = {i: _struct(v) for i, v in relation.fixed_vars.items()}
     where = f"{p.name} at {path_str(relation.path)!r}"
@@ -106,7 +106,7 @@ def meta_of(relation: HiddenParamOpRelation) -> ParamMeta:
     unshared = None if p.rules.unshare is None else p.rules.unshare(x, one_y, weights, relation.eqn_params)
     if unshared is not None:
         own = jax.eval_shape(unshared.expand, weights)
-        shapes, weights = {k: w.shape for k, w in own.items()}, own
+        shapes, weights = {k: own[k].shape for k in weights}, own
     meta = ParamMeta(lead, {}, unshared, shapes)
     if p.rules.dt_to_t is not None:
         return meta._replace(anchors=dict.fromkeys(weights))
@@ -116,10 +116,12 @@ def meta_of(relation: HiddenParamOpRelation) -> ParamMeta:
 
 
 def _find_anchors(relation, meta, x, y, weights, fixed, where) -> dict[str, Any]:
-    def derivative(x, cotangent, weights, fixed):
-        return jax.vjp(lambda w: _sample(relation, meta, x, w, fixed), weights)[1](cotangent)[0]
+    def derivative(x, cotangent, weights, constants, fixed):
+        return jax.vjp(lambda w: _sample(relation, meta, x, w | constants, fixed), weights)[1](cotangent)[0]
 
-    jaxpr = open_jaxpr(jax.make_jaxpr(derivative)(x, y, weights, fixed))
+    constants = {k: w for k, w in weights.items() if k not in relation.trainable_vars}
+    weights = {k: weights[k] for k in relation.trainable_vars}
+    jaxpr = open_jaxpr(jax.make_jaxpr(derivative)(x, y, weights, constants, fixed))
     env = {jaxpr.invars[1]: {("y", 0): own_label(y.shape, len(y.shape))}}
     propagate(jaxpr.eqns, env, no_cut)
     anchors: dict[str, Any] = {}
@@ -187,8 +189,9 @@ def _sample(relation, meta, x, weights, fixed):
 
 
 def _own(meta: ParamMeta, operands):
-    """The weights that have traces: the operation's own, or one for every position."""
-    return dict(operands) if meta.unshared is None else meta.unshared.expand(operands)
+    """The weights that have traces: the operation's own, or one for every position; and constants beside these."""
+    own = dict(operands) if meta.unshared is None else meta.unshared.expand(operands)
+    return {k: own[k] for k in operands}, {k: w for k, w in own.items() if k not in operands}
 
 
 def instant(relation, meta, x, coefficient, operands, fixed, extra: int = 0, time: bool = False) -> dict[str, Any]:
@@ -199,11 +202,11 @@ def instant(relation, meta, x, coefficient, operands, fixed, extra: int = 0, tim
     """
     if relation.x_var is None:
         return _instant_without_input(relation, meta, coefficient, operands, fixed, time)
-    weights = _own(meta, operands)
+    weights, constants = _own(meta, operands)
 
     def of_sample(x, coefficient, fixed):
         def apply(weights):
-            one = lambda x, fixed: _sample(relation, meta, x, weights, fixed)  # noqa: E731
+            one = lambda x, fixed: _sample(relation, meta, x, weights | constants, fixed)  # noqa: E731
             return (jax.vmap(one) if time else one)(x, fixed)
 
         y, pull = jax.vjp(apply, weights)
@@ -375,7 +378,7 @@ def _to_weights(relation, meta, total, operands, fixed):
         (value,) = total.values()
         out = relation.primitive.weight_vjp(None, unbroadcast(value, y.shape), operands, relation.eqn_params, fixed)
     elif meta.unshared is not None:
-        own, pull = jax.vjp(meta.unshared.expand, dict(operands))
+        own, pull = jax.vjp(lambda w: _own(meta, w)[0], dict(operands))
         (out,) = pull({k: total[k].astype(own[k].dtype) for k in own})
     else:
         out = {k: unbroadcast(e, meta.shapes[k]) for k, e in total.items()}

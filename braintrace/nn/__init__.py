@@ -11,27 +11,41 @@ from ._cells import MiniLSTM as MiniLSTM
 from ._cells import MinimalRNNCell as MinimalRNNCell
 from ._cells import URLSTMCell as URLSTMCell
 from ._cells import ValinaRNNCell as ValinaRNNCell
+from ._conv import Conv1d as Conv1d
+from ._conv import Conv2d as Conv2d
+from ._conv import Conv3d as Conv3d
 from ._deprecated import FORWARDED as _FORWARDED
 from ._deprecated import forward as _forward
+from ._embedding import Embedding as Embedding
 from ._linear import Linear as Linear
 from ._linear import ScaledWSLinear as ScaledWSLinear
 from ._linear import SignedWLinear as SignedWLinear
 from ._lru import LRUCell as LRUCell
 from ._readout import LeakyRateReadout as LeakyRateReadout
+from ._sparse import GroupedLinear as GroupedLinear
+from ._sparse import LoRA as LoRA
+from ._sparse import SparseLinear as SparseLinear
 
 __all__ = [
     "CFNCell",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Embedding",
     "GRUCell",
+    "GroupedLinear",
     "LRUCell",
     "LSTMCell",
     "LeakyRateReadout",
     "Linear",
+    "LoRA",
     "MGUCell",
     "MiniGRU",
     "MiniLSTM",
     "MinimalRNNCell",
     "ScaledWSLinear",
     "SignedWLinear",
+    "SparseLinear",
     "URLSTMCell",
     "ValinaRNNCell",
 ]

@@ -16,7 +16,7 @@ from ._base import Initializer, initialize, set_sizes
 # every layer binds its hook once, when it is built: a new one at each call would trace the program anew.
 
 
-def _masked(mask: ArrayLike, weight: jax.Array) -> jax.Array:
+def masked(mask: ArrayLike, weight: jax.Array) -> jax.Array:
     return weight * jnp.asarray(mask, weight.dtype)
 
 
@@ -26,7 +26,7 @@ def _signed(sign: ArrayLike, weight: jax.Array) -> jax.Array:
 
 def _standardized(eps: float, mask: ArrayLike | None, weight: jax.Array) -> jax.Array:
     weight = brainstate.nn.weight_standardization(weight, eps)
-    return weight if mask is None else _masked(mask, weight)
+    return weight if mask is None else masked(mask, weight)
 
 
 class Linear(brainstate.nn.Linear):
@@ -82,7 +82,7 @@ class Linear(brainstate.nn.Linear):
         set_sizes(self, in_size, out_size)
         shape = self.in_size[-1], self.out_size[-1]
         self.w_mask = None if w_mask is None else initialize(w_mask, shape)
-        self._weight_fn = None if w_mask is None else partial(_masked, self.w_mask)
+        self._weight_fn = None if w_mask is None else partial(masked, self.w_mask)
         params = {"weight": initialize(w_init, shape)}
         if b_init is not None:
             params["bias"] = initialize(b_init, shape[-1:])

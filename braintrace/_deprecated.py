@@ -1,0 +1,311 @@
+"""Operation and parameter objects of older versions, in terms of today's functions.
+
+An operation object holds the options of a call, a parameter object holds a value beside its operation.
+"""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import brainstate
+import brainunit as u
+import jax
+import jax.numpy as jnp
+
+from ._jax import Literal, bind_equation, call_body, consts_of, is_jit, open_jaxpr
+from ._ops import conv, element_wise, lora_matmul, matmul, pattern_of, sparse_matmul
+from ._ops.primitive import ETPPrimitive
+
+REPLACEMENTS = {
+    "MatMulOp": "braintrace.matmul",
+    "ElemWiseOp": "braintrace.element_wise",
+    "ConvOp": "braintrace.conv",
+    "SpMatMulOp": "braintrace.sparse_matmul",
+    "LoraOp": "braintrace.lora_matmul",
+    "ETraceOp": "braintrace.register_primitive",
+    "ETraceParam": "brainstate.ParamState with an operation such as braintrace.matmul",
+    "ElemWiseParam": "brainstate.ParamState with braintrace.element_wise",
+    "NonTempParam": "brainstate.ParamState with plain JAX operations",
+    "FakeETraceParam": "a plain array with plain JAX operations",
+    "FakeElemWiseParam": "a plain array with plain JAX operations",
+}
+
+
+def forward(name: str) -> Any:
+    """The object that ``braintrace.<name>`` stands for, with a warning that names its replacement."""
+    warnings.warn(f"braintrace.{name} is deprecated, use {REPLACEMENTS[name]}.", DeprecationWarning, stacklevel=3)
+    return globals()[name]
+
+
+def _identity(x: Any) -> Any:
+    return x
+
+
+def _unmarked(function: Callable[..., Any], *args: Any) -> Any:
+    """The value of ``function(*args)`` with every marked operation replaced by plain JAX."""
+    closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
+    values = _evaluate(open_jaxpr(closed), consts_of(closed), jax.tree.leaves(args))
+    return jax.tree.unflatten(jax.tree.structure(out), values)
+
+
+def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args)))
+
+    def read(v):
+        return v.val if isinstance(v, Literal) else env[v]
+
+    for eqn in jaxpr.eqns:
+        values = [read(v) for v in eqn.invars]
+        body = call_body(eqn) if is_jit(eqn) else None
+        if isinstance(eqn.primitive, ETPPrimitive):
+            outs = eqn.primitive.outputs(values, eqn.params)
+        elif body is not None:
+            outs = _evaluate(open_jaxpr(body), consts_of(body), values)
+        else:
+            outs = bind_equation(eqn, values)
+        env.update(zip(eqn.outvars, outs))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _checked(op: str, weight: Any, *keys: str) -> dict[str, Any]:
+    if not isinstance(weight, dict):
+        raise TypeError(f"{op} takes its weight as a dict with {' and '.join(map(repr, keys))}, got {type(weight)}.")
+    missing = [k for k in keys if k not in weight]
+    if missing:
+        raise ValueError(f"{op} needs the key {missing[0]!r} in its weight, which has {sorted(weight)}.")
+    return weight
+
+
+class ETraceOp:
+    """An operation with its options; a subclass gives :meth:`xw_to_y`.
+
+    Examples
+    --------
+    >>> import braintrace._deprecated as old, jax.numpy as jnp
+    >>> class Scale(old.ETraceOp):
+    ...     def xw_to_y(self, x, w):
+    ...         return x * w
+    >>> Scale().xy_to_dw(jnp.array([2.0]), jnp.ones(1), jnp.array([5.0]))
+    Array([2.], dtype=float32)
+    """
+
+    def __init__(self, is_diagonal: bool = False, name: str | None = None):
+        self.is_diagonal, self.name = is_diagonal, name
+
+    def __call__(self, x: Any, w: Any) -> Any:
+        """The marked value."""
+        return self.xw_to_y(x, w)
+
+    def xw_to_y(self, x: Any, w: Any) -> Any:
+        """The marked value."""
+        raise NotImplementedError(f"{type(self).__name__} must define xw_to_y(x, weight).")
+
+    def raw_xw_to_y(self, x: Any, w: Any) -> Any:
+        """The same value by plain JAX."""
+        return _unmarked(self.xw_to_y, x, w)
+
+    def xy_to_dw(self, x: Any, cot: Any, w: Any) -> Any:
+        """The gradient of the weight for a cotangent of the value."""
+        return jax.vjp(lambda weight: self.raw_xw_to_y(x, weight), w)[1](cot)[0]
+
+    def dt_to_t(self, cot: Any, trace: Any) -> Any:
+        """A trace times the cotangent of the output position of each entry."""
+        raise NotImplementedError(f"{type(self).__name__} must define dt_to_t(cotangent, trace).")
+
+
+class MatMulOp(ETraceOp):
+    """:func:`braintrace.matmul` of a weight ``{'weight'[, 'bias']}``, behind a mask and a function."""
+
+    def __init__(
+        self,
+        weight_mask: Any = None,
+        weight_fn: Callable[..., Any] = _identity,
+        apply_weight_fn_before_mask: bool = False,
+    ):
+        super().__init__()
+        if weight_mask is not None and not (hasattr(weight_mask, "shape") and hasattr(weight_mask, "dtype")):
+            raise TypeError(f"MatMulOp: weight_mask must be an array, got {type(weight_mask).__name__}.")
+        self.weight_mask, self.weight_fn = weight_mask, weight_fn
+        self.apply_weight_fn_before_mask = apply_weight_fn_before_mask
+
+    def xw_to_y(self, x: Any, w: Any) -> Any:
+        weight = _checked("MatMulOp", w, "weight")["weight"]
+        if self.apply_weight_fn_before_mask:
+            weight = self._masked(self.weight_fn(weight))
+        else:
+            weight = self.weight_fn(self._masked(weight))
+        return matmul(x, weight, w.get("bias"))
+
+    def _masked(self, weight):
+        return weight if self.weight_mask is None else weight * self.weight_mask
+
+    def dt_to_t(self, cot: Any, trace: Any) -> Any:
+        return {k: trace[k] * (jnp.expand_dims(cot, -2) if k == "weight" else cot) for k in trace}
+
+
+class ElemWiseOp(ETraceOp):
+    """:func:`braintrace.element_wise` with a function; called with the weight alone."""
+
+    def __init__(self, fn: Callable[..., Any] = _identity):
+        super().__init__(is_diagonal=True)
+        self.fn = fn
+
+    def __call__(self, *args: Any) -> Any:
+        """The marked value of the last argument."""
+        return self.xw_to_y(None, args[-1])
+
+    def xw_to_y(self, x: Any, w: Any) -> Any:
+        del x
+        return element_wise(w, weight_fn=self.fn)
+
+    def dt_to_t(self, cot: Any, trace: Any) -> Any:
+        return jax.tree.map(lambda e: e * cot, trace)
+
+
+class ConvOp(ETraceOp):
+    """:func:`braintrace.conv` of a weight ``{'weight'[, 'bias']}``, behind a mask and a function."""
+
+    def __init__(
+        self,
+        xinfo: Any,
+        window_strides: Sequence[int],
+        padding: Any,
+        lhs_dilation: Sequence[int] | None = None,
+        rhs_dilation: Sequence[int] | None = None,
+        feature_group_count: int = 1,
+        batch_group_count: int = 1,
+        dimension_numbers: Any = None,
+        weight_mask: Any = None,
+        weight_fn: Callable[..., Any] = _identity,
+    ):
+        super().__init__()
+        self.xinfo, self.weight_mask, self.weight_fn = xinfo, weight_mask, weight_fn
+        self._geometry = dict(
+            strides=window_strides,
+            padding=padding,
+            lhs_dilation=lhs_dilation,
+            rhs_dilation=rhs_dilation,
+            feature_group_count=feature_group_count,
+            batch_group_count=batch_group_count,
+            dimension_numbers=dimension_numbers,
+        )
+
+    def xw_to_y(self, x: Any, w: Any) -> Any:
+        weight = _checked("ConvOp", w, "weight")["weight"]
+        weight = self.weight_fn(weight if self.weight_mask is None else weight * self.weight_mask)
+        return conv(x, weight, w.get("bias"), **self._geometry)
+
+
+class SpMatMulOp(ETraceOp):
+    """:func:`braintrace.sparse_matmul` of a weight ``{'weight'[, 'bias']}``, behind a function."""
+
+    def __init__(self, sparse_mat: Any, weight_fn: Callable[..., Any] = _identity):
+        super().__init__()
+        if not isinstance(sparse_mat, u.sparse.SparseMatrix):
+            raise TypeError(
+                "SpMatMulOp: sparse_mat must be a brainunit.sparse.SparseMatrix, such as a brainevent.CSR, got "
+                f"{type(sparse_mat).__name__}."
+            )
+        self.sparse_mat, self.weight_fn = sparse_mat, weight_fn
+        self._pattern = pattern_of(sparse_mat)
+
+    def xw_to_y(self, x: Any, w: Any) -> Any:
+        weight = self.weight_fn(_checked("SpMatMulOp", w, "weight")["weight"])
+        return sparse_matmul(x, weight, sparse_mat=self._pattern, bias=w.get("bias"))
+
+
+class LoraOp(ETraceOp):
+    """:func:`braintrace.lora_matmul` of a weight ``{'B', 'A'[, 'bias']}``."""
+
+    def __init__(self, alpha: float | None = None):
+        super().__init__()
+        self.alpha = alpha
+
+    def xw_to_y(self, x: Any, w: Any) -> Any:
+        _checked("LoraOp", w, "B", "A")
+        return lora_matmul(x, w["B"], w["A"], alpha=1.0 if self.alpha is None else self.alpha, bias=w.get("bias"))
+
+
+class ETraceGrad(enum.Enum):
+    """Kinds of gradient that older versions told apart; without effect."""
+
+    full = "full"
+    approx = "approx"
+    adaptive = "adaptive"
+
+
+def _operation(owner: str, op: Any) -> ETraceOp:
+    if not isinstance(op, ETraceOp):
+        raise TypeError(f"{owner}: op must be an operation object such as MatMulOp(), got {type(op).__name__}.")
+    return op
+
+
+def _element_wise_op(op: Any) -> ElemWiseOp:
+    return op if isinstance(op, ElemWiseOp) else ElemWiseOp(op)
+
+
+class ETraceParam(brainstate.ParamState):
+    """A parameter with the operation that it is used by."""
+
+    def __init__(self, weight: Any, op: ETraceOp, grad: str | None = None, name: str | None = None):
+        super().__init__(weight, name=name)
+        self.op = _operation("ETraceParam", op)
+        self.gradient = ETraceGrad(grad or "adaptive")
+        self.is_etrace = True
+
+    def execute(self, x: Any) -> Any:
+        """The marked value for an input."""
+        return self.op(x, self.value)
+
+
+class ElemWiseParam(ETraceParam):
+    """A parameter that is used entry by entry."""
+
+    def __init__(self, weight: Any, op: Any = _identity, name: str | None = None):
+        super().__init__(weight, _element_wise_op(op), name=name)
+
+    def execute(self) -> Any:  # type: ignore[override]
+        """The marked value."""
+        return self.op(None, self.value)
+
+
+def _plain(op: Any, x: Any, value: Any) -> Any:
+    return op.raw_xw_to_y(x, value) if isinstance(op, ETraceOp) else op(x, value)
+
+
+class NonTempParam(brainstate.ParamState):
+    """A parameter whose operation is not marked: the current step alone trains it."""
+
+    def __init__(self, value: Any, op: Any, name: str | None = None, **ignored: Any):
+        del ignored
+        super().__init__(value, name=name)
+        self.op = op
+
+    def execute(self, x: Any) -> Any:
+        """The value for an input, by plain JAX."""
+        return _plain(self.op, x, self.value)
+
+
+class FakeETraceParam:
+    """A constant that is used like a parameter."""
+
+    def __init__(self, value: Any, op: Any):
+        self.value, self.op = value, op
+
+    def execute(self, x: Any) -> Any:
+        """The value for an input, by plain JAX."""
+        return _plain(self.op, x, self.value)
+
+
+class FakeElemWiseParam:
+    """A constant that is used like a parameter, entry by entry."""
+
+    def __init__(self, weight: Any, op: Any = _identity, name: str | None = None):
+        self.value, self.op, self.name = weight, _element_wise_op(op), name
+
+    def execute(self) -> Any:
+        """The value, by plain JAX."""
+        return self.op.raw_xw_to_y(None, self.value)

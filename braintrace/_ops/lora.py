@@ -1,0 +1,129 @@
+"""Products with a matrix of low rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .linear import Hook, apply_hook, array_operand, rank_of, with_units
+from .primitive import ETPPrimitive, Unshared
+
+__all__ = ["etp_lora_mm_p", "etp_lora_mv_p", "lora_matmul", "low_rank"]
+
+
+def _lora_impl(x, b, a, *bias, alpha, has_bias, b_fn, a_fn, bias_fn):
+    del has_bias
+    y = jnp.matmul(jnp.matmul(x, apply_hook(b_fn, b)), apply_hook(a_fn, a))
+    y = y if alpha == 1.0 else y * alpha
+    return y + apply_hook(bias_fn, bias[0]) if bias else y
+
+
+def _trainables(params):
+    return {"lora_b": 1, "lora_a": 2, **({"bias": 3} if params["has_bias"] else {})}
+
+
+def _unshare(x_aval, y_aval, weight_avals, params):
+    """An entry of B acts on every output; an entry of the product alpha f(B) g(A) acts on one."""
+    del x_aval, y_aval, weight_avals
+
+    def expand(weights):
+        b = params["alpha"] * apply_hook(params["b_fn"], weights["lora_b"])
+        a = apply_hook(params["a_fn"], weights["lora_a"])
+        out = {"lora_b": b @ jax.lax.stop_gradient(a), "lora_a": a, "input_side": jax.lax.stop_gradient(b)}
+        if params["has_bias"]:
+            out["bias"] = apply_hook(params["bias_fn"], weights["bias"])
+        return out
+
+    def impl(x, unshared):
+        a = unshared["lora_a"]
+        # The product has the value; A, beside it, adds nothing but its own derivative.
+        beside_value = a - jax.lax.stop_gradient(a)
+        y = x @ unshared["lora_b"] + (x @ jax.lax.stop_gradient(unshared["input_side"])) @ beside_value
+        return y + unshared["bias"] if params["has_bias"] else y
+
+    return Unshared(expand, impl)
+
+
+def _anchors(y_aval, weight_avals, params):
+    del y_aval, params
+    return dict.fromkeys(weight_avals)
+
+
+etp_lora_mm_p = ETPPrimitive("etp_lora_mm", _lora_impl, batched=True, trainables=_trainables, sample_ndim=1)
+etp_lora_mv_p = ETPPrimitive("etp_lora_mv", _lora_impl, trainables=_trainables, batched_twin=etp_lora_mm_p)
+for _p in (etp_lora_mm_p, etp_lora_mv_p):
+    _p.register_etp_rules(unshare=_unshare, anchors=_anchors)
+
+
+def low_rank(
+    x: Any,
+    B: Any,
+    A: Any,
+    *,
+    alpha: float = 1.0,
+    bias: Any = None,
+    b_fn: Hook = None,
+    a_fn: Hook = None,
+    bias_fn: Hook = None,
+) -> Any:
+    """:func:`lora_matmul` for an input of any rank; all leading axes are batch axes."""
+    p = etp_lora_mm_p if rank_of(x) > 1 else etp_lora_mv_p
+    static = dict(alpha=float(alpha), has_bias=bias is not None, b_fn=b_fn, a_fn=a_fn, bias_fn=bias_fn)
+    return with_units("lora_matmul", lambda *xs: p.bind(*xs, **static), x, {"B": B, "A": A}, bias)
+
+
+def lora_matmul(
+    x: Any,
+    B: Any,
+    A: Any,
+    *,
+    alpha: float = 1.0,
+    bias: Any = None,
+    b_fn: Hook = None,
+    a_fn: Hook = None,
+    bias_fn: Hook = None,
+) -> Any:
+    r"""Marked product with a matrix of low rank, :math:`y = \alpha\, x\, f(B)\, g(A) + h(b)`.
+
+    Parameters
+    ----------
+    x : array or Quantity, shape ``(in,)`` or ``(batch, in)``
+        The input.
+    B : array or Quantity, shape ``(in, r)``
+        Trained factor on the side of the input (key ``'lora_b'``).
+    A : array or Quantity, shape ``(r, out)``
+        Trained factor on the side of the output (key ``'lora_a'``).
+    alpha : float
+        A fixed factor.
+    bias : array or Quantity, shape ``(out,)``, optional
+        Must be convertible to the unit of the product.
+    b_fn, a_fn, bias_fn : callable, optional
+        Maps of the raw mantissas, as in :func:`matmul`.
+
+    Returns
+    -------
+    array or Quantity, shape ``(out,)`` or ``(batch, out)``
+        In the product of the units of ``x``, ``B`` and ``A``.
+
+    Raises
+    ------
+    ValueError
+        If ``x`` has a rank other than 1 or 2.
+    TypeError
+        If an operand is no array, or inner dimensions differ.
+
+    Examples
+    --------
+    >>> import braintrace, jax.numpy as jnp
+    >>> braintrace.lora_matmul(jnp.ones((5, 4)), jnp.ones((4, 1)), jnp.ones((1, 3)), alpha=0.5).shape
+    (5, 3)
+    """
+    array_operand("lora_matmul", "x", x)
+    if rank_of(x) not in (1, 2):
+        raise ValueError(
+            f"lora_matmul: x has shape {tuple(x.shape)}; accepted are (in,) and (batch, in). "
+            "Flatten further batch axes, or use braintrace.nn.LoRA."
+        )
+    return low_rank(x, B, A, alpha=alpha, bias=bias, b_fn=b_fn, a_fn=a_fn, bias_fn=bias_fn)

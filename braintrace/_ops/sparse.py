@@ -1,0 +1,300 @@
+"""Products with a sparse matrix whose stored entries are trained.
+
+Only the places of the stored entries are taken from the matrix; the product is plain JAX, so that no kernel compiler
+is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import brainunit as u
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .linear import Hook, apply_hook, array_operand, rank_of, weight_and_bias, with_units
+from .primitive import ETPPrimitive, Unshared
+
+__all__ = ["Pattern", "etp_sp_mm_p", "etp_sp_mv_p", "pattern_of", "sparse_matmul", "sparse_product"]
+
+# From this density on a dense product is faster on a CPU, with a batch by far.
+DENSE_FROM = 0.02
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pattern:
+    """Where the stored entries of a matrix are: a hashable static parameter, equal where the contents are equal.
+
+    Attributes
+    ----------
+    rows, cols : integer arrays, shape ``(n,)``
+        Places, sorted by column.
+    entries : integer array, shape ``(n,)``
+        Which entry of the flattened data is there.
+    shape, data_shape : tuple of int
+        Of the matrix, and of its data.
+    """
+
+    rows: np.ndarray
+    cols: np.ndarray
+    entries: np.ndarray
+    shape: tuple[int, int]
+    data_shape: tuple[int, ...]
+
+    @functools.cached_property
+    def _content(self) -> tuple[Any, ...]:
+        return (self.shape, self.data_shape, *(a.tobytes() for a in (self.rows, self.cols, self.entries)))
+
+    def __hash__(self) -> int:
+        return hash(self._content)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Pattern) and self._content == other._content)
+
+    def __repr__(self) -> str:
+        return f"Pattern(shape={self.shape}, entries={len(self.entries)})"
+
+    @property
+    def shared(self) -> bool:
+        """Whether one entry of the data is in several places."""
+        return len(np.unique(self.entries)) < len(self.entries)
+
+    def product(self, x: jax.Array, stored: jax.Array) -> jax.Array:
+        """``x @ matrix`` for the values ``stored``, one per place; any leading axes of ``x``."""
+        if len(self.entries) >= DENSE_FROM * math.prod(self.shape):
+            return x @ jnp.zeros(self.shape, stored.dtype).at[self.rows, self.cols].add(stored)
+        terms = jnp.moveaxis(jnp.take(x, self.rows, -1) * stored, -1, 0)
+        total = jax.ops.segment_sum(terms, self.cols, self.shape[1], indices_are_sorted=True)
+        return jnp.moveaxis(total, 0, -1)
+
+
+def _from_pointers(indices: Any, pointers: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Minor and major index of every entry of a compressed matrix."""
+    pointers = np.asarray(pointers)
+    return np.asarray(indices), np.repeat(np.arange(len(pointers) - 1), np.diff(pointers))
+
+
+def _places(matrix: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row, column and entry of the data for every stored place."""
+    kind = type(matrix).__name__
+    if kind.startswith("JITC"):
+        return _generated_places(matrix)
+    if kind == "Dense":
+        rows, cols = (g.ravel() for g in np.indices(matrix.shape))
+    elif hasattr(matrix, "indptr"):
+        minor, major = _from_pointers(matrix.indices, matrix.indptr)
+        rows, cols = (minor, major) if kind == "CSC" else (major, minor)
+    elif hasattr(matrix, "row"):
+        rows, cols = np.asarray(matrix.row), np.asarray(matrix.col)
+    elif kind == "BCOO":
+        rows, cols = np.asarray(matrix.indices).T
+    else:  # a fixed number of connections: one row of indices per unit before, or after
+        minor = np.asarray(matrix.indices)
+        major = np.broadcast_to(np.arange(len(minor))[:, None], minor.shape)
+        per_post = kind in ("FixedNumPerPost", "FixedPreNumConn")
+        rows, cols = (minor.ravel(), major.ravel()) if per_post else (major.ravel(), minor.ravel())
+    size = math.prod(_data_shape(matrix))
+    entries = np.arange(len(rows)) if size == len(rows) else np.zeros(len(rows), int)
+    return rows, cols, entries
+
+
+def _generated_places(matrix: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    kind = type(matrix).__name__
+    if isinstance(matrix.data, tuple):
+        raise TypeError(
+            f"sparse_matmul: the data of a {kind} are {len(matrix.data)} parameters of a distribution, not one trained "
+            "array. Pass a matrix of stored entries, such as sparse_mat.tocsr()."
+        )
+    try:
+        ones = matrix.with_data(u.math.ones_like(matrix.data)).todense()
+    except Exception as error:
+        raise RuntimeError(
+            f"sparse_matmul: brainevent could not draw the connections of a {kind} on this machine. Install what its "
+            "kernels need (`pip install 'brainevent[cpu]'`), or pass a matrix with stored indices, such as a CSR."
+        ) from error
+    rows, cols = np.nonzero(np.asarray(u.get_mantissa(ones)))
+    return rows, cols, np.zeros(len(rows), int)
+
+
+def _data_shape(matrix: Any) -> tuple[int, ...]:
+    return tuple(jnp.shape(u.get_mantissa(matrix.data)))
+
+
+def is_sparse(matrix: Any) -> bool:
+    """Whether it is a brainevent representation, a brainunit sparse matrix, or a sparse matrix of JAX."""
+    if isinstance(matrix, u.sparse.SparseMatrix):
+        return True
+    kind = type(matrix)
+    return kind.__name__ in ("BCOO", "BCSR") and kind.__module__.startswith("jax.experimental.sparse")
+
+
+def pattern_of(matrix: Any) -> Pattern:
+    """The places of the stored entries of a sparse matrix.
+
+    Raises
+    ------
+    TypeError
+        If ``matrix`` is no sparse matrix with one array of data.
+    ValueError
+        If its indices are not known while the program is traced, or it has more than two axes.
+    """
+    if isinstance(matrix, Pattern):
+        return matrix
+    if not is_sparse(matrix):
+        raise TypeError(
+            f"sparse_matmul: sparse_mat must be a brainevent.DataRepresentation (such as brainevent.CSR) or a BCOO or "
+            f"BCSR matrix of jax.experimental.sparse, got {type(matrix).__name__}. For a dense array use matmul."
+        )
+    if len(matrix.shape) != 2 or any(getattr(matrix, n, 0) for n in ("n_batch", "n_dense")):
+        raise ValueError(f"sparse_matmul: sparse_mat of shape {tuple(matrix.shape)} must have two sparse axes.")
+    try:
+        with jax.ensure_compile_time_eval():
+            rows, cols, entries = _places(matrix)
+    except jax.errors.TracerArrayConversionError as error:
+        raise ValueError(
+            "sparse_matmul: the indices of sparse_mat are values of a traced program. Make the matrix outside of jit, "
+            "and pass its data as the weight."
+        ) from error
+    inside = (rows < matrix.shape[0]) & (cols < matrix.shape[1])  # JAX fills up with places outside
+    order = np.argsort(cols, kind="stable")
+    order = order[inside[order]]
+    rows, cols, entries = (np.ascontiguousarray(a[order], np.int32) for a in (rows, cols, entries))
+    return Pattern(rows, cols, entries, tuple(matrix.shape), _data_shape(matrix))
+
+
+def _stored(pattern: Pattern, weight: jax.Array, hook: Hook) -> jax.Array:
+    return apply_hook(hook, weight).reshape(-1)[pattern.entries]
+
+
+def _sparse_impl(x, weight, *bias, sparse_mat, has_bias, weight_fn, bias_fn):
+    del has_bias
+    y = sparse_mat.product(x, _stored(sparse_mat, weight, weight_fn))
+    return y + apply_hook(bias_fn, bias[0]) if bias else y
+
+
+def _unshare(x_aval, y_aval, weight_avals, params):
+    del x_aval, y_aval, weight_avals
+    pattern = params["sparse_mat"]
+    if not pattern.shared:
+        return None
+
+    def expand(weights):
+        unshared = {"weight": _stored(pattern, weights["weight"], params["weight_fn"])}
+        if params["has_bias"]:
+            unshared["bias"] = apply_hook(params["bias_fn"], weights["bias"])
+        return unshared
+
+    def impl(x, unshared):
+        y = pattern.product(x, unshared["weight"])
+        return y + unshared["bias"] if params["has_bias"] else y
+
+    return Unshared(expand, impl)
+
+
+def _anchors(y_aval, weight_avals: Mapping[str, Any], params):
+    del y_aval
+    pattern = params["sparse_mat"]
+    anchors: dict[str, Any] = dict.fromkeys(weight_avals)
+    if pattern.shared:
+        anchors["weight"] = (pattern.cols,)
+    elif "weight" in anchors:
+        column = np.zeros(math.prod(weight_avals["weight"].shape), np.int32)
+        column[pattern.entries] = pattern.cols
+        anchors["weight"] = (column.reshape(weight_avals["weight"].shape),)
+    return anchors
+
+
+etp_sp_mm_p = ETPPrimitive("etp_sp_mm", _sparse_impl, batched=True, trainables=weight_and_bias, sample_ndim=1)
+etp_sp_mv_p = ETPPrimitive("etp_sp_mv", _sparse_impl, trainables=weight_and_bias, batched_twin=etp_sp_mm_p)
+for _p in (etp_sp_mm_p, etp_sp_mv_p):
+    _p.register_etp_rules(unshare=_unshare, anchors=_anchors)
+
+
+def sparse_product(
+    x: Any, weight: Any, pattern: Pattern, bias: Any = None, *, weight_fn: Hook = None, bias_fn: Hook = None
+) -> Any:
+    """:func:`sparse_matmul` for an input of any rank; all leading axes are batch axes."""
+    array_operand("sparse_matmul", "x", x)
+    array_operand("sparse_matmul", "weight", weight)
+    size = math.prod(pattern.data_shape)
+    if tuple(weight.shape) not in (pattern.data_shape, (size,)):
+        raise ValueError(
+            f"sparse_matmul: weight has shape {tuple(weight.shape)}, the data of sparse_mat have {pattern.data_shape}. "
+            "Pass one weight per stored entry, in the order of the data."
+        )
+    if rank_of(x) and x.shape[-1] != pattern.shape[0]:
+        raise TypeError(
+            f"sparse_matmul: x of shape {tuple(x.shape)} cannot be multiplied with a matrix of shape {pattern.shape}: "
+            f"{x.shape[-1]} and {pattern.shape[0]} differ."
+        )
+    p = etp_sp_mm_p if rank_of(x) > 1 else etp_sp_mv_p
+    static = dict(sparse_mat=pattern, has_bias=bias is not None, weight_fn=weight_fn, bias_fn=bias_fn)
+    return with_units("sparse_matmul", lambda *xs: p.bind(*xs, **static), x, {"weight": weight}, bias)
+
+
+def sparse_matmul(
+    x: Any,
+    weight: Any = None,
+    *,
+    sparse_mat: Any,
+    bias: Any = None,
+    weight_fn: Hook = None,
+    bias_fn: Hook = None,
+    weight_data: Any = None,
+) -> Any:
+    r"""Marked product with a sparse matrix, :math:`y = x\, S(f(w)) + g(b)`; the stored entries are trained.
+
+    Parameters
+    ----------
+    x : array or Quantity, shape ``(in,)`` or ``(B, in)``
+        The input.
+    weight : array or Quantity, shape ``(nnz,)``
+        Values of the stored entries, in the order of the data of ``sparse_mat``; the shape of these data is also
+        accepted. A matrix with one value for all connections takes that one.
+    sparse_mat : brainevent.DataRepresentation, or a BCOO or BCSR matrix of ``jax.experimental.sparse``
+        Says where the entries are; its own values are not read. Shape ``(in, out)``.
+    bias : array or Quantity, shape ``(out,)``, optional
+        Must be convertible to the unit of ``x`` times that of ``weight``.
+    weight_fn, bias_fn : callable, optional
+        Maps of the raw mantissas, as in :func:`matmul`.
+    weight_data : optional
+        Another spelling of ``weight``.
+
+    Returns
+    -------
+    array or Quantity, shape ``(out,)`` or ``(B, out)``
+        In the unit of ``x`` times that of ``weight``.
+
+    Raises
+    ------
+    ValueError
+        If ``x`` has a rank other than 1 or 2, the weight has not one value per entry, or the indices of the matrix are
+        traced.
+    TypeError
+        If an operand is no array, ``sparse_mat`` no sparse matrix, the weight is given twice or not at all, or the
+        inner dimensions differ.
+    RuntimeError
+        If ``brainevent`` cannot draw the connections of a just-in-time matrix on this machine.
+
+    Examples
+    --------
+    >>> import brainevent, braintrace, jax.numpy as jnp
+    >>> matrix = brainevent.CSR.fromdense(jnp.array([[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]]))
+    >>> braintrace.sparse_matmul(jnp.ones(2), matrix.data, sparse_mat=matrix)
+    Array([3., 1., 2.], dtype=float32)
+    """
+    if (weight is None) == (weight_data is None):
+        raise TypeError("sparse_matmul: pass weight, or its older spelling weight_data, and not both.")
+    weight = weight_data if weight is None else weight
+    array_operand("sparse_matmul", "x", x)
+    if rank_of(x) not in (1, 2):
+        raise ValueError(
+            f"sparse_matmul: x has shape {tuple(x.shape)}; accepted are (in,) and (B, in). "
+            "Flatten further batch axes, or use braintrace.nn.SparseLinear."
+        )
+    return sparse_product(x, weight, pattern_of(sparse_mat), bias, weight_fn=weight_fn, bias_fn=bias_fn)

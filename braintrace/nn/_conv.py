@@ -1,0 +1,119 @@
+"""Convolutional layers."""
+
+from functools import cached_property, partial
+from typing import Any
+
+import brainstate
+from brainstate.typing import ArrayLike
+
+from braintrace._ops import conv
+
+from ._linear import masked
+
+
+class _Conv:
+    """The forward pass of a `brainstate.nn` convolution, through a marked operation."""
+
+    @cached_property
+    def _kernel_fn(self: Any):
+        # One object for the life of the layer: operations compare their hooks by identity.
+        return None if self.w_mask is None else partial(masked, self.w_mask)
+
+    def update(self: Any, x: Any) -> ArrayLike:
+        """Convolve `x` of shape ``in_size`` or ``(batch, *in_size)``."""
+        lead = x.shape[: -len(self.in_size)]
+        if len(lead) > 1 or x.shape[len(lead) :] != tuple(self.in_size):
+            raise ValueError(
+                f"{type(self).__name__} was made for inputs of shape {tuple(self.in_size)}, with a batch axis in front "
+                f"or without, and got {tuple(x.shape)}."
+            )
+        params = self.weight.value
+        return conv(
+            x,
+            params["weight"],
+            params.get("bias"),
+            strides=self.stride,
+            padding=self.padding,
+            lhs_dilation=self.lhs_dilation,
+            rhs_dilation=self.rhs_dilation,
+            feature_group_count=self.groups,
+            dimension_numbers=self.dimension_numbers,
+            kernel_fn=self._kernel_fn,
+        )
+
+
+class Conv1d(_Conv, brainstate.nn.Conv1d):
+    r"""Convolution over one axis, :math:`y = (K \circ m) * x + b`, through :func:`braintrace.conv`.
+
+    Parameters
+    ----------
+    in_size : tuple of int
+        Shape of one input, ``(length, channels)``, or ``(channels, length)`` with ``channel_first``.
+    out_channels : int
+        Channels of the output.
+    kernel_size, stride, lhs_dilation, rhs_dilation : int or tuple of int
+        One number for every axis of space, or one per axis.
+    padding : str, int, pair or sequence of pairs
+        ``'SAME'``, ``'VALID'``, or how much to pad.
+    groups : int
+        Groups of channels that are convolved by themselves.
+    w_init : callable or array, optional
+        Initial kernel.
+    b_init : callable, array or None, optional
+        Initial bias. ``None`` leaves the bias out.
+    w_mask : callable, array or None, optional
+        Mask :math:`m` of the kernel. Masked entries neither act nor learn.
+    channel_first : bool
+        Whether the channel axis comes before those of space.
+    name : str, optional
+        Name of the layer.
+    param_type : type, optional
+        Class of the parameter state.
+
+    Attributes
+    ----------
+    weight : ParamState
+        ``{'weight': (*kernel_size, in_channels // groups, out_channels)}``, and a ``'bias'`` with axes to broadcast if
+        `b_init` is given.
+    out_size : tuple of int
+        Shape of one output.
+
+    Raises
+    ------
+    ValueError
+        If the sizes do not fit, or an input has another shape than `in_size`.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> import braintrace
+    >>> layer = braintrace.nn.Conv1d((8, 2), 4, kernel_size=3)
+    >>> layer.out_size, layer(jnp.ones((5, 8, 2))).shape, layer(jnp.ones((8, 2))).shape
+    ((8, 4), (5, 8, 4), (8, 4))
+    """
+
+
+class Conv2d(_Conv, brainstate.nn.Conv2d):
+    r"""Convolution over two axes; the parameters of :class:`Conv1d`, with two axes of space in `in_size`.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> import braintrace
+    >>> layer = braintrace.nn.Conv2d((8, 8, 2), 4, kernel_size=3, stride=2)
+    >>> layer(jnp.ones((5, 8, 8, 2))).shape
+    (5, 4, 4, 4)
+    """
+
+
+class Conv3d(_Conv, brainstate.nn.Conv3d):
+    r"""Convolution over three axes; the parameters of :class:`Conv1d`, with three axes of space in `in_size`.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> import braintrace
+    >>> layer = braintrace.nn.Conv3d((4, 4, 4, 2), 3, kernel_size=2, padding='VALID')
+    >>> layer(jnp.ones((5, 4, 4, 4, 2))).shape
+    (5, 3, 3, 3, 3)
+    """
