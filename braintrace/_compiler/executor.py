@@ -206,8 +206,8 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
     ) -> tuple[Any, ...]:
         """As :meth:`solve_h2w_h2h_jacobian`, with the backward pass before the trace.
 
-        It takes cotangents of ``(out, hidden_vals, other_vals)`` and returns those of the argument leaves, of the states'
-        old values by path, and, by path, of the new hidden values taken together (zeros for a window).
+        It takes cotangents of ``(out, hidden_vals, other_vals)`` and returns those of the argument leaves, of the
+        states' old values by path, and, by path, of the new hidden values taken together (zeros for a window).
         """
         return self._solve(args, etrace_stepper, init_etrace, True)
 

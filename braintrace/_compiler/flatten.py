@@ -1,28 +1,38 @@
 """The step as one flat program: evaluated again, with loops and branches opened where credit must be followed.
 
-Run under ``jax.make_jaxpr``, so JAX makes the new variables. Calls are inlined; a relevant ``cond`` becomes every branch
-and a selection, a relevant short ``scan`` its sub-steps one after the other; everything else is bound as it is.
+Run under ``jax.make_jaxpr``, so JAX makes the new variables. Calls are inlined; a relevant ``cond`` becomes every
+branch and a selection, a relevant short ``scan`` its sub-steps one after the other; all else is bound as it is.
 
 Running every branch must not let a branch that was not taken (a division by zero, say) harm the gradient: a zero
-cotangent times an infinite derivative is NaN. Therefore whatever enters a branch, and every output of an operation inside,
-passes a *gate*, ``select(taken, v, stop_gradient(v))``: the same value, whose cotangent is an exact zero when the branch is
-not taken, whatever arrives. The input of an operation is kept by the traces, so there non-finite entries of a branch that
-was not taken become zeros.
+cotangent times an infinite derivative is NaN. Therefore whatever enters a branch, and every output of an operation
+inside, passes a *gate*, ``select(taken, v, stop_gradient(v))``: the same value, whose cotangent is an exact zero when
+the branch is not taken, whatever arrives. The input of an operation is kept by the traces, so there non-finite entries
+of a branch that was not taken become zeros.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from .._jax import (
-    Literal, at_source, bind_equation, call_body, close, consts_of, is_jit, is_remat, is_tracer, open_jaxpr, prune,
-    source_line, sub_jaxprs,
-)  # fmt: skip
+    Literal,
+    at_source,
+    bind_equation,
+    call_body,
+    consts_of,
+    is_jit,
+    is_remat,
+    is_tracer,
+    open_jaxpr,
+    prune,
+    source_line,
+    sub_jaxprs,
+)
 from .._ops.primitive import ETPPrimitive
 from .._types import CompilationError, Path, path_str
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel, emit
@@ -33,7 +43,7 @@ from .positions import dependence, mixes
 __all__ = ["Origin", "equations_within", "flatten", "is_marked"]
 
 LOOPS = frozenset(["cond", "scan", "while"])
-LARGEST_DESCENT = 4096  # equations that following a long scan may make
+LARGEST_DESCENT = 2048  # equations that following a long scan may make
 
 
 def is_marked(eqn: Any) -> bool:
@@ -234,7 +244,7 @@ class _Flattener:
         length, limit = eqn.params["length"], self.policy.scan_unroll_limit
         _, origins = frame.inputs(eqn)
         consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
-        sliced = frozenset().union(*(o.weights for o in origins[consts + carry :]))
+        sliced = frozenset[Path]().union(*(o.weights for o in origins[consts + carry :]))
         if sliced:
             path = min(sliced, key=path_str)
             text = f"The scan{_at(eqn)} takes one slice of the parameter {path_str(path)!r} in every sub-step"
@@ -341,8 +351,8 @@ class _Flattener:
             eqn,
             frame,
             "WEIGHT_IN_WHILE",
-            "No policy can change that: use a loop of fixed length (brainstate.transform.for_loop or scan), or wrap the "
-            "parameter in jax.lax.stop_gradient.",
+            "No policy can change that: use a loop of fixed length (brainstate.transform.for_loop or scan), or wrap "
+            "the parameter in jax.lax.stop_gradient.",
         )
         return self.kept(eqn, frame)
 
@@ -383,12 +393,12 @@ class _Flattener:
     def enter(self, eqn, frame):
         if frame.depth >= self.policy.fixpoint_iteration_limit:
             raise CompilationError(
-                f"The {eqn.primitive.name}{_at(eqn)} stands inside {frame.depth} loops or branches that are opened too, "
-                f"more than fixpoint_iteration_limit={self.policy.fixpoint_iteration_limit} allows. Pass a larger one."
+                f"The {eqn.primitive.name}{_at(eqn)} stands inside {frame.depth} loops or branches that are opened "
+                f"too: fixpoint_iteration_limit={self.policy.fixpoint_iteration_limit}. Pass a larger one."
             )
 
-    def weights_of(self, eqn, frame) -> frozenset:
-        return frozenset().union(*(o.weights for o in frame.inputs(eqn)[1]))
+    def weights_of(self, eqn, frame) -> frozenset[Path]:
+        return frozenset[Path]().union(*(o.weights for o in frame.inputs(eqn)[1]))
 
     def check_weights(self, eqn, frame, kind, remedy):
         weights = self.weights_of(eqn, frame)
@@ -416,16 +426,16 @@ class _Flattener:
         self.note("PRIMITIVE_INSIDE_CONTROL_FLOW", "WARNING", eqn, text, primitive=inner[0])
 
     def note(self, kind, level, eqn, message, weight_path=None, primitive=None):
-        self.records.append(
-            CompilationRecord(
-                DiagnosticKind[kind],
-                DiagnosticLevel[level],
-                message,
-                primitive=primitive or eqn.primitive.name,
-                weight_path=weight_path,
-                context={"line": source_line(eqn)},
-            )
+        record = CompilationRecord(
+            DiagnosticKind[kind],
+            DiagnosticLevel[level],
+            message,
+            primitive=primitive or eqn.primitive.name,
+            weight_path=weight_path,
+            context={"line": source_line(eqn)},
         )
+        if record not in self.records:  # the sub-steps of a scan say the same
+            self.records.append(record)
 
     def refuse(self, kind, eqn, message, weight_path=None, primitive=None):
         self.note(kind, "ERROR", eqn, message, weight_path, primitive)

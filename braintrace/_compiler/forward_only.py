@@ -1,7 +1,7 @@
 """A reverse rule for loops that have none, made of forward-mode columns.
 
-A ``while`` loop can be differentiated in forward mode alone. Where every entry of a result depends on at most one entry of
-an input, one forward pass with all-ones tangents of that input gives the whole Jacobian, and transposing it is a
+A ``while`` loop can be differentiated in forward mode alone. Where every entry of a result depends on at most one entry
+of an input, one forward pass with all-ones tangents of that input gives the whole Jacobian, and transposing it is a
 product (and, if entries moved, a scatter). Dependence on several entries is cut.
 """
 

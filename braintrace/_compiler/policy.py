@@ -30,8 +30,8 @@ class ControlFlowPolicy:
     scan_unroll_limit : int
         Scans of at most this length are unrolled: every sub-step has its own operations. 0 or less: none.
     while_hidden : {'opaque-fwd', 'error'}
-        ``'opaque-fwd'``: a ``while`` loop that stands between hidden states is kept, and differentiated in forward mode.
-        ``'error'``: it is refused.
+        ``'opaque-fwd'``: a ``while`` loop that stands between hidden states is kept, and differentiated in forward
+        mode. ``'error'``: it is refused.
     etp_in_control_flow : {'error', 'exclude'}
         What to do with a marked operation, of a constant, that is left inside a loop or branch: refuse it, or leave it
         to plain JAX with a warning.
