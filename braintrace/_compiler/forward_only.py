@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._jax import Literal, bind_equation, open_jaxpr, sub_jaxprs
-from .positions import NONE, Label, dependence
+from .positions import Label, dependence
 
 __all__ = ["is_forward_only", "with_reverse_rule"]
 
@@ -56,31 +56,39 @@ def with_reverse_rule(eqn: Any) -> Callable[..., list[Any]]:
         return tuple(bars)
 
     def column(n, values, cotangents):
+        bar = jnp.zeros_like(values[active[n]])
+        felt = {
+            j: labels[j][active[n]] for j in real if active[n] in labels[j] and np.any(_known(labels[j][active[n]]))
+        }
+        if not felt:
+            return bar
+
         def of_active(*xs):
             filled = list(values)
             for i, x in zip(active, xs):
                 filled[i] = x
             outs = bind_equation(eqn, filled)
-            return [outs[j] for j in real]
+            return [outs[j] for j in felt]
 
         primals = [values[i] for i in active]
         tangents = [jnp.ones_like(p) if m == n else jnp.zeros_like(p) for m, p in enumerate(primals)]
         _, slopes = jax.jvp(of_active, primals, tangents)
-        bar = jnp.zeros_like(primals[n])
-        for j, slope in zip(real, slopes):
-            label = labels[j].get(active[n])
-            if label is not None:
-                bar += _transpose(label, slope * cotangents[j], bar)
+        for (j, label), slope in zip(felt.items(), slopes):
+            bar += _transpose(label, slope * cotangents[j], bar)
         return bar
 
     run.defvjp(forward, backward)
     return run
 
 
+def _known(label: Label) -> np.ndarray:
+    """Where an entry depends on exactly one."""
+    return np.logical_and.reduce([np.asarray(ids) >= 0 for ids in label])
+
+
 def _transpose(label: Label, product: jax.Array, like: jax.Array) -> jax.Array:
     """Sum the products of all output entries into the input entry that each depends on."""
-    coordinates = [np.asarray(ids) for ids in label[1:]]
-    known = np.logical_and.reduce([np.asarray(label[0]) != NONE, *(c >= 0 for c in coordinates)])
+    known, coordinates = _known(label), [np.asarray(ids) for ids in label[1:]]
     product = jnp.where(known, product, 0)
     grid = np.indices(like.shape)
     if product.shape == like.shape and all(np.all(~known | (c == g)) for c, g in zip(coordinates, grid)):

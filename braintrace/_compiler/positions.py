@@ -19,7 +19,7 @@ import numpy as np
 from .._jax import Literal, bind_equation, call_body, consts_of, is_jit, is_remat, is_tracer, open_jaxpr
 
 __all__ = [
-    "NONE", "Label", "Labels", "dependence", "is_aligned", "mixes", "own_label", "propagate", "transfer",
+    "Label", "Labels", "dependence", "is_aligned", "mixes", "own_label", "propagate", "transfer",
     "unaligned_axes",
 ]  # fmt: skip
 
