@@ -744,28 +744,12 @@ def changes_shape(m, x):
     m.h.value = jnp.zeros((2, N))
 
 
-def in_branch(m, x):
-    m.h.value = jax.lax.cond(x[0] > 0, lambda: matmul(x, m.w.value), lambda: m.h.value)
-
-
-def in_loop(m, x):
-    m.h.value = jax.lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h + matmul(x, m.w.value)), m.h.value)
-
-
-def endless(m, x):
-    leaky(m, x)
-    m.h.value = jax.lax.while_loop(lambda h: h.sum() > 1, lambda h: 0.5 * h, m.h.value)
-
-
 FORBIDDEN = [
     (writes_parameter, braintrace.NotSupportedError, "'w'"),
     (changes_unit, ValueError, "mV"),
     (loses_unit, ValueError, "mV"),
     (changes_scale, ValueError, r"mV.*\bV\b"),
     (changes_shape, ValueError, r"'h'.*\(3,\).*\(2, 3\)"),
-    (in_branch, NotImplementedError, "etp_mv.*cond"),
-    (in_loop, NotImplementedError, "etp_mv.*(scan|while)"),
-    (endless, NotImplementedError, "while"),
 ]
 
 

@@ -220,13 +220,13 @@ def long_loop(m, x):
         h = jnp.tanh(0.6 * h + k * drive(m, x))
         return h, 0.1 * h * h
 
-    m.h.value, ys = scan(body, m.h.value, jnp.linspace(-1, 1, 20))
+    m.h.value, ys = scan(body, m.h.value, jnp.linspace(-1, 1, 5))
     return ys.sum(0)
 
 
 def long_loop_by_hand(m, x):
     out = 0.0
-    for k in np.linspace(-1, 1, 20, dtype=np.float32):
+    for k in np.linspace(-1, 1, 5, dtype=np.float32):
         m.h.value = jnp.tanh(0.6 * m.h.value + k * drive(m, x))
         out = out + 0.1 * m.h.value * m.h.value
     return out
@@ -285,8 +285,13 @@ CASES = {  # with control flow, by hand, kinds of the records, policy
     "loop in branch": (loop_in_branch, loop_in_branch_by_hand, ["cond_if_converted", "scan_unrolled"], {}),
     "branch in branch": (branch_in_branch, branch_in_branch_by_hand, ["cond_if_converted"] * 2, {}),
     "checkpoint": (checkpointed, checkpointed_by_hand, ["scan_unrolled"], {}),
-    "long": (long_loop, long_loop_by_hand, ["scan_unroll_skipped", "scan_descent_applied"], {}),
-    "longer limit": (long_loop, long_loop_by_hand, ["scan_unrolled"], dict(scan_unroll_limit=20)),
+    "long": (
+        long_loop,
+        long_loop_by_hand,
+        ["scan_unroll_skipped", "scan_descent_applied"],
+        dict(scan_unroll_limit=4),
+    ),
+    "longer limit": (long_loop, long_loop_by_hand, ["scan_unrolled"], dict(scan_unroll_limit=5)),
     "no limit": (
         sub_steps,
         sub_steps_by_hand,
@@ -654,9 +659,9 @@ REFUSED = [  # step, policy, kinds of the records before, what the message names
     ),
     (
         long_loop,
-        dict(scan_descent="off"),
+        dict(scan_descent="off", scan_unroll_limit=4),
         ["scan_unroll_skipped", "weight_in_control_flow"],
-        ["scan_unroll_limit=20"],
+        ["scan_unroll_limit=5"],
     ),
     (
         parameter_in_a_long_loop,
@@ -726,6 +731,16 @@ def test_depth(nested, limit):
     if limit > 1:
         with pytest.raises(braintrace.CompilationError, match=f"cond at .*{__file__}.*fixpoint_iteration_limit=1"):
             graph_of(nested, fixpoint_iteration_limit=limit - 1)
+
+
+@pytest.mark.parametrize("length, kind", [(16, "scan_unrolled"), (17, "scan_descent_applied")])
+def test_the_default_limit(length, kind):
+    def step(m, x):
+        m.h.value = fori_loop(0, length, lambda i, h: 0.5 * h + drive(m, x), m.h.value)
+
+    graph = graph_of(step)
+    assert records(graph)[-1].kind.value == kind
+    assert len(graph.hidden_param_op_relations) == length
 
 
 @pytest.mark.parametrize(
