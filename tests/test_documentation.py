@@ -26,5 +26,6 @@ def test_docstrings(name):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_pages(page):
+    names = {"__name__": "page"}
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.M | re.S):
-        exec(compile(block, str(page), "exec"), {"__name__": "page"})
+        exec(compile(block, str(page), "exec"), names)

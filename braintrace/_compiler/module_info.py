@@ -141,7 +141,7 @@ def extract_module_info(
     >>> cell = braintrace.nn.ValinaRNNCell(2, 3)
     >>> _ = brainstate.nn.init_all_states(cell)
     >>> braintrace.extract_module_info(cell, jnp.zeros(2))
-    ModuleInfo(states=['W.weight', 'h'], equations=5, outputs=1)
+    ModuleInfo(states=['h', 'W.weight'], equations=3, outputs=1)
     """
     if not isinstance(model, brainstate.nn.Module):
         raise AssertionError(f"The model must be a brainstate.nn.Module, got {type(model).__name__}.")

@@ -112,7 +112,7 @@ class CompilationReport:
         ]
         if level >= 2:
             notable = [r for r in self.diagnostics if r.level is not DiagnosticLevel.INFO]
-            rows = [(r.level.value, r.kind.value, r.message) for r in notable]
+            rows: list[tuple[str, ...]] = [(r.level.value, r.kind.value, r.message) for r in notable]
             found.append(("Warnings and errors", ("level", "kind", "message"), rows))
         return [(title, columns, list(dict.fromkeys(rows))) for title, columns, rows in found if rows]
 
