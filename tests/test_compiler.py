@@ -492,6 +492,13 @@ def other_shape(m, x):
     m.h.value = m.h.value + matmul(x, m.q6.value).reshape(2, N).sum(0)
 
 
+two_outputs = braintrace.register_primitive("two_outputs", lambda x, w: (2 * x, x @ w), y_outvar_index=1)
+
+
+def several_outputs(m, x):
+    m.h.value = 0.5 * m.h.value + two_outputs.bind(x, m.w.value)[1]
+
+
 def unread(m, x):
     leaky(m, x)
 
@@ -509,6 +516,7 @@ RECORDS = [  # step, kind, level, primitive, parameter
     (weight_of_weight, "relation_excluded_weight_to_weight", WARNING, "etp_mv", "a"),
     (direct_and_through, "relation_partial_path", WARNING, "etp_mv", "w"),
     (other_shape, "relation_excluded_shape_mismatch", WARNING, "etp_mv", "q6"),
+    (several_outputs, "multi_output_primitive_detected", INFO, "two_outputs", "w"),
     (unread, "state_mismatch", WARNING, None, "v"),
     (noisy, "state_mismatch", WARNING, None, None),
 ]
