@@ -11,9 +11,17 @@ from ._compiler.executor import ETraceGraphExecutor as ETraceGraphExecutor
 from ._compiler.executor import ETraceVjpGraphExecutor as ETraceVjpGraphExecutor
 from ._compiler.graph import ETraceGraph as ETraceGraph
 from ._compiler.graph import compile_etrace_graph as compile_etrace_graph
+from ._compiler.graph import find_hidden_groups_from_minfo as find_hidden_groups_from_minfo
+from ._compiler.graph import find_hidden_groups_from_module as find_hidden_groups_from_module
+from ._compiler.graph import find_hidden_param_op_relations_from_minfo as find_hidden_param_op_relations_from_minfo
+from ._compiler.graph import find_hidden_param_op_relations_from_module as find_hidden_param_op_relations_from_module
 from ._compiler.groups import HiddenGroup as HiddenGroup
 from ._compiler.module_info import ModuleInfo as ModuleInfo
 from ._compiler.module_info import extract_module_info as extract_module_info
+from ._compiler.perturbation import HiddenPerturbation as HiddenPerturbation
+from ._compiler.perturbation import add_hidden_perturbation_from_minfo as add_hidden_perturbation_from_minfo
+from ._compiler.perturbation import add_hidden_perturbation_in_module as add_hidden_perturbation_in_module
+from ._compiler.policy import ControlFlowPolicy as ControlFlowPolicy
 from ._compiler.relations import HiddenParamOpRelation as HiddenParamOpRelation
 from ._compiler.report import CompilationReport as CompilationReport
 from ._learners.base import EligibilityTrace as EligibilityTrace
@@ -54,6 +62,7 @@ __all__ = [
     "CompilationError",
     "CompilationRecord",
     "CompilationReport",
+    "ControlFlowPolicy",
     "D_RTRL",
     "DiagnosticKind",
     "DiagnosticLevel",
@@ -72,6 +81,7 @@ __all__ = [
     "GradExpon",
     "HiddenGroup",
     "HiddenParamOpRelation",
+    "HiddenPerturbation",
     "IODimVjpAlgorithm",
     "KappaFilter",
     "ModuleInfo",
@@ -83,6 +93,8 @@ __all__ = [
     "SingleStepData",
     "__version__",
     "__version_info__",
+    "add_hidden_perturbation_from_minfo",
+    "add_hidden_perturbation_in_module",
     "compile",
     "compile_etrace_graph",
     "conv",
@@ -90,6 +102,10 @@ __all__ = [
     "element_wise",
     "embedding",
     "extract_module_info",
+    "find_hidden_groups_from_minfo",
+    "find_hidden_groups_from_module",
+    "find_hidden_param_op_relations_from_minfo",
+    "find_hidden_param_op_relations_from_module",
     "grouped_matmul",
     "lora_matmul",
     "matmul",

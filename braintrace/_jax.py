@@ -6,6 +6,7 @@ Everything here is decided by capability (``hasattr``, ``isinstance``), never by
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -16,12 +17,15 @@ from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 
 __all__ = [
-    'ClosedJaxpr', 'Jaxpr', 'Literal', 'Primitive', 'Var', 'bind_equation', 'call_body', 'close', 'consts_of',
-    'define_primitive', 'eval_jaxpr', 'is_jit', 'is_tracer', 'open_jaxpr', 'prune', 'source_line', 'sub_jaxprs',
-    'sub_program', 'trace_context',
+    'ClosedJaxpr', 'Jaxpr', 'Literal', 'Primitive', 'Var', 'at_source', 'bind_equation', 'call_body', 'close',
+    'consts_of', 'define_primitive', 'eval_jaxpr', 'is_jit', 'is_remat', 'is_tracer', 'open_jaxpr', 'prune',
+    'source_line', 'sub_jaxprs', 'sub_program', 'trace_context',
 ]  # fmt: skip
 
 JIT_NAMES = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call", "custom_lin_call", "xla_call"})
+
+
+REMAT_NAMES = frozenset({"checkpoint", "remat", "remat2", "remat_call"})
 
 
 def open_jaxpr(jaxpr: Any) -> Any:
@@ -56,6 +60,10 @@ def is_jit(eqn: Any) -> bool:
     return eqn.primitive.name in JIT_NAMES
 
 
+def is_remat(eqn: Any) -> bool:
+    return eqn.primitive.name in REMAT_NAMES
+
+
 def call_body(eqn: Any) -> Any | None:
     """The one jaxpr that a call-like equation (jit, custom_jvp, custom_vjp, checkpoint) runs on its operands."""
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
@@ -73,6 +81,12 @@ def sub_jaxprs(eqn: Any) -> Iterator[Any]:
                 yield item
 
 
+def at_source(eqn: Any) -> AbstractContextManager[Any]:
+    """What is traced within says that it was made where the equation was."""
+    info = eqn.source_info
+    return source_info_util.user_context(info.traceback, name_stack=info.name_stack)
+
+
 def bind_equation(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Apply one equation to values; always returns a list."""
     primitive, params = eqn.primitive, eqn.params
@@ -81,8 +95,7 @@ def bind_equation(eqn: Any, values: Sequence[Any]) -> list[Any]:
         bound = primitive.get_bind_params(params)
         # Either the parameters alone (functions among them), or a pair (functions, parameters).
         functions, params = bound if isinstance(bound, tuple) else ((), bound)
-    info = eqn.source_info
-    with source_info_util.user_context(info.traceback, name_stack=info.name_stack):
+    with at_source(eqn):
         out = primitive.bind(*functions, *values, **params)
     return list(out) if primitive.multiple_results else [out]
 

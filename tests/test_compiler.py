@@ -1,6 +1,7 @@
 """What the compiler finds in a model: groups, relations, the structure of their derivatives, and what it says."""
 
 import io
+import re
 import warnings
 
 import brainpy
@@ -491,6 +492,13 @@ def other_shape(m, x):
     m.h.value = m.h.value + matmul(x, m.q6.value).reshape(2, N).sum(0)
 
 
+two_outputs = braintrace.register_primitive("two_outputs", lambda x, w: (2 * x, x @ w), y_outvar_index=1)
+
+
+def several_outputs(m, x):
+    m.h.value = 0.5 * m.h.value + two_outputs.bind(x, m.w.value)[1]
+
+
 def unread(m, x):
     leaky(m, x)
 
@@ -508,6 +516,7 @@ RECORDS = [  # step, kind, level, primitive, parameter
     (weight_of_weight, "relation_excluded_weight_to_weight", WARNING, "etp_mv", "a"),
     (direct_and_through, "relation_partial_path", WARNING, "etp_mv", "w"),
     (other_shape, "relation_excluded_shape_mismatch", WARNING, "etp_mv", "q6"),
+    (several_outputs, "multi_output_primitive_detected", INFO, "two_outputs", "w"),
     (unread, "state_mismatch", WARNING, None, "v"),
     (noisy, "state_mismatch", WARNING, None, None),
 ]
@@ -646,7 +655,10 @@ def test_a_merged_parameter_appears_once_per_key():
 def test_text_of_the_report(level, capsys):
     report = report_of()
     text = report.to_str(level)
-    order = [text.index(word) for word in ("0: h", "1: b", "t\n", "w ", "v ", "bias ")]
+    order = [
+        re.search(row, text).start()
+        for row in (" 0 +h", " 1 +b", " t\n", " w +etp", " v +etp", " bias +etp", " q +rel")
+    ]
     assert order == sorted(order)
     assert "relation_excluded_non_temporal" in text and ("never reads" in text) == (level == 2)
     report.show(level)
@@ -667,6 +679,270 @@ def test_show_graph(capsys):
     assert capsys.readouterr().out.strip() == learner.report.to_str(1)
     assert learner.show_graph(verbose=False) is None and capsys.readouterr().out == ""
     assert learner.show_graph(verbose=False, return_msg=True).strip() == learner.report.to_str(1)
+
+
+def test_the_report_in_a_notebook():
+    html = report_of()._repr_html_()
+    assert html.count("<table>") == html.count("</table>") == 5
+    for cell in ("h", "t", "plain", "q", "relation_excluded_non_temporal", "etp_mv", "[1]", "state_mismatch"):
+        assert f"<td>{cell}</td>" in html
+    assert "&#x27;unread&#x27;" in html and "'" not in html
+
+
+def test_the_report_as_a_diagram():
+    def step(m, x):
+        y = matmul(x, m.w.value) + matmul(m.h.value, m.q.value)
+        m.h.value = 0.5 * m.h.value + y
+        m.b.value = jnp.tanh(matmul(m.h.value, m.q.value)) + 0.0 * jax.lax.stop_gradient(m.b.value)
+        return matmul(m.b.value, m.q.value) + x.sum()
+
+    text = braintrace.CompilationReport(compiled(step, hidden="hb", q=ParamState(jnp.ones((N, N))))).to_mermaid()
+    lines = [line.strip() for line in text.split("\n")]
+    assert lines[0] == "flowchart LR"
+    edges = set(lines) - {line for line in lines if "[" in line}
+    assert {
+        "x --> op0",
+        "g0 --x|cut| op1",  # recurrence through a weight
+        "op0 ==>|traced| g0",
+        "op1 ==>|traced| g0",
+        "g0 ==>|D| g0",
+        "g0 -.->|current step| op2",  # the layer below
+        "op2 ==>|traced| g1",
+        "g1 -.->|current step| op3",
+        "op3 -.->|current step| out",
+        "x --> out",
+    } <= edges
+    assert not [e for e in edges if e.startswith("g1 ==>") or e.endswith("op3| g1")]
+    assert 'op3["q<br/>etp_mv"]' in lines
+
+
+# -- the parts of a compilation, one by one
+
+
+def lstm_graph():
+    cell = braintrace.nn.LSTMCell(N_IN, N)
+    brainstate.nn.init_all_states(cell)
+    cell.h.value, cell.c.value = jnp.array([0.3, -0.1, 0.2]), jnp.array([0.5, 0.1, -0.4])
+    return cell, braintrace.compile_etrace_graph(cell, X)
+
+
+def test_parts_agree_with_the_whole():
+    cell, graph = lstm_graph()
+    minfo = braintrace.extract_module_info(cell, X)
+    groups, group_of = braintrace.find_hidden_groups_from_minfo(minfo)
+    relations = braintrace.find_hidden_param_op_relations_from_minfo(minfo, group_of)
+    assert names(graph) == [["h", "c"]] and repr(groups) == repr(graph.hidden_groups)
+    assert repr(braintrace.find_hidden_groups_from_module(cell, X)[0]) == repr(groups)
+    assert {p: g.index for p, g in group_of.items()} == {p: g.index for p, g in graph.hid_path_to_group.items()}
+    of_module = braintrace.find_hidden_param_op_relations_from_module(cell, X)
+    for found in (relations, of_module):
+        assert [r.key for r in found] == [r.key for r in graph.hidden_param_op_relations]
+    assert all(g.dict() == g._asdict() for g in groups) and all(r.dict() == r._asdict() for r in relations)
+
+
+def read_inputs(group, cell):
+    """Values of what a transition reads, by running the step up to them."""
+    info = braintrace.extract_module_info(cell, X)
+    values = [X, *jax.tree.leaves([s.value for s in info.compiled_model_states])]
+    env = dict(zip(info.jaxpr.invars, values))
+    for eqn in info.jaxpr.eqns:
+        outs = eqn.primitive.bind(*[v.val if hasattr(v, "val") else env[v] for v in eqn.invars], **eqn.params)
+        env.update(zip(eqn.outvars, outs if eqn.primitive.multiple_results else [outs]))
+    own = next(g for g in braintrace.find_hidden_groups_from_minfo(info)[0] if g.index == group.index)
+    return own, [env[v] for v in own.transition_jaxpr_constvars]
+
+
+def test_the_transition_of_a_group():
+    cell, graph = lstm_graph()
+    group, inputs = read_inputs(graph.hidden_groups[0], cell)
+    old = [cell.h.value, cell.c.value]
+    D, full = group.diagonal_jacobian(old, inputs), group.full_jacobian(old, inputs)
+    assert D.shape == (N, 2, 2) and full.shape == (N, 2, N, 2)
+    assert len(group.transition_jaxpr.invars) == 2 + len(inputs) and len(group.transition_jaxpr.outvars) == 2
+    new = group.transition(old, inputs)
+    cell(X)
+    np.testing.assert_allclose(new[0], cell.h.value, rtol=1e-6)
+    np.testing.assert_allclose(new[1], cell.c.value, rtol=1e-6)
+    shift = 1e-3
+    for b in range(2):
+        moved = [o + shift * (i == b) for i, o in enumerate(old)]
+        slope = [(p - q) / shift for p, q in zip(group.transition(moved, inputs), new)]
+        np.testing.assert_allclose(D[..., b], jnp.stack(slope, -1), atol=2e-3)
+    for i in range(N):
+        np.testing.assert_allclose(full[i, :, i], D[i], rtol=1e-6)
+        assert np.all(np.delete(full[i], i, axis=1) == 0)
+    for bad in ((old[:1], inputs), (old, inputs[:-1]), ([o[:2] for o in old], inputs)):
+        for method in (group.transition, group.diagonal_jacobian, group.full_jacobian):
+            with pytest.raises(ValueError, match="shapes"):
+                method(*bad)
+
+
+def test_hidden_perturbation():
+    cell, graph = lstm_graph()
+    for made in (graph.hidden_perturb, braintrace.add_hidden_perturbation_in_module(cell, X)):
+        assert made.perturb_hidden_paths == (("h",), ("c",)) and made.perturb_hidden_states == (cell.h, cell.c)
+        assert [v.aval.shape for v in made.perturb_vars] == [(N,), (N,)]
+        assert "'h': (3,)" in repr(made) and made.dict() == made._asdict()
+    zeros = made.init_perturb_data()
+    assert [z.shape for z in zeros] == [(N,), (N,)] and not np.any(zeros)
+    inputs = [X, *jax.tree.leaves([s.value for s in graph.module_info.compiled_model_states])]
+    out, new_h, new_c = (made.eval_jaxpr(inputs, zeros)[i] for i in (0, *hidden_outputs(graph)))
+    np.testing.assert_allclose(out, cell(X), rtol=1e-6)
+    shifted = made.eval_jaxpr(inputs, [zeros[0], 0.1 + zeros[1]])
+    index_h, index_c = hidden_outputs(graph)
+    np.testing.assert_allclose(shifted[index_c], new_c + 0.1, rtol=1e-5)
+    assert np.abs(shifted[index_h] - new_h).max() > 1e-3  # h reads the new c
+    with pytest.raises(ValueError, match="2 hidden states"):
+        made.eval_jaxpr(inputs, zeros[:1])
+    assert braintrace.compile_etrace_graph(cell, X, include_hidden_perturb=False).hidden_perturb is None
+
+
+def hidden_outputs(graph):
+    info = graph.module_info
+    where = dict(zip(info.compiled_state_paths, info.state_leaves))
+    return [info.num_var_out + where[p][0] for p in (("h",), ("c",))]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda m, h, y: (h + y, h + y),  # two values
+        lambda m, h, y: (y, y),  # one for both
+        lambda m, h, y: (y, h),  # an old one handed on
+        lambda m, h, y: (y, jnp.ones(N)),  # a constant
+    ],
+)
+def test_every_new_value_is_perturbed(write):
+    def step(m, x):
+        m.h.value, m.b.value = write(m, m.h.value, matmul(x, m.w.value))
+        return m.b.value.sum()
+
+    graph = compiled(step, hidden="hb")
+    made, info = graph.hidden_perturb, graph.module_info
+    inputs = [X, *jax.tree.leaves([s.value for s in info.compiled_model_states])]
+    zeros = made.init_perturb_data()
+    plain = made.eval_jaxpr(inputs, zeros)
+    where = dict(zip(info.compiled_state_paths, info.state_leaves))
+    for i, path in enumerate(made.perturb_hidden_paths):
+        shifted = made.eval_jaxpr(inputs, [z + (i == j) for j, z in enumerate(zeros)])
+        n = info.num_var_out + where[path][0]
+        np.testing.assert_allclose(shifted[n] - plain[n], 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method, has", [("single-step", True), ("multi-step", False)])
+def test_only_single_step_learners_have_a_perturbation(method, has):
+    cell, _ = lstm_graph()
+    learner = braintrace.D_RTRL(cell, vjp_method=method)
+    learner.compile_graph(X)
+    assert (learner.graph.hidden_perturb is not None) == has
+
+
+# -- derivatives from an executor
+
+
+@pytest.mark.parametrize("window", [False, True])
+def test_derivatives_from_an_executor(window):
+    cell, graph = lstm_graph()
+    group, inputs = read_inputs(graph.hidden_groups[0], cell)
+    executor = braintrace.ETraceVjpGraphExecutor(cell, "multi-step" if window else "single-step")
+    executor.compile_graph(X)
+    before = cell.h.value
+    arg = braintrace.MultiStepData(jnp.stack([X, -X])) if window else X
+    out, hidden, other, (xs, dfs), Ds, last = executor.solve_h2w_h2h_jacobian(arg)
+    lead = (2,) if window else ()
+    assert out.shape == (*lead, N) and set(hidden) == {("h",), ("c",)} and other == {} and last is None
+    assert cell.h.value is before
+    keys = [r.key for r in graph.hidden_param_op_relations]
+    assert set(xs) == set(keys) and all(x.shape == (*lead, N_IN + N) for x in xs.values())
+    assert set(dfs) == {(key, 0) for key in keys} and all(f.shape == (*lead, N, 2) for f in dfs.values())
+    first = Ds[0][0] if window else Ds[0]
+    np.testing.assert_allclose(first, group.diagonal_jacobian([before, cell.c.value], inputs), rtol=1e-5)
+    outs = [cell(x) for x in ((X, -X) if window else (X,))]
+    np.testing.assert_allclose(out, jnp.stack(outs) if window else outs[0], rtol=1e-5)
+    np.testing.assert_allclose(hidden["h",], cell.h.value, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [False, True])
+def test_a_stepper_rolls_a_trace(window):
+    cell, _ = lstm_graph()
+    executor = braintrace.ETraceVjpGraphExecutor(cell)
+    executor.compile_graph(X)
+    arg = braintrace.MultiStepData(jnp.stack([X, -X])) if window else X
+
+    def stepper(trace, xs_and_dfs, Ds):
+        xs, _ = xs_and_dfs
+        return 0.5 * trace + xs[("Wi", "weight"), 0] + Ds[0].sum()
+
+    _, _, _, (xs, _), Ds, _ = executor.solve_h2w_h2h_jacobian(arg)
+    *_, jacobians, no_Ds, trace = executor.solve_h2w_h2h_jacobian(arg, etrace_stepper=stepper, init_etrace=jnp.ones(5))
+    assert jacobians is None and no_Ds is None
+    expected = jnp.ones(5)
+    for t in range(2) if window else [...]:
+        expected = stepper(expected, ({k: x[t] for k, x in xs.items()}, None), [Ds[0][t]])
+    np.testing.assert_allclose(trace, expected, rtol=1e-5)
+
+
+def test_backward_from_an_executor():
+    cell, _ = lstm_graph()
+    executor = braintrace.ETraceVjpGraphExecutor(cell)
+    executor.compile_graph(X)
+    out, hidden, other, _, _, backward, _ = executor.solve_h2w_h2h_l2h_jacobian(X)
+    bars = (RAMP := jnp.arange(1.0, N + 1), jax.tree.map(jnp.zeros_like, hidden), other)
+    (x_bar,), state_bars, signals = backward(bars)
+    x_by_grad = grad(lambda x: (cell(x) * RAMP).sum())(X)
+    np.testing.assert_allclose(x_bar, x_by_grad, rtol=1e-4, atol=1e-6)
+    assert {p for p in state_bars if p in hidden} == set(hidden)
+    np.testing.assert_allclose(signals["h",], RAMP, rtol=1e-6)
+    np.testing.assert_array_equal(signals["c",], jnp.zeros(N))
+
+
+def test_an_executor_says_what_it_takes():
+    cell, _ = lstm_graph()
+    executor = braintrace.ETraceVjpGraphExecutor(cell)
+    with pytest.raises(ValueError, match="compile_graph"):
+        executor.solve_h2w_h2h_jacobian(X)
+    executor.compile_graph(X)
+    with pytest.raises(ValueError, match="structure"):
+        executor.solve_h2w_h2h_jacobian(X, X)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda cell, **options: braintrace.compile_etrace_graph(cell, X, **options),
+        lambda cell, **options: braintrace.find_hidden_groups_from_module(cell, X, **options),
+        lambda cell, **options: braintrace.ETraceGraphExecutor(cell, **options),
+        lambda cell, **options: braintrace.ETraceVjpGraphExecutor(cell, **options),
+    ],
+)
+@pytest.mark.parametrize("options", [dict(include_recurrent_mixing=True), dict(sparse_n=2)])
+def test_only_the_diagonal_scope(make, options):
+    (name,) = options
+    with pytest.raises(NotImplementedError, match=f"{name}={options[name]}.*diagonal"):
+        make(lstm_graph()[0], **options)
+    make(lstm_graph()[0], include_recurrent_mixing=False, sparse_n=None, snap_max_jacobian_elements=1)
+
+
+def test_keyword_arguments_of_a_model():
+    def step(m, x, scale):
+        leaky(m, scale * x)
+        return m.h.value
+
+    class Keywords(Model):
+        def update(self, x, *, scale):
+            return step(self, x, scale)
+
+    info = braintrace.extract_module_info(Keywords(step), X, scale=2.0)
+    assert len(info.jaxpr.invars) == 4 and info.num_var_out == 1
+
+
+def test_compiling_within_the_tracing_of_a_step():
+    def step(m, x):
+        braintrace.compile_etrace_graph(Model(leaky), X)
+
+    with pytest.raises(NotImplementedError, match="while a step of another one is traced"):
+        compiled(step)
+    compiled(leaky)  # the guard is gone
 
 
 def test_graph_is_a_named_tuple():
@@ -744,28 +1020,12 @@ def changes_shape(m, x):
     m.h.value = jnp.zeros((2, N))
 
 
-def in_branch(m, x):
-    m.h.value = jax.lax.cond(x[0] > 0, lambda: matmul(x, m.w.value), lambda: m.h.value)
-
-
-def in_loop(m, x):
-    m.h.value = jax.lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h + matmul(x, m.w.value)), m.h.value)
-
-
-def endless(m, x):
-    leaky(m, x)
-    m.h.value = jax.lax.while_loop(lambda h: h.sum() > 1, lambda h: 0.5 * h, m.h.value)
-
-
 FORBIDDEN = [
     (writes_parameter, braintrace.NotSupportedError, "'w'"),
     (changes_unit, ValueError, "mV"),
     (loses_unit, ValueError, "mV"),
     (changes_scale, ValueError, r"mV.*\bV\b"),
     (changes_shape, ValueError, r"'h'.*\(3,\).*\(2, 3\)"),
-    (in_branch, NotImplementedError, "etp_mv.*cond"),
-    (in_loop, NotImplementedError, "etp_mv.*(scan|while)"),
-    (endless, NotImplementedError, "while"),
 ]
 
 

@@ -844,15 +844,18 @@ def test_one_equation_of_two_hidden_states(step):
     check_step(step, all_three, (("a", "b", "h"),), w=W, v=W)
 
 
-def test_an_operation_inside_checkpoint_is_never_dropped():
+def test_an_operation_inside_checkpoint_is_found():
     def step(m, x):
         y = jax.checkpoint(lambda x, w: jnp.tanh(braintrace.matmul(x, w)))(x, m.w.value)
         m.h.value = 0.5 * m.h.value + y + braintrace.matmul(x, m.v.value)
         return m.h.value
 
     model = one_input(step, v=ParamState(jnp.ones((1, 3))))
-    with pytest.raises(NotImplementedError, match="etp_mv.*remat"):
-        learner_of(model, ONE)
+    learner = learner_of(model, ONE)
+    assert [r.path for r in learner.graph.hidden_param_op_relations] == [("w",), ("v",)]
+    found = gradient(learner, ONE)
+    np.testing.assert_allclose(found[("w",)], 1 / jnp.cosh(model.w.value) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(found[("v",)], jnp.ones((1, 3)), rtol=1e-6)
 
 
 FREE_OF_WEIGHTS = {

@@ -8,6 +8,7 @@ one position at a time along the mixed axes, which gives the true diagonal.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,11 +18,12 @@ import numpy as np
 
 from .._jax import Literal, Var, bind_equation, eval_jaxpr, prune
 from .._types import Path
-from .flow import Flow, is_marked
+from .flatten import is_marked
+from .flow import Flow
 from .module_info import ModuleInfo, known_constants
 from .positions import Label, is_aligned, own_label, propagate, unaligned_axes
 
-__all__ = ["Cut", "Entry", "Slice", "differentiate_cut", "slice_group"]
+__all__ = ["Cut", "Entry", "Slice", "Transition", "differentiate_cut", "slice_group"]
 
 
 class Entry(NamedTuple):
@@ -77,6 +79,30 @@ class Cut(NamedTuple):
 
     def varying(self, values: Sequence[Any]) -> list[Any]:
         return eval_jaxpr(self.program, *values)
+
+
+class Transition:
+    """F as a program that can be read and run; made when first asked for.
+
+    Attributes
+    ----------
+    inputs : tuple of Var
+        What F reads beside the old values: operation outputs, then everything else.
+    """
+
+    def __init__(self, info: ModuleInfo, part: Slice):
+        self.info, self.part = info, part
+        self.inputs = (*part.ys.values(), *part.externals)
+
+    @functools.cached_property
+    def program(self) -> Any:
+        """``(old values, inputs) -> new values`` as a closed jaxpr."""
+        shape_of = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)  # noqa: E731
+        return jax.make_jaxpr(self.run)([shape_of(v) for v in self.part.olds], [shape_of(v) for v in self.inputs])
+
+    def run(self, olds: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+        ys = dict(zip(self.part.ys, inputs))
+        return evaluate_slice(self.info.jaxpr.eqns, self.part, olds, ys, inputs[len(ys) :])
 
 
 def slice_group(info: ModuleInfo, flow: Flow, paths: Sequence[Path]) -> Slice:

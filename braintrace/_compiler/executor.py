@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import brainstate
+import jax
+import jax.numpy as jnp
 from brainstate.util import FlattedDict
 
-from .._types import Path
-from .graph import ETraceGraph, compile_etrace_graph
+from .._types import MultiStepData, Path, SingleStepData
+from .graph import SNAP_CEILING, ETraceGraph, check_scope, compile_etrace_graph
+from .policy import ControlFlowPolicy
 from .report import CompilationReport
 
 __all__ = ["ETraceGraphExecutor", "ETraceVjpGraphExecutor"]
@@ -21,17 +24,49 @@ class ETraceGraphExecutor:
     ----------
     model : brainstate.nn.Module
         The model; its ``update`` is one time step.
+    include_recurrent_mixing, sparse_n, snap_max_jacobian_elements
+        Of wider scopes; only the diagonal one (``False`` and ``None``) is available.
+    control_flow : ControlFlowPolicy, optional
+        What to do with loops and branches.
 
     Raises
     ------
     TypeError
-        If ``model`` is no ``brainstate.nn.Module``.
+        If ``model`` is no ``brainstate.nn.Module``, or ``control_flow`` no ``ControlFlowPolicy``.
+    NotImplementedError
+        For another scope than the diagonal one.
+
+    Examples
+    --------
+    >>> import brainstate, braintrace, jax.numpy as jnp
+    >>> cell = braintrace.nn.GRUCell(2, 3)
+    >>> _ = brainstate.nn.init_all_states(cell)
+    >>> executor = braintrace.ETraceGraphExecutor(cell)
+    >>> executor.compile_graph(jnp.zeros(2))
+    >>> executor.graph.hidden_groups
+    [HiddenGroup(index=0, members=['h'], varshape=(3,), S=1)]
     """
 
-    def __init__(self, model: brainstate.nn.Module):
+    _needs_perturbation = False
+
+    def __init__(
+        self,
+        model: brainstate.nn.Module,
+        include_recurrent_mixing: bool = False,
+        sparse_n: int | None = None,
+        snap_max_jacobian_elements: int = SNAP_CEILING,
+        control_flow: ControlFlowPolicy | None = None,
+    ):
         if not isinstance(model, brainstate.nn.Module):
             raise TypeError(f"The model must be a brainstate.nn.Module, got {type(model).__name__}.")
+        if not isinstance(control_flow, (ControlFlowPolicy, type(None))):
+            raise TypeError(f"control_flow must be a ControlFlowPolicy or None, got {type(control_flow).__name__}.")
+        check_scope(include_recurrent_mixing, sparse_n)
         self.model = model
+        self.include_recurrent_mixing = include_recurrent_mixing
+        self.sparse_n = sparse_n
+        self.snap_max_jacobian_elements = snap_max_jacobian_elements
+        self.control_flow = control_flow
         self._graph: ETraceGraph | None = None
 
     @property
@@ -60,7 +95,15 @@ class ETraceGraphExecutor:
 
     def compile_graph(self, *args: Any) -> None:
         """Trace the model once."""
-        self._graph = compile_etrace_graph(self.model, *args)
+        self._graph = compile_etrace_graph(
+            self.model,
+            *args,
+            include_hidden_perturb=self._needs_perturbation,
+            include_recurrent_mixing=self.include_recurrent_mixing,
+            sparse_n=self.sparse_n,
+            snap_max_jacobian_elements=self.snap_max_jacobian_elements,
+            control_flow=self.control_flow,
+        )
 
     def show_graph(self, verbose: bool = True, return_msg: bool = False) -> str | None:
         """Print the report; return it if asked."""
@@ -78,13 +121,48 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
     model : brainstate.nn.Module
     vjp_method : {'single-step', 'multi-step'}
         Whether a call is differentiated through one step or through a window of steps.
+    include_recurrent_mixing, sparse_n, snap_max_jacobian_elements, control_flow
+        As for :class:`ETraceGraphExecutor`.
+    full_jacobian : bool
+        Of wider scopes; only ``False`` is available.
+
+    Raises
+    ------
+    ValueError
+        If ``vjp_method`` is another string.
+    NotImplementedError
+        For another scope than the diagonal one.
+
+    Examples
+    --------
+    >>> import brainstate, braintrace, jax.numpy as jnp
+    >>> cell = braintrace.nn.LSTMCell(2, 3)
+    >>> _ = brainstate.nn.init_all_states(cell)
+    >>> executor = braintrace.ETraceVjpGraphExecutor(cell)
+    >>> executor.compile_graph(jnp.zeros(2))
+    >>> out, hidden, other, (xs, dfs), Ds, _ = executor.solve_h2w_h2h_jacobian(jnp.ones(2))
+    >>> Ds[0].shape
+    (3, 2, 2)
     """
 
-    def __init__(self, model: brainstate.nn.Module, vjp_method: str = "single-step"):
-        super().__init__(model)
+    def __init__(
+        self,
+        model: brainstate.nn.Module,
+        vjp_method: str = "single-step",
+        include_recurrent_mixing: bool = False,
+        sparse_n: int | None = None,
+        snap_max_jacobian_elements: int = SNAP_CEILING,
+        control_flow: ControlFlowPolicy | None = None,
+        full_jacobian: bool = False,
+    ):
+        super().__init__(model, include_recurrent_mixing, sparse_n, snap_max_jacobian_elements, control_flow)
         if vjp_method not in ("single-step", "multi-step"):
             raise ValueError(f"vjp_method must be 'single-step' or 'multi-step', got {vjp_method!r}.")
+        if full_jacobian:
+            raise NotImplementedError("full_jacobian=True: only the diagonal scope is available. Pass False.")
         self.vjp_method = vjp_method
+        self.full_jacobian = full_jacobian
+        self._needs_perturbation = self.is_single_step_vjp
 
     @property
     def is_single_step_vjp(self) -> bool:
@@ -93,3 +171,124 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
     @property
     def is_multi_step_vjp(self) -> bool:
         return self.vjp_method == "multi-step"
+
+    def solve_h2w_h2h_jacobian(
+        self, *args: Any, etrace_stepper: Any = None, init_etrace: Any = None
+    ) -> tuple[Any, ...]:
+        """Run the step from the states' present values, which stay as they are, and return its derivatives.
+
+        Parameters
+        ----------
+        *args : pytree
+            Arguments of the model; with a leaf in :class:`MultiStepData` the call is a window of steps.
+        etrace_stepper : callable, optional
+            ``(trace, (xs, dfs), Ds) -> trace``, applied at every step.
+        init_etrace : pytree, optional
+            The trace before the first step.
+
+        Returns
+        -------
+        out : pytree
+        hidden_vals, other_vals : dict
+            New values of the hidden states, and of the rest that are no parameters, by path.
+        jacobians : tuple of dict, or None
+            ``(xs, dfs)``: inputs by relation key, and arrays of shape ``V + (S,)`` by (relation key, group index).
+        Ds : list of array, or None
+            Of shape ``V + (S, S)``, one per group. Those of a window have time in front; with a stepper there are none.
+        trace : pytree or None
+            After the last step, with a stepper.
+        """
+        out, hidden, other, jacobians, Ds, _, trace = self._solve(args, etrace_stepper, init_etrace, False)
+        return out, hidden, other, jacobians, Ds, trace
+
+    def solve_h2w_h2h_l2h_jacobian(
+        self, *args: Any, etrace_stepper: Any = None, init_etrace: Any = None
+    ) -> tuple[Any, ...]:
+        """As :meth:`solve_h2w_h2h_jacobian`, with the backward pass before the trace.
+
+        It takes cotangents of ``(out, hidden_vals, other_vals)`` and returns those of the argument leaves, of the
+        states' old values by path, and, by path, of the new hidden values taken together (zeros for a window).
+        """
+        return self._solve(args, etrace_stepper, init_etrace, True)
+
+    def _solve(self, args, stepper, trace, backward):
+        graph = self.graph
+        info = graph.module_info
+        wrapped = lambda x: isinstance(x, (SingleStepData, MultiStepData))  # noqa: E731
+        parts, _ = jax.tree.flatten(args, is_leaf=wrapped)
+        over_time = [isinstance(x, MultiStepData) for x in parts for _ in jax.tree.leaves(x)]
+        leaves, tree = jax.tree.flatten(jax.tree.map(lambda x: x.data if wrapped(x) else x, args, is_leaf=wrapped))
+        if tree != info.in_tree:
+            raise ValueError(f"The arguments have the structure {tree}, the graph was compiled for {info.in_tree}.")
+        values = {p: s.value for p, s in self.states.items()}
+        zeros = graph.tape.zeros().new
+
+        def run(leaves, values, zeros):
+            if any(over_time):
+                return self._window(over_time, leaves, values, stepper, trace)
+            out, new, record = self._step(leaves, values, zeros)
+            if stepper is not None:
+                return (out, new), (None, None, stepper(trace, *record))
+            return (out, new), (*record, None)
+
+        if backward:
+            (out, new), pull, extra = jax.vjp(run, leaves, values, zeros, has_aux=True)
+        else:
+            ((out, new), extra), pull = run(leaves, values, zeros), None
+        jacobians, Ds, trace = extra
+        hidden = {p: new[p] for p in info.states_of(brainstate.HiddenState)}
+        weights = info.states_of(brainstate.ParamState)
+        other = {p: v for p, v in new.items() if p not in hidden and p not in weights}
+
+        def residuals(cotangents):
+            bar, hidden_bars, other_bars = cotangents
+            kept = {p: jax.tree.map(jnp.zeros_like, new[p]) for p in weights}
+            return pull((bar, hidden_bars | other_bars | kept))
+
+        return out, hidden, other, jacobians, Ds, residuals if backward else None, trace
+
+    def _step(self, leaves, values, zeros):
+        """Output, new values by path, and ``((xs, dfs), Ds)``."""
+        graph = self.graph
+        info = graph.module_info
+        invals = [*leaves, *jax.tree.leaves([values[p] for p in info.compiled_state_paths])]
+        operands = [r.operand_program.operands(invals) for r in graph.operations]
+        outs, record = graph.tape(invals, operands, graph.tape.zeros()._replace(new=zeros))
+        rest = outs[info.num_var_out :]
+        new = {
+            p: t.unflatten([rest[i] for i in numbers])
+            for p, t, numbers in zip(info.compiled_state_paths, info.state_trees, info.state_leaves)
+        }
+        dense = lambda g, entries: g.dense([e.read(record.varying[g.index]) for e in entries])  # noqa: E731
+        xs = {r.key: x for r, x in zip(graph.hidden_param_op_relations, record.x)}
+        dfs = {
+            (r.key, g.index): dense(g, g.cut.df[r.op_index])
+            for r in graph.hidden_param_op_relations
+            for g in r.hidden_groups
+        }
+        return info.out_tree.unflatten(outs[: info.num_var_out]), new, ((xs, dfs), self._transitions(record))
+
+    def _transitions(self, record):
+        traced = {g.index for r in self.graph.hidden_param_op_relations for g in r.hidden_groups}
+        return [
+            g.dense([[e.read(record.varying[g.index]) for e in row] for row in g.cut.D]) if g.index in traced else None
+            for g in self.graph.hidden_groups
+        ]
+
+    def _window(self, over_time, leaves, values, stepper, trace):
+        zeros = self.graph.tape.zeros().new
+
+        def body(carry, sliced):
+            values, trace = carry
+            sliced = iter(sliced)
+            out, values, record = self._step(
+                [next(sliced) if t else x for x, t in zip(leaves, over_time)], values, zeros
+            )
+            if stepper is not None:
+                return (values, stepper(trace, *record)), (out, None)
+            return (values, trace), (out, record)
+
+        data = [x for x, t in zip(leaves, over_time) if t]
+        (values, trace), (out, record) = jax.lax.scan(body, (values, trace), data)
+        jacobians, Ds = (None, None) if record is None else record
+        return (out, values), (jacobians, Ds, None if stepper is None else trace)

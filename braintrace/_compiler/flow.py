@@ -2,58 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import brainstate
-import jax
 
-from .._jax import Literal, Var, open_jaxpr, source_line, sub_jaxprs
+from .._jax import Literal, Var, source_line
 from .._ops.primitive import ETPPrimitive
 from .._types import Path
+from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
+from .flatten import LOOPS, equations_within, is_marked
 from .module_info import ModuleInfo, known_constants
-from .positions import Labels, own_label, propagate
+from .positions import Labels, mixes, own_label, propagate, transfer
 
-__all__ = ["Flow", "MarkedOp", "Reach", "analyse_flow", "analyse_reach", "is_marked", "refuse_control_flow"]
+__all__ = ["Flow", "MarkedOp", "Reach", "analyse_flow", "analyse_reach"]
 
 MIXING = frozenset(["dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"])
-
-
-def is_marked(eqn: Any) -> bool:
-    return isinstance(eqn.primitive, ETPPrimitive)
-
-
-def refuse_control_flow(info: ModuleInfo) -> None:
-    """Raise where a loop or branch holds a marked operation, or a ``while`` stands between hidden values."""
-    weights = set(info.invar_to_weight_path)
-    hidden = set(info.hidden_path_to_invar.values())
-    tainted = weights | hidden
-    for eqn in info.jaxpr.eqns:
-        reads = [v for v in eqn.invars if not isinstance(v, Literal)]
-        name, line = eqn.primitive.name, source_line(eqn)
-        at = f" at {line}" if line else ""
-        inner = sorted({e.primitive.name for body in sub_jaxprs(eqn) for e in _equations(body) if is_marked(e)})
-        if inner:
-            raise NotImplementedError(
-                f"The marked operation {inner[0]!r} stands inside a {name!r}{at}, where no trace can follow it. "
-                "Call it outside of the loop or branch (select between results with jnp.where; unroll short loops "
-                "in Python), or use plain JAX inside."
-            )
-        if name == "while" and any(v in tainted for v in reads):
-            raise NotImplementedError(
-                f"A while loop{at} computes with hidden states, operations or parameters, and has no reverse-mode "
-                "derivative. Use a loop of fixed length (brainstate.transform.for_loop or scan), or wrap what enters "
-                "it in jax.lax.stop_gradient."
-            )
-        if name != "stop_gradient" and (is_marked(eqn) or any(v in tainted for v in reads)):
-            tainted.update(v for v in eqn.outvars if jax.numpy.issubdtype(v.aval.dtype, jax.numpy.inexact))
-
-
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    for eqn in open_jaxpr(jaxpr).eqns:
-        yield eqn
-        for body in sub_jaxprs(eqn):
-            yield from _equations(body)
 
 
 class MarkedOp(NamedTuple):
@@ -89,6 +53,7 @@ class Flow(NamedTuple):
     members: dict[Var, list[Path]]  # variables that hold a new hidden value
     labels: dict[Any, Labels]  # of every variable, as what reads it sees them
     into: dict[Path, Labels]  # what reaches a new hidden value without passing another one
+    diagnostics: tuple[CompilationRecord, ...] = ()
 
 
 def analyse_flow(info: ModuleInfo) -> Flow:
@@ -109,6 +74,8 @@ def analyse_flow(info: ModuleInfo) -> Flow:
             members.setdefault(outvar, []).append(path)
 
     constants = known_constants(info)
+    feeds = _upstream(eqns, members)
+    records: list[CompilationRecord] = []
     position = 0
 
     def cut(eqn, inputs):
@@ -122,9 +89,21 @@ def analyse_flow(info: ModuleInfo) -> Flow:
                     through = dict(label_in[x])
             own = {("y", op.index): own_label(op.y.aval.shape, op.y.aval.ndim)}
             return [(through | own) if v is op.y else {} for v in eqn.outvars]
-        if eqn.primitive.name in MIXING and any(s[0] in ("old", "new") for lab in inputs for s in lab):
+        of_hidden = any(s[0] in ("old", "new") for lab in inputs for s in lab)
+        if eqn.primitive.name in MIXING and of_hidden:
             return [{} for _ in eqn.outvars]
+        if eqn.primitive.name in LOOPS and of_hidden:
+            return cut_in_loop(eqn, inputs)
         return None
+
+    def cut_in_loop(eqn, inputs):
+        if not any(e.primitive.name in MIXING for e in equations_within(eqn)):
+            return None
+        outs = transfer(eqn, inputs, constants)
+        kept = [{s: lab for s, lab in labels.items() if s[0] == "y" or not mixes(lab)} for labels in outs]
+        if list(map(len, kept)) != list(map(len, outs)) and any(v in feeds for v in eqn.outvars):
+            records.append(_mixing_record(eqn))
+        return kept
 
     for position, eqn in enumerate(eqns):
         propagate([eqn], env, cut, constants)
@@ -135,7 +114,27 @@ def analyse_flow(info: ModuleInfo) -> Flow:
                 # What reads the variable from here on reads the first of the states that it is the new value of.
                 path = members[var][0]
                 env[var] = {("new", path): own_label(var.aval.shape, len(hidden[path].varshape))}
-    return Flow(tuple(ops), members, env, into)
+    return Flow(tuple(ops), members, env, into, tuple(records))
+
+
+def _upstream(eqns, variables) -> set:
+    found = set(variables)
+    for eqn in reversed(eqns):
+        if any(v in found for v in eqn.outvars):
+            found.update(v for v in eqn.invars if not isinstance(v, Literal))
+    return found
+
+
+def _mixing_record(eqn) -> CompilationRecord:
+    name, line = eqn.primitive.name, source_line(eqn)
+    return CompilationRecord(
+        DiagnosticKind.CONTROL_FLOW_RECURRENT_MIXING,
+        DiagnosticLevel.WARNING,
+        f"The {name}{f' at {line}' if line else ''} mixes the positions of a hidden state by a product. As with any "
+        "recurrent product, the current step is exact, and traces do not follow the mixing.",
+        primitive=name,
+        context={"line": line},
+    )
 
 
 class Reach(NamedTuple):

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import brainstate
 
 from .._jax import Literal
 from .._types import Path
-from .cut import differentiate_cut, slice_group
+from .cut import Transition, differentiate_cut, slice_group
 from .diagnostics import CompilationRecord, DiagnosticKind, emit
-from .flow import analyse_flow, analyse_reach, refuse_control_flow
+from .flow import Flow, Reach, analyse_flow, analyse_reach
 from .groups import HiddenGroup, partition, slots_of
 from .module_info import ModuleInfo, extract_module_info
+from .perturbation import HiddenPerturbation, add_hidden_perturbation_from_minfo
+from .policy import ControlFlowPolicy
 from .relations import HiddenParamOpRelation, find_relations
 from .tape import Tape, build_tape
 
-__all__ = ["ETraceGraph", "compile_etrace_graph"]
+__all__ = [
+    "SNAP_CEILING", "ETraceGraph", "check_scope", "compile_etrace_graph", "find_hidden_groups_from_minfo",
+    "find_hidden_groups_from_module", "find_hidden_param_op_relations_from_minfo",
+    "find_hidden_param_op_relations_from_module",
+]  # fmt: skip
+
+SNAP_CEILING = 16777216
 
 
 class ETraceGraph(NamedTuple):
@@ -32,6 +41,7 @@ class ETraceGraph(NamedTuple):
     hidden_param_op_relations : tuple of HiddenParamOpRelation
     plain_operations : tuple of HiddenParamOpRelation
         Operations with parameters that drive no group (readouts, weights that act through other weights).
+    hidden_perturb : HiddenPerturbation or None
     tape : Tape
         The step as a program whose reverse pass yields the learning signals.
     diagnostics : tuple of CompilationRecord
@@ -42,6 +52,7 @@ class ETraceGraph(NamedTuple):
     hid_path_to_group: dict[Path, HiddenGroup]
     hidden_param_op_relations: tuple[HiddenParamOpRelation, ...]
     plain_operations: tuple[HiddenParamOpRelation, ...]
+    hidden_perturb: HiddenPerturbation | None
     tape: Tape
     diagnostics: tuple[CompilationRecord, ...]
 
@@ -73,7 +84,15 @@ class ETraceGraph(NamedTuple):
         return f"ETraceGraph(groups={self.hidden_groups}, relations={list(self.hidden_param_op_relations)})"
 
 
-def compile_etrace_graph(model: brainstate.nn.Module, *args: Any) -> ETraceGraph:
+def compile_etrace_graph(
+    model: brainstate.nn.Module,
+    *args: Any,
+    include_hidden_perturb: bool = True,
+    include_recurrent_mixing: bool = False,
+    sparse_n: int | None = None,
+    snap_max_jacobian_elements: int = SNAP_CEILING,
+    control_flow: ControlFlowPolicy | None = None,
+) -> ETraceGraph:
     """Trace one step of a model with initialised states and find what can be trained online.
 
     Parameters
@@ -82,6 +101,12 @@ def compile_etrace_graph(model: brainstate.nn.Module, *args: Any) -> ETraceGraph
         The model; its ``update`` is one time step.
     *args : pytree of array or jax.ShapeDtypeStruct
         Example arguments of one step.
+    include_hidden_perturb : bool
+        Whether :attr:`ETraceGraph.hidden_perturb` is made.
+    include_recurrent_mixing, sparse_n, snap_max_jacobian_elements
+        Of wider scopes; only the diagonal one (``False`` and ``None``) is available.
+    control_flow : ControlFlowPolicy, optional
+        What to do with loops and branches.
 
     Returns
     -------
@@ -94,7 +119,9 @@ def compile_etrace_graph(model: brainstate.nn.Module, *args: Any) -> ETraceGraph
     ValueError
         If a state changes its unit or shape within the step.
     NotImplementedError
-        If a marked operation stands inside a loop or branch, or a ``while`` loop computes with hidden states.
+        If a parameter or a marked operation is used where no trace can follow it, or for a scope other than diagonal.
+    CompilationError
+        If loops and branches are nested deeper than the policy allows.
 
     Examples
     --------
@@ -105,9 +132,30 @@ def compile_etrace_graph(model: brainstate.nn.Module, *args: Any) -> ETraceGraph
     >>> [r.path for r in graph.hidden_param_op_relations]
     [('Wz', 'weight'), ('Wh', 'weight')]
     """
-    info = extract_module_info(model, *args)
-    refuse_control_flow(info)
+    check_scope(include_recurrent_mixing, sparse_n)
+    del snap_max_jacobian_elements  # of scopes that see the recurrent mixing
+    info = extract_module_info(model, *args, control_flow=control_flow)
     flow = analyse_flow(info)
+    groups, group_of, merged = _groups(info, flow)
+    reach = _reach(info, flow, group_of)
+    relations, plain, found = find_relations(info, flow, reach, groups)
+    tape = build_tape(info, flow, reach, groups, (*relations, *plain))
+    perturbation = add_hidden_perturbation_from_minfo(info) if include_hidden_perturb else None
+    diagnostics = (*info.diagnostics, *flow.diagnostics, *merged, *found)
+    emit(diagnostics)
+    return ETraceGraph(info, groups, group_of, relations, plain, perturbation, tape, diagnostics)
+
+
+def check_scope(include_recurrent_mixing: bool, sparse_n: int | None) -> None:
+    """Refuse the scopes that see the mixing of positions."""
+    if include_recurrent_mixing or sparse_n is not None:
+        raise NotImplementedError(
+            f"include_recurrent_mixing={include_recurrent_mixing!r}, sparse_n={sparse_n!r}: only the diagonal scope is "
+            "available. Pass False and None."
+        )
+
+
+def _groups(info: ModuleInfo, flow: Flow) -> tuple[list[HiddenGroup], dict[Path, HiddenGroup], list[CompilationRecord]]:
     partitioned, merged = partition(info, flow)
     states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
     groups = []
@@ -116,15 +164,155 @@ def compile_etrace_graph(model: brainstate.nn.Module, *args: Any) -> ETraceGraph
         varshape, slots = tuple(members[0].varshape), slots_of(members)
         part = slice_group(info, flow, paths)
         cut = differentiate_cut(info, part, varshape, slots)
-        groups.append(HiddenGroup(index, paths, members, varshape, len(slots), cut, frozenset(part.positions)))
-    group_of = {p: g for g in groups for p in g.hidden_paths}
+        transition = Transition(info, part)
+        groups.append(
+            HiddenGroup(index, paths, members, varshape, len(slots), cut, frozenset(part.positions), transition)
+        )
+    return groups, {p: g for g in groups for p in g.hidden_paths}, merged
+
+
+def _reach(info: ModuleInfo, flow: Flow, group_of: Mapping[Path, HiddenGroup]) -> Reach:
     sinks: dict[Any, set[int]] = {}
     for path, var in info.hidden_path_to_outvar.items():
         if not isinstance(var, Literal):
             sinks.setdefault(var, set()).add(group_of[path].index)
-    reach = analyse_reach(info.jaxpr.eqns, info.jaxpr.outvars, sinks, flow.ops)
-    relations, plain, found = find_relations(info, flow, reach, groups)
-    tape = build_tape(info, flow, reach, groups, (*relations, *plain))
-    diagnostics = (*info.diagnostics, *merged, *found)
-    emit(diagnostics)
-    return ETraceGraph(info, groups, group_of, relations, plain, tape, diagnostics)
+    return analyse_reach(info.jaxpr.eqns, info.jaxpr.outvars, sinks, flow.ops)
+
+
+def find_hidden_groups_from_minfo(
+    minfo: ModuleInfo,
+    include_recurrent_mixing: bool = False,
+    sparse_n: int | None = None,
+    snap_max_jacobian_elements: int = SNAP_CEILING,
+) -> tuple[list[HiddenGroup], dict[Path, HiddenGroup]]:
+    """The hidden groups of a traced model.
+
+    Parameters
+    ----------
+    minfo : ModuleInfo
+        From :func:`extract_module_info`.
+    include_recurrent_mixing, sparse_n, snap_max_jacobian_elements
+        As in :func:`compile_etrace_graph`.
+
+    Returns
+    -------
+    groups : list of HiddenGroup
+    group_of : dict
+        Path of a hidden state to its group.
+
+    Raises
+    ------
+    NotImplementedError
+        For another scope than the diagonal one.
+
+    Examples
+    --------
+    >>> import brainstate, braintrace, jax.numpy as jnp
+    >>> cell = braintrace.nn.LSTMCell(2, 3)
+    >>> _ = brainstate.nn.init_all_states(cell)
+    >>> groups, _ = braintrace.find_hidden_groups_from_minfo(braintrace.extract_module_info(cell, jnp.zeros(2)))
+    >>> groups
+    [HiddenGroup(index=0, members=['h', 'c'], varshape=(3,), S=2)]
+    """
+    check_scope(include_recurrent_mixing, sparse_n)
+    del snap_max_jacobian_elements
+    return _groups(minfo, analyse_flow(minfo))[:2]
+
+
+def find_hidden_groups_from_module(
+    model: brainstate.nn.Module,
+    *args: Any,
+    include_recurrent_mixing: bool = False,
+    sparse_n: int | None = None,
+    snap_max_jacobian_elements: int = SNAP_CEILING,
+    **kwargs: Any,
+) -> tuple[list[HiddenGroup], dict[Path, HiddenGroup]]:
+    """:func:`extract_module_info`, then :func:`find_hidden_groups_from_minfo`.
+
+    Parameters
+    ----------
+    model : brainstate.nn.Module
+        With initialised states.
+    *args, **kwargs
+        As :func:`extract_module_info` takes them.
+    include_recurrent_mixing, sparse_n, snap_max_jacobian_elements
+        As in :func:`compile_etrace_graph`.
+
+    Returns
+    -------
+    groups : list of HiddenGroup
+    group_of : dict
+        Path of a hidden state to its group.
+
+    Examples
+    --------
+    >>> import brainstate, braintrace, jax.numpy as jnp
+    >>> cell = braintrace.nn.GRUCell(2, 3)
+    >>> _ = brainstate.nn.init_all_states(cell)
+    >>> braintrace.find_hidden_groups_from_module(cell, jnp.zeros(2))[0]
+    [HiddenGroup(index=0, members=['h'], varshape=(3,), S=1)]
+    """
+    minfo = extract_module_info(model, *args, **kwargs)
+    return find_hidden_groups_from_minfo(minfo, include_recurrent_mixing, sparse_n, snap_max_jacobian_elements)
+
+
+def find_hidden_param_op_relations_from_minfo(
+    minfo: ModuleInfo, hid_path_to_group: Mapping[Path, HiddenGroup]
+) -> tuple[HiddenParamOpRelation, ...]:
+    """The relations of a traced model.
+
+    Parameters
+    ----------
+    minfo : ModuleInfo
+        From :func:`extract_module_info`.
+    hid_path_to_group : mapping
+        From :func:`find_hidden_groups_from_minfo`.
+
+    Returns
+    -------
+    tuple of HiddenParamOpRelation
+        What speaks against other relations is shown as warnings.
+
+    Examples
+    --------
+    >>> import brainstate, braintrace, jax.numpy as jnp
+    >>> cell = braintrace.nn.ValinaRNNCell(2, 3)
+    >>> _ = brainstate.nn.init_all_states(cell)
+    >>> minfo = braintrace.extract_module_info(cell, jnp.zeros(2))
+    >>> _, group_of = braintrace.find_hidden_groups_from_minfo(minfo)
+    >>> braintrace.find_hidden_param_op_relations_from_minfo(minfo, group_of)
+    (HiddenParamOpRelation('W.weight', etp_mv, groups=[0]),)
+    """
+    flow = analyse_flow(minfo)
+    groups = sorted({g.index: g for g in hid_path_to_group.values()}.values(), key=lambda g: g.index)
+    relations, _, records = find_relations(minfo, flow, _reach(minfo, flow, hid_path_to_group), groups)
+    emit(records)
+    return relations
+
+
+def find_hidden_param_op_relations_from_module(
+    model: brainstate.nn.Module, *args: Any, **kwargs: Any
+) -> tuple[HiddenParamOpRelation, ...]:
+    """:func:`extract_module_info`, then groups, then relations.
+
+    Parameters
+    ----------
+    model : brainstate.nn.Module
+        With initialised states.
+    *args, **kwargs
+        As :func:`extract_module_info` takes them.
+
+    Returns
+    -------
+    tuple of HiddenParamOpRelation
+
+    Examples
+    --------
+    >>> import brainstate, braintrace, jax.numpy as jnp
+    >>> cell = braintrace.nn.MiniGRU(2, 3)
+    >>> _ = brainstate.nn.init_all_states(cell)
+    >>> [r.path for r in braintrace.find_hidden_param_op_relations_from_module(cell, jnp.zeros(2))]
+    [('W_z', 'weight'), ('W_x', 'weight')]
+    """
+    minfo = extract_module_info(model, *args, **kwargs)
+    return find_hidden_param_op_relations_from_minfo(minfo, find_hidden_groups_from_minfo(minfo)[1])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import brainstate
+import jax
 import jax.numpy as jnp
 
+from .._jax import open_jaxpr
 from .._types import NotSupportedError, Path, path_str
-from .cut import Cut
+from .cut import Cut, Transition
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flow import Flow
 from .module_info import ModuleInfo
@@ -36,6 +38,8 @@ class HiddenGroup(NamedTuple):
         The derivatives D and df with every operation's output held fixed, and their compile-time structure.
     inside : frozenset of int
         Numbers of the equations between old values, operation outputs and new values.
+    program : Transition
+        Those equations as a program.
     """
 
     index: int  # type: ignore[assignment]
@@ -45,6 +49,7 @@ class HiddenGroup(NamedTuple):
     num_state: int
     cut: Cut
     inside: frozenset
+    program: Transition
 
     @property
     def name(self) -> str:
@@ -61,6 +66,61 @@ class HiddenGroup(NamedTuple):
     @property
     def is_diagonal_recurrence(self) -> bool:
         return True
+
+    @property
+    def transition_jaxpr(self) -> Any:
+        """The transition: inputs are the members' old values, then :attr:`transition_jaxpr_constvars`."""
+        return open_jaxpr(self.program.program)
+
+    @property
+    def transition_jaxpr_constvars(self) -> tuple[Any, ...]:
+        """Variables of the step that the transition reads beside the old values; operation outputs come first."""
+        return self.program.inputs
+
+    def transition(self, hidden_vals: Sequence[Any], input_vals: Sequence[Any]) -> list[Any]:
+        """New values of the members.
+
+        Parameters
+        ----------
+        hidden_vals : sequence of array
+            Old value of every member, without unit.
+        input_vals : sequence of array
+            Values of :attr:`transition_jaxpr_constvars`.
+        """
+        self._check_values(hidden_vals, input_vals)
+        return self.program.run(hidden_vals, input_vals)
+
+    def diagonal_jacobian(self, hidden_vals: Sequence[Any], input_vals: Sequence[Any]) -> jax.Array:
+        """D per position, shape ``V + (S, S)``; arguments as for :meth:`transition`."""
+        self._check_values(hidden_vals, input_vals)
+        varying = self.cut.varying([*hidden_vals, *input_vals])
+        return self.dense([[e.read(varying) for e in row] for row in self.cut.D])
+
+    def full_jacobian(self, hidden_vals: Sequence[Any], input_vals: Sequence[Any]) -> jax.Array:
+        """Derivative of every new value by every old one, shape ``V + (S,) + V + (S,)``; arguments as before."""
+        self._check_values(hidden_vals, input_vals)
+
+        def new_values(packed):
+            return self.concat_hidden(self.program.run(self.split_hidden(packed), input_vals))
+
+        return jax.jacrev(new_values)(self.concat_hidden(hidden_vals))
+
+    def dense(self, entries: Any) -> jax.Array:
+        """Nested lists of entries (arrays, numbers, ``None`` for zero) as one array with trailing axes."""
+        dtype = jnp.result_type(*(v.aval.dtype for v in self.program.part.news))
+        if isinstance(entries, (list, tuple)):
+            parts = [self.dense(e) for e in entries]
+            return jnp.stack(parts, len(self.varshape))
+        return jnp.broadcast_to(jnp.asarray(0 if entries is None else entries, dtype), self.varshape)
+
+    def _check_values(self, hidden_vals, input_vals) -> None:
+        for name, values, variables in (
+            ("hidden_vals", hidden_vals, self.program.part.olds),
+            ("input_vals", input_vals, self.program.inputs),
+        ):
+            found, expected = [jnp.shape(v) for v in values], [v.aval.shape for v in variables]
+            if found != expected:
+                raise ValueError(f"{name} of {self.name} must have shapes {expected}, got {found}.")
 
     def dict(self) -> dict[str, Any]:
         return self._asdict()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import brainstate
@@ -11,10 +12,11 @@ import brainunit as u
 import jax
 from brainstate.util import FlattedDict
 
-from .._jax import Literal, Var, bind_equation, call_body, consts_of, is_jit, is_tracer, open_jaxpr, prune
-from .._ops.primitive import ETPPrimitive
+from .._jax import Var, consts_of, is_tracer, open_jaxpr
 from .._types import NotSupportedError, Path, path_str
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
+from .flatten import Origin, flatten
+from .policy import ControlFlowPolicy
 
 __all__ = ["ModuleInfo", "extract_module_info"]
 
@@ -87,15 +89,36 @@ class ModuleInfo(NamedTuple):
         return {p: s for p, s in zip(self.compiled_state_paths, self.compiled_model_states) if isinstance(s, kinds)}
 
 
-def extract_module_info(model: brainstate.nn.Module, *args: Any) -> ModuleInfo:
+_tracing: contextvars.ContextVar[bool] = contextvars.ContextVar("tracing a step", default=False)
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    if _tracing.get():
+        raise NotImplementedError(
+            "A model is compiled while a step of another one is traced for compilation. Compile a learner before, not "
+            "within, the update of a model that is to be compiled."
+        )
+    token = _tracing.set(True)
+    try:
+        yield
+    finally:
+        _tracing.reset(token)
+
+
+def extract_module_info(
+    model: brainstate.nn.Module, *args: Any, control_flow: ControlFlowPolicy | None = None, **kwargs: Any
+) -> ModuleInfo:
     """Trace one step of a model with initialised states.
 
     Parameters
     ----------
     model : brainstate.nn.Module
         The model; its ``update`` is one time step.
-    *args : pytree of array or jax.ShapeDtypeStruct
+    *args, **kwargs : pytree of array or jax.ShapeDtypeStruct
         Example arguments of one step.
+    control_flow : ControlFlowPolicy, optional
+        What to do with loops and branches.
 
     Returns
     -------
@@ -107,20 +130,35 @@ def extract_module_info(model: brainstate.nn.Module, *args: Any) -> ModuleInfo:
         If the step writes a ``ParamState``.
     ValueError
         If a state changes its unit, shape or structure within the step.
+    NotImplementedError
+        If a parameter or a marked operation is used where no trace can follow it; within the tracing of another step.
+    CompilationError
+        If loops and branches are nested deeper than the policy allows.
+
+    Examples
+    --------
+    >>> import brainstate, braintrace, jax.numpy as jnp
+    >>> cell = braintrace.nn.ValinaRNNCell(2, 3)
+    >>> _ = brainstate.nn.init_all_states(cell)
+    >>> braintrace.extract_module_info(cell, jnp.zeros(2))
+    ModuleInfo(states=['h', 'W.weight'], equations=3, outputs=1)
     """
     if not isinstance(model, brainstate.nn.Module):
         raise AssertionError(f"The model must be a brainstate.nn.Module, got {type(model).__name__}.")
+    if not isinstance(control_flow, (ControlFlowPolicy, type(None))):
+        raise TypeError(f"control_flow must be a ControlFlowPolicy or None, got {type(control_flow).__name__}.")
     traced = brainstate.transform.StatefulFunction(model, return_only_write=False, name="braintrace")
-    args = jax.tree.map(_abstract, args)
-    traced.make_jaxpr(*args)
-    trace = traced.get_state_trace(*args)
+    args, kwargs = jax.tree.map(_abstract, (args, kwargs))
+    with _one_at_a_time():
+        traced.make_jaxpr(*args, **kwargs)
+    trace = traced.get_state_trace(*args, **kwargs)
     states = tuple(trace.states)
-    out_shapes, new_shapes = traced.get_out_shapes(*args)
+    out_shapes, new_shapes = traced.get_out_shapes(*args, **kwargs)
     retrieved = FlattedDict(model.states())
     paths, diagnostics = _name_states(states, retrieved)
     _check_states(states, trace.been_writen, paths, new_shapes)
 
-    in_leaves, in_tree = jax.tree.flatten(args)
+    in_leaves, in_tree = jax.tree.flatten((args, kwargs) if kwargs else args)
     out_leaves, out_tree = jax.tree.flatten(out_shapes)
     old_leaves = [jax.tree.leaves(s._value) for s in states]
     positions, start = [], 0
@@ -128,7 +166,17 @@ def extract_module_info(model: brainstate.nn.Module, *args: Any) -> ModuleInfo:
         positions.append(tuple(range(start, start + len(leaves))))
         start += len(leaves)
 
-    closed = _flatten(traced.get_jaxpr(*args), len(out_leaves))
+    origins = [Origin(data=True)] * len(in_leaves)
+    hidden_out = [False] * len(out_leaves)
+    for state, path, leaves in zip(states, paths, old_leaves):
+        is_hidden = isinstance(state, brainstate.HiddenState)
+        data = Origin(data=True, live=is_hidden, entry=is_hidden)
+        origins += [Origin.of_weight(path) if isinstance(state, brainstate.ParamState) else data] * len(leaves)
+        hidden_out += [is_hidden] * len(leaves)
+    policy = control_flow or ControlFlowPolicy()
+    traced_step = traced.get_jaxpr(*args, **kwargs)
+    closed, records = flatten(traced_step, origins, len(out_leaves), hidden_out, policy)
+    diagnostics += records
     jaxpr = open_jaxpr(closed)
     first_in, first_out = len(in_leaves), len(out_leaves)
 
@@ -220,45 +268,3 @@ def _check_states(states, written, paths, new_shapes):
                 f"The state {path_str(path)!r} changes its shape within the step, from {shapes} to {new_shapes_of}. "
                 "Initialise it with the shape that the step writes (did the states get the right batch_size?)."
             )
-
-
-def _flatten(closed, num_out):
-    """Inline every nested ``jit`` and keep each state's dtype, by evaluating the step again."""
-    jaxpr = open_jaxpr(closed)
-    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.invars]
-    num_state_leaves = len(jaxpr.outvars) - num_out
-    first_state = len(jaxpr.invars) - num_state_leaves
-
-    def step(*values):
-        outs = _evaluate(jaxpr, consts_of(closed), values)
-        for i in range(num_state_leaves):
-            old = values[first_state + i]
-            if outs[num_out + i].dtype != old.dtype:
-                outs[num_out + i] = outs[num_out + i].astype(old.dtype)
-        return outs
-
-    flat = jax.make_jaxpr(step)(*avals)
-    return prune(flat, [True] * len(open_jaxpr(flat).outvars))[0]
-
-
-def _foldable(eqn, inputs) -> bool:
-    """Whether an equation computes a constant of moderate size: then D and df may be known before the first step."""
-    sizes = [math.prod(v.aval.shape) for v in eqn.outvars]
-    return not any(map(is_tracer, inputs)) and sum(sizes) <= 2**20 and not isinstance(eqn.primitive, ETPPrimitive)
-
-
-def _evaluate(jaxpr, consts, values):
-    env = dict(zip(jaxpr.invars, values)) | dict(zip(jaxpr.constvars, consts))
-    read = lambda v: v.val if isinstance(v, Literal) else env[v]  # noqa: E731
-    for eqn in jaxpr.eqns:
-        inputs = [read(v) for v in eqn.invars]
-        body = call_body(eqn) if is_jit(eqn) else None
-        if not eqn.effects and _foldable(eqn, inputs):
-            with jax.ensure_compile_time_eval():
-                outs = bind_equation(eqn, inputs)
-        elif body is not None:
-            outs = _evaluate(open_jaxpr(body), consts_of(body), inputs)
-        else:
-            outs = bind_equation(eqn, inputs)
-        env.update(zip(eqn.outvars, outs))
-    return [jax.numpy.asarray(read(v)) for v in jaxpr.outvars]

@@ -16,9 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._jax import Literal, bind_equation, call_body, is_jit, open_jaxpr
+from .._jax import Literal, bind_equation, call_body, consts_of, is_jit, is_remat, is_tracer, open_jaxpr
 
-__all__ = ["Label", "Labels", "is_aligned", "own_label", "propagate", "unaligned_axes"]
+__all__ = [
+    "Label", "Labels", "dependence", "is_aligned", "mixes", "own_label", "propagate", "transfer",
+    "unaligned_axes",
+]  # fmt: skip
 
 Label = tuple[np.ndarray, ...]
 Source = tuple[str, Any]  # a kind and what it names
@@ -69,6 +72,24 @@ def touches_own_position(label: Label, shape: tuple[int, ...]) -> bool:
     return bool(np.any(np.logical_and.reduce([a == b for a, b in zip(label, own)])))
 
 
+def mixes(label: Label) -> bool:
+    """Whether some entry depends on several positions."""
+    return any(np.any(ids == MANY) for ids in label)
+
+
+def dependence(eqn: Any) -> list[dict[int, Label]]:
+    """For every output of an equation, its labels with each of the inputs, by number, as a source."""
+    inputs: list[Labels] = [
+        {("input", i): own_label(v.aval.shape, v.aval.ndim)} if _differentiable(v.aval) else {}
+        for i, v in enumerate(eqn.invars)
+    ]
+    outs = _transfer(eqn, inputs, {}, False)
+    return [
+        {i: label for (_, i), label in labels.items() if _differentiable(v.aval)}
+        for v, labels in zip(eqn.outvars, outs)
+    ]
+
+
 def propagate(
     eqns: Iterable[Any],
     env: dict[Any, Labels],
@@ -92,6 +113,11 @@ def propagate(
                 env[var] = {s: lab for s, lab in labels.items() if not np.all(lab[0] == NONE)}
 
 
+def transfer(eqn: Any, inputs: list[Labels], constants: Mapping[Any, Any]) -> list[Labels]:
+    """Labels of the outputs of one equation."""
+    return _transfer(eqn, inputs, constants, False)
+
+
 def no_cut(eqn: Any, inputs: list[Labels]) -> None:
     del eqn, inputs
 
@@ -99,15 +125,16 @@ def no_cut(eqn: Any, inputs: list[Labels]) -> None:
 def _transfer(eqn, inputs, constants, nested) -> list[Labels]:
     if not any(inputs) or eqn.primitive.name in ENDS:
         return [{} for _ in eqn.outvars]
-    body = call_body(eqn) if is_jit(eqn) else None
+    body = call_body(eqn) if is_jit(eqn) or is_remat(eqn) else None
     if body is not None:
-        inner = open_jaxpr(body)
-        env = dict(zip(inner.invars, inputs))
         known = {
-            w: constants[v] for v, w in zip(eqn.invars, inner.invars) if not isinstance(v, Literal) and v in constants
+            w: constants[v]
+            for v, w in zip(eqn.invars, open_jaxpr(body).invars)
+            if not isinstance(v, Literal) and v in constants
         }
-        propagate(inner.eqns, env, no_cut, known, nested)
-        return [{} if isinstance(v, Literal) else env.get(v, {}) for v in inner.outvars]
+        return _through(body, inputs, nested, known)
+    if eqn.primitive.name in LOOPS:
+        return LOOPS[eqn.primitive.name](eqn, inputs, nested)
     rule = _rule_for(eqn, constants)
     if rule is None:
         return _many_or_derived(eqn, inputs, nested)
@@ -121,6 +148,63 @@ def _transfer(eqn, inputs, constants, nested) -> list[Labels]:
         for i in range(len(outs)):
             outs[i][s] = tuple(column[i] for column in columns)
     return outs
+
+
+def _through(body, inputs, nested, known=None) -> list[Labels]:
+    """Labels of the outputs of a body."""
+    inner = open_jaxpr(body)
+    env = {v: dict(labels) for v, labels in zip(inner.invars, inputs)}
+    known = (known or {}) | {v: c for v, c in zip(inner.constvars, consts_of(body)) if not is_tracer(c)}
+    propagate(inner.eqns, env, no_cut, known, nested)
+    return [{} if isinstance(v, Literal) else env.get(v, {}) for v in inner.outvars]
+
+
+def _join(a: Labels, b: Labels) -> Labels:
+    return {s: tuple(map(_combine, a[s], b[s])) if s in a and s in b else a.get(s, b.get(s, ())) for s in {**a, **b}}
+
+
+def _equal(a: Labels, b: Labels) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(x, y) for s in a for x, y in zip(a[s], b[s]))
+
+
+def _settled(step: Callable[[list[Labels]], list[Labels]], carry: list[Labels]) -> list[Labels]:
+    """The labels of a loop's carry before any of its sub-steps, whichever it is."""
+    while True:
+        new = [_join(a, b) for a, b in zip(carry, step(carry))]
+        if all(map(_equal, carry, new)):
+            return carry
+        carry = new
+
+
+def _through_while(eqn, inputs, nested) -> list[Labels]:
+    skipped, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    fixed, carry = inputs[skipped : skipped + consts], inputs[skipped + consts :]
+    return _settled(lambda carry: _through(eqn.params["body_jaxpr"], [*fixed, *carry], nested), carry)
+
+
+def _through_scan(eqn, inputs, nested) -> list[Labels]:
+    n = eqn.params["num_consts"]
+    m = n + eqn.params["num_carry"]
+    fixed, carry, xs = inputs[:n], inputs[n:m], inputs[m:]
+    # A slice of a scanned operand depends on what any of its slices depends on.
+    now = [{s: tuple(_reduce(ids, (0,)) for ids in label) for s, label in labels.items()} for labels in xs]
+    step = lambda carry: _through(eqn.params["jaxpr"], [*fixed, *carry, *now], nested)  # noqa: E731
+    carry = _settled(lambda carry: step(carry)[: m - n], carry)
+    outs = step(carry)
+    shapes = [v.aval.shape for v in eqn.outvars[m - n :]]
+    ys = [
+        {s: tuple(np.broadcast_to(ids, shape) for ids in label) for s, label in labels.items()}
+        for labels, shape in zip(outs[m - n :], shapes)
+    ]
+    return [*(carry if eqn.params["length"] == 0 else outs[: m - n]), *ys]
+
+
+def _through_cond(eqn, inputs, nested) -> list[Labels]:
+    branches = [_through(body, inputs[1:], nested) for body in eqn.params["branches"]]
+    return [functools.reduce(_join, labels) for labels in zip(*branches)]
+
+
+LOOPS = {"while": _through_while, "scan": _through_scan, "cond": _through_cond}
 
 
 def _many_or_derived(eqn, inputs, nested) -> list[Labels]:

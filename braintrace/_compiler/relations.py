@@ -220,6 +220,17 @@ def find_relations(
             )
             continue
         first = next(iter(paths.values()))
+        if len(op.eqn.outvars) > 1:
+            records.append(
+                CompilationRecord(
+                    DiagnosticKind.MULTI_OUTPUT_PRIMITIVE_DETECTED,
+                    DiagnosticLevel.INFO,
+                    f"{name} at {path_str(first)!r} has {len(op.eqn.outvars)} outputs; number {op.primitive.y_index} "
+                    "is traced.",
+                    primitive=name,
+                    weight_path=first,
+                )
+            )
         for key in op.operands.keys() - paths.keys():
             records.append(
                 CompilationRecord(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import html
 import sys
-from typing import Any, TextIO
+from typing import TextIO
 
 import brainstate
 
 from .._types import Path, path_str
 from .diagnostics import CompilationRecord, DiagnosticLevel
+from .diagram import mermaid
 from .graph import ETraceGraph
 
 __all__ = ["CompilationReport"]
+
+Section = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 
 class CompilationReport:
@@ -83,43 +87,78 @@ class CompilationReport:
             )
         ]
 
+    def _sections(self, level: int) -> list[Section]:
+        """Title, column names and rows of every part of the report that is not empty."""
+        found: list[Section] = [
+            (
+                "Hidden groups",
+                ("group", "members", "shape", "S"),
+                [
+                    (str(g.index), ", ".join(map(path_str, g.hidden_paths)), str(g.varshape), str(g.num_state))
+                    for g in self.graph.hidden_groups
+                ],
+            ),
+            ("Other dynamic states", ("state",), [(path_str(p),) for p in self.dynamic_states]),
+            (
+                "Trained online",
+                ("parameter", "operation", "groups"),
+                [(path_str(p), op, str(groups)) for p, groups, op in self._trained()],
+            ),
+            (
+                "Current-step gradient only",
+                ("parameter", "why"),
+                [(path_str(p), kind or "used without a marked operation") for p, kind in self.excluded_weights],
+            ),
+        ]
+        if level >= 2:
+            notable = [r for r in self.diagnostics if r.level is not DiagnosticLevel.INFO]
+            rows: list[tuple[str, ...]] = [(r.level.value, r.kind.value, r.message) for r in notable]
+            found.append(("Warnings and errors", ("level", "kind", "message"), rows))
+        return [(title, columns, list(dict.fromkeys(rows))) for title, columns, rows in found if rows]
+
     def to_str(self, level: int = 1) -> str:
         """The report as text; level 2 adds the warnings and errors."""
-        lines: list[str] = []
+        parts = []
+        for title, columns, rows in self._sections(level):
+            shown = [columns, *rows] if len(columns) > 1 else rows
+            widths = [max(map(len, column)) for column in zip(*shown)]
+            lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in shown]
+            parts.append("\n".join([title, *(f"  {line}" for line in lines)]))
+        return "\n\n".join(parts)
 
-        def section(title: str, items: list[str]) -> None:
-            if items:
-                lines.extend([title, *(f"  {item}" for item in items), ""])
+    def to_mermaid(self) -> str:
+        """The model as a Mermaid flowchart.
 
-        section(
-            "Hidden groups",
-            [
-                f"{g.index}: {', '.join(map(path_str, g.hidden_paths))}   shape {g.varshape}, S = {g.num_state}"
-                for g in self.graph.hidden_groups
-            ],
-        )
-        section("Other dynamic states", [path_str(p) for p in self.dynamic_states])
-        section(
-            "Trained online (operation -> groups)",
-            [
-                f"{path_str(p)}   {op} -> {list(groups)}"
-                for p, groups, op in dict.fromkeys(map(_hashable, self._trained()))
-            ],
-        )
-        section(
-            "Current-step gradient only",
-            [f"{path_str(p)}   {kind or 'used without a marked operation'}" for p, kind in self.excluded_weights],
-        )
-        if level >= 2:
-            section(
-                "Warnings and errors",
-                [
-                    f"{r.level.value} {r.kind.value}: {r.message}"
-                    for r in self.diagnostics
-                    if r.level is not DiagnosticLevel.INFO
-                ],
-            )
-        return "\n".join(lines).rstrip()
+        Operations and hidden groups are nodes. Thick arrows are traced (D is what carries a group's history), dotted
+        ones get the exact credit of the current step only, crossed ones are cut.
+
+        Examples
+        --------
+        >>> import brainstate, braintrace, jax.numpy as jnp
+        >>> cell = braintrace.nn.ValinaRNNCell(2, 3)
+        >>> _ = brainstate.nn.init_all_states(cell)
+        >>> print(braintrace.CompilationReport(braintrace.compile_etrace_graph(cell, jnp.zeros(2))).to_mermaid())
+        flowchart LR
+          x([input])
+          op0["W.weight<br/>etp_mv"]
+          g0[("h<br/>shape (3,), S = 1")]
+          out([output])
+          x --> op0
+          g0 --x|cut| op0
+          op0 ==>|traced| g0
+          g0 --> out
+        """
+        return mermaid(self.graph)
+
+    def _repr_html_(self) -> str:
+        def row(cells, tag):
+            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+        parts = []
+        for title, columns, rows in self._sections(2):
+            body = "".join(row(cells, "td") for cells in rows)
+            parts.append(f"<table><caption>{title}</caption>{row(columns, 'th')}{body}</table>")
+        return "".join(parts)
 
     def show(self, level: int = 1, *, file: TextIO | None = None) -> None:
         """Print the report."""
@@ -127,8 +166,3 @@ class CompilationReport:
 
     def __repr__(self) -> str:
         return f"CompilationReport({', '.join(f'{k}={v}' for k, v in self.counts.items())})"
-
-
-def _hashable(item: tuple[Path, list[int], str]) -> tuple[Any, ...]:
-    path, groups, op = item
-    return path, tuple(groups), op

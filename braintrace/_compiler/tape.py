@@ -21,7 +21,8 @@ import jax.numpy as jnp
 
 from .._jax import Literal, bind_equation, consts_of, eval_jaxpr, open_jaxpr, prune
 from .._types import Path
-from .flow import Flow, Reach, is_marked
+from .flatten import is_marked
+from .flow import Flow, Reach
 from .groups import HiddenGroup
 from .module_info import ModuleInfo
 from .relations import HiddenParamOpRelation

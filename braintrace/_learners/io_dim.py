@@ -9,6 +9,7 @@ import brainstate
 import jax
 import jax.numpy as jnp
 
+from .._compiler.policy import ControlFlowPolicy
 from .._traces.io import (
     IOTrace,
     bias_correction,
@@ -56,8 +57,8 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
         See :class:`ETraceVjpAlgorithm`.
     fast_solve : bool
         Accepted for scripts; results do not depend on it.
-    control_flow : None
-        Accepted for scripts.
+    control_flow : ControlFlowPolicy, optional
+        What to do with the loops and branches of the step.
     config : ETraceConfig, optional
         The rule as coordinates, with ``trace_factorization='io_factorized'``; it holds the decays, so that
         ``decay_or_rank`` may be left out.
@@ -106,7 +107,7 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
         name: str | None = None,
         vjp_method: str = "single-step",
         fast_solve: bool = True,
-        control_flow: None = None,
+        control_flow: ControlFlowPolicy | None = None,
         config: ETraceConfig | None = None,
         random_feedback_key: jax.Array | int | None = None,
         **legacy: Any,

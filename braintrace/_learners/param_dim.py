@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._compiler.policy import ControlFlowPolicy
 from .._traces import param
 from .._traces.record import add, contraction, pair_key
 from .._types import Path, path_str
@@ -43,8 +44,8 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         Accepted for scripts; results do not depend on them.
     trace_dtype : dtype, optional
         Storage precision of the traces; gradients keep the parameters' dtype.
-    control_flow : None
-        Accepted for scripts.
+    control_flow : ControlFlowPolicy, optional
+        What to do with the loops and branches of the step.
     config : ETraceConfig, optional
         The rule as coordinates, with ``trace_factorization='per_param'``.
     random_feedback_key : int or JAX key, optional
@@ -82,7 +83,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         fast_solve: bool = True,
         trace_dtype: Any = None,
         chunked_trace: bool = True,
-        control_flow: None = None,
+        control_flow: ControlFlowPolicy | None = None,
         config: ETraceConfig | None = None,
         random_feedback_key: jax.Array | int | None = None,
         **legacy: Any,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from .._compiler.executor import ETraceVjpGraphExecutor
 from .._compiler.groups import slots_of
+from .._compiler.policy import ControlFlowPolicy
 from .._compiler.tape import TapeRecord
 from .._jax import is_tracer, trace_context
 from .._traces.record import Slots, add, contraction, instantaneous, sensitivities, spread, x_keys
@@ -122,8 +123,8 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         exact reverse mode within the window, plus the cotangent of the hidden states at its entry contracted with
         the trace at its entry.
 
-    control_flow : None
-        Accepted for scripts.
+    control_flow : ControlFlowPolicy, optional
+        What to do with the loops and branches of the step.
     config : ETraceConfig, optional
         The rule as coordinates; by default the class's own.
     random_feedback_key : int or JAX key, optional
@@ -147,16 +148,11 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         model: brainstate.nn.Module,
         name: str | None = None,
         vjp_method: str = "single-step",
-        control_flow: None = None,
+        control_flow: ControlFlowPolicy | None = None,
         config: ETraceConfig | None = None,
         random_feedback_key: jax.Array | int | None = None,
     ):
-        super().__init__(model, ETraceVjpGraphExecutor(model, vjp_method), name=name)
-        if control_flow is not None:
-            raise NotImplementedError(
-                f"control_flow={control_flow!r}: there are no control-flow policies; a loop or branch around an "
-                "operation is refused when the model is compiled. Pass None."
-            )
+        super().__init__(model, ETraceVjpGraphExecutor(model, vjp_method, control_flow=control_flow), name=name)
         self._config = self._default_config if config is None else _check_config(config, self._default_config)
         if self._config.learning_signal == "random_feedback" and random_feedback_key is None:
             raise ValueError("learning_signal='random_feedback' needs random_feedback_key, an int or a JAX key.")

@@ -1,0 +1,485 @@
+"""The step as one flat program: evaluated again, with loops and branches opened where credit must be followed.
+
+Run under ``jax.make_jaxpr``, so JAX makes the new variables. Calls are inlined; a relevant ``cond`` becomes every
+branch and a selection, a relevant short ``scan`` its sub-steps one after the other; all else is bound as it is.
+
+Running every branch must not let a branch that was not taken (a division by zero, say) harm the gradient: a zero
+cotangent times an infinite derivative is NaN. Therefore whatever enters a branch, and every output of an operation
+inside, passes a *gate*, ``select(taken, v, stop_gradient(v))``: the same value, whose cotangent is an exact zero when
+the branch is not taken, whatever arrives. The input of an operation is kept by the traces, so there non-finite entries
+of a branch that was not taken become zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._jax import (
+    Literal,
+    at_source,
+    bind_equation,
+    call_body,
+    consts_of,
+    is_jit,
+    is_remat,
+    is_tracer,
+    open_jaxpr,
+    prune,
+    source_line,
+    sub_jaxprs,
+)
+from .._ops.primitive import ETPPrimitive
+from .._types import CompilationError, Path, path_str
+from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel, emit
+from .forward_only import is_forward_only, with_reverse_rule
+from .policy import ControlFlowPolicy
+from .positions import dependence, mixes
+
+__all__ = ["Origin", "equations_within", "flatten", "is_marked"]
+
+LOOPS = frozenset(["cond", "scan", "while"])
+LARGEST_DESCENT = 2048  # equations that following a long scan may make
+
+
+def is_marked(eqn: Any) -> bool:
+    return isinstance(eqn.primitive, ETPPrimitive)
+
+
+def equations_within(eqn: Any) -> Iterator[Any]:
+    """Every equation in the bodies of an equation, at any depth."""
+    for body in sub_jaxprs(eqn):
+        for inner in open_jaxpr(body).eqns:
+            yield inner
+            yield from equations_within(inner)
+
+
+class Origin(NamedTuple):
+    """What a value is computed from."""
+
+    weights: frozenset = frozenset()  # paths of parameters, if of them and constants alone
+    data: bool = False  # of an argument or state that is no parameter
+    live: bool = False  # it carries credit to hidden states, operations or parameters
+    entry: bool = False  # it is a hidden state's old value itself
+
+    @classmethod
+    def of_weight(cls, path: Path) -> Origin:
+        return cls(weights=frozenset([path]), live=True)
+
+
+def flatten(
+    closed: Any, origins: Sequence[Origin], num_out: int, hidden_out: Sequence[bool], policy: ControlFlowPolicy
+) -> tuple[Any, list[CompilationRecord]]:
+    """Flatten the step; the outputs from ``num_out`` on are new state leaves and keep the dtype of the old ones.
+
+    ``origins`` tells what each input is, ``hidden_out`` which outputs are new hidden values.
+    """
+    jaxpr = open_jaxpr(closed)
+    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.invars]
+    first_state = len(jaxpr.invars) - (len(jaxpr.outvars) - num_out)
+    flattener = _Flattener(policy)
+
+    def step(*values):
+        results, _ = flattener.run(closed, values, origins, hidden_out)
+        outs = [jnp.asarray(x) for x in results]
+        for i, old in enumerate(values[first_state:], num_out):
+            if outs[i].dtype != old.dtype:
+                outs[i] = outs[i].astype(old.dtype)
+        return outs
+
+    flat = jax.make_jaxpr(step)(*avals)
+    return prune(flat, [True] * len(open_jaxpr(flat).outvars))[0], flattener.records
+
+
+class _Frame:
+    """Values and origins of one jaxpr while it is evaluated."""
+
+    def __init__(self, closed, values, origins, hidden_out, taken, depth):
+        jaxpr = open_jaxpr(closed)
+        self.env = dict(zip(jaxpr.constvars, ((c, Origin()) for c in consts_of(closed))))
+        self.env |= dict(zip(jaxpr.invars, zip(values, origins)))
+        self.hidden = {v for v, h in zip(jaxpr.outvars, hidden_out) if h and not isinstance(v, Literal)}
+        self.used = {v for e in jaxpr.eqns for v in e.invars if not isinstance(v, Literal)}
+        self.used |= {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+        self.taken, self.depth = taken, depth
+        self.gates: dict[Any, Any] = {}
+
+    def read(self, var):
+        return (var.val, Origin()) if isinstance(var, Literal) else self.env[var]
+
+    def inputs(self, eqn):
+        pairs = [self.read(v) for v in eqn.invars]
+        return [v for v, _ in pairs], [o for _, o in pairs]
+
+    def hidden_out(self, eqn):
+        return [v in self.hidden for v in eqn.outvars]
+
+    def gate(self, var, make):
+        """A gated value, the same for everybody who asks."""
+        if isinstance(var, Literal):
+            return var.val
+        key = (var, make)
+        if key not in self.gates:
+            self.gates[key] = make(self.taken, self.env[var][0])
+        return self.gates[key]
+
+
+class _Flattener:
+    def __init__(self, policy: ControlFlowPolicy):
+        self.policy = policy
+        self.records: list[CompilationRecord] = []
+
+    def run(self, closed, values, origins, hidden_out, taken=None, depth=0):
+        frame = _Frame(closed, values, origins, hidden_out, taken, depth)
+        jaxpr = open_jaxpr(closed)
+        for eqn in jaxpr.eqns:
+            outs, out_origins = self.equation(eqn, frame)
+            frame.env.update(zip(eqn.outvars, zip(outs, out_origins)))
+        results = [frame.read(v) for v in jaxpr.outvars]
+        return [v for v, _ in results], [o for _, o in results]
+
+    def equation(self, eqn, frame):
+        values, origins = frame.inputs(eqn)
+        if not eqn.effects and _foldable(eqn, values):
+            with jax.ensure_compile_time_eval():
+                return bind_equation(eqn, values), [Origin()] * len(eqn.outvars)
+        body = call_body(eqn) if is_jit(eqn) or is_remat(eqn) else None
+        if body is not None and (is_jit(eqn) or self.is_relevant(eqn, frame)):
+            return self.run(body, values, origins, frame.hidden_out(eqn), frame.taken, frame.depth)
+        rule = {"cond": self.cond, "scan": self.scan, "while": self.while_loop}.get(eqn.primitive.name)
+        if rule is not None and self.is_relevant(eqn, frame):
+            return rule(eqn, frame)
+        if rule is None:
+            self.check_operations(eqn, frame)
+        return self.whole(eqn, frame)
+
+    def is_relevant(self, eqn, frame) -> bool:
+        _, origins = frame.inputs(eqn)
+        reads = any(o.live for o in origins)
+        return reads or any(frame.hidden_out(eqn)) or any(map(is_marked, equations_within(eqn)))
+
+    # -- one equation as it is ------------------------------------------------------------------------------------
+
+    def whole(self, eqn, frame):
+        values, origins = frame.inputs(eqn)
+        out_origins = [_origin_of(eqn, origins, v) for v in eqn.outvars]
+        if frame.taken is None:
+            outs = with_reverse_rule(eqn)(*values) if is_forward_only(eqn) else bind_equation(eqn, values)
+            return outs, out_origins
+        with at_source(eqn):
+            if is_marked(eqn):
+                return self.operation_in_branch(eqn, frame, values), out_origins
+            if not all(o.weights for o in out_origins):
+                # Within a branch, parameters reach operations bare, so that they stay recognisable, all else gated.
+                values = [frame.gate(v, _gate) if o.weights else x for v, x, o in zip(eqn.invars, values, origins)]
+            outs = with_reverse_rule(eqn)(*values) if is_forward_only(eqn) else bind_equation(eqn, values)
+        return outs, out_origins
+
+    def operation_in_branch(self, eqn, frame, values):
+        i, y = eqn.primitive.x_index, eqn.primitive.y_index
+        if i is not None:
+            values[i] = frame.gate(eqn.invars[i], _finite)
+        outs = bind_equation(eqn, values)
+        outs[y] = _gate(frame.taken, outs[y])
+        return outs
+
+    # -- branches -------------------------------------------------------------------------------------------------
+
+    def cond(self, eqn, frame):
+        (index, *operands), origins = frame.inputs(eqn)
+        branches = eqn.params["branches"]
+        if not is_tracer(index):
+            chosen = branches[min(max(int(index), 0), len(branches) - 1)]
+            return self.run(chosen, operands, origins[1:], frame.hidden_out(eqn), frame.taken, frame.depth)
+        why = self.cannot_convert(eqn)
+        if why is None:
+            return self.every_branch(eqn, frame, index, operands, origins)
+        if self.policy.cond == "convert":
+            self.note("COND_CONVERSION_SKIPPED", "WARNING", eqn, f"The branch{_at(eqn)} is kept as it is: {why}.")
+        knob = "ControlFlowPolicy(cond='convert')" if self.policy.cond == "opaque" else "jnp.where"
+        self.check_weights(eqn, frame, "WEIGHT_IN_CONTROL_FLOW", f"Take it out of the branch, or use {knob}.")
+        return self.kept(eqn, frame)
+
+    def cannot_convert(self, eqn) -> str | None:
+        if self.policy.cond == "opaque":
+            return "cond='opaque'"
+        if eqn.effects:
+            return "it has side effects"
+        for inner in equations_within(eqn):
+            if inner.primitive.name == "while":
+                return f"it holds a while loop{_at(inner)}, which might never end in a branch that is not taken"
+            if inner.primitive.name == "scan" and inner.params["length"] > self.policy.scan_unroll_limit:
+                return (
+                    f"it holds a scan{_at(inner)} of length {inner.params['length']}, beyond "
+                    f"scan_unroll_limit={self.policy.scan_unroll_limit}"
+                )
+        return None
+
+    def every_branch(self, eqn, frame, index, operands, origins):
+        self.enter(eqn, frame)
+        branches = eqn.params["branches"]
+        self.note("COND_IF_CONVERTED", "INFO", eqn, f"The branch{_at(eqn)} runs both ways, and its result is selected.")
+        results = []
+        for k, body in enumerate(branches):
+            with at_source(eqn):
+                taken = index == k if frame.taken is None else jnp.logical_and(frame.taken, index == k)
+                inputs = [v if o.weights else _gate(taken, v) for v, o in zip(operands, origins[1:])]
+            hidden = frame.hidden_out(eqn)
+            results.append(self.run(body, inputs, origins[1:], hidden, taken, frame.depth + 1))
+        outs = []
+        with at_source(eqn):
+            for choices in zip(*(values for values, _ in results)):
+                same = all(c is choices[0] for c in choices)
+                outs.append(choices[0] if same else jax.lax.select_n(index, *map(jnp.asarray, choices)))
+        joined = zip(eqn.outvars, zip(*(o for _, o in results)))
+        return outs, [_origin_of(eqn, [*os, origins[0]], v) for v, os in joined]
+
+    # -- loops ----------------------------------------------------------------------------------------------------
+
+    def scan(self, eqn, frame):
+        length, limit = eqn.params["length"], self.policy.scan_unroll_limit
+        _, origins = frame.inputs(eqn)
+        consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        sliced = frozenset[Path]().union(*(o.weights for o in origins[consts + carry :]))
+        if sliced:
+            path = min(sliced, key=path_str)
+            text = f"The scan{_at(eqn)} takes one slice of the parameter {path_str(path)!r} in every sub-step"
+            self.note("RELATION_EXCLUDED_SLICED_WEIGHT", "WARNING", eqn, f"{text}.", path)
+            self.refuse(
+                "WEIGHT_IN_CONTROL_FLOW",
+                eqn,
+                f"{text}, where no trace can follow it. Write the loop in Python with one parameter per sub-step.",
+                path,
+            )
+        has_while = any(e.primitive.name == "while" for e in equations_within(eqn))
+        blocked = "it has side effects" if eqn.effects else "it holds a while loop" if has_while else None
+        if blocked is None and 1 <= length <= limit:
+            self.note("SCAN_UNROLLED", "INFO", eqn, f"The scan{_at(eqn)} of length {length} is unrolled.")
+            return self.unrolled(eqn, frame)
+        if blocked is None and length == 0:
+            return self.whole(eqn, frame)
+        if blocked is None:
+            return self.long_scan(eqn, frame)
+        self.note("SCAN_UNROLL_SKIPPED", "WARNING", eqn, f"The scan{_at(eqn)} is kept as it is: {blocked}.")
+        self.check_weights(eqn, frame, "WEIGHT_IN_CONTROL_FLOW", "Take it out of the loop.")
+        return self.kept(eqn, frame)
+
+    def long_scan(self, eqn, frame):
+        length, limit = eqn.params["length"], self.policy.scan_unroll_limit
+        auto = self.policy.scan_descent == "auto"
+        remedy = f"Pass ControlFlowPolicy(scan_unroll_limit={length}) to unroll it."
+        self.note(
+            "SCAN_UNROLL_SKIPPED",
+            "INFO" if auto else "WARNING",
+            eqn,
+            f"The scan{_at(eqn)} of length {length} is not unrolled: scan_unroll_limit={limit}.",
+        )
+        weights = self.weights_of(eqn, frame)
+        if not auto:
+            self.check_weights(eqn, frame, "WEIGHT_IN_CONTROL_FLOW", remedy)
+        elif weights and any(map(is_marked, equations_within(eqn))):
+            why = self.cannot_descend(eqn, frame)
+            if why is None:
+                text = f"The scan{_at(eqn)} of length {length} is followed sub-step by sub-step."
+                self.note("SCAN_DESCENT_APPLIED", "INFO", eqn, text)
+                return self.unrolled(eqn, frame)
+            self.note("SCAN_DESCENT_SKIPPED", "WARNING", eqn, f"The scan{_at(eqn)} cannot be followed: {why}.")
+            self.check_weights(eqn, frame, "WEIGHT_IN_CONTROL_FLOW", f"{why[0].upper()}{why[1:]}. {remedy}")
+        elif weights:
+            path = min(weights, key=path_str)
+            text = (
+                f"The scan{_at(eqn)} reads the parameter {path_str(path)!r} without a marked operation: it gets the "
+                "exact gradient of the current step, without history."
+            )
+            self.note("SCAN_DESCENT_NO_RELATIONS", "WARNING", eqn, text, path)
+        return self.kept(eqn, frame)
+
+    def cannot_descend(self, eqn, frame) -> str | None:
+        _, origins = frame.inputs(eqn)
+        params = eqn.params
+        made = params["length"] * len(list(equations_within(eqn)))
+        carried = origins[params["num_consts"] :][: params["num_carry"]]
+        nested = [e for e in equations_within(eqn) if e.primitive.name in LOOPS]
+        if params["reverse"]:
+            return "it runs backward"
+        if nested:
+            return f"it holds a {nested[0].primitive.name}{_at(nested[0])}"
+        if not any(o.entry for o in carried):
+            return "it carries no hidden state from its value at the start of the step"
+        if any(o.live and not o.entry for o in carried):
+            return "the hidden value that it carries is computed before it starts"
+        if made > LARGEST_DESCENT:
+            return f"it would make {made} equations, more than {LARGEST_DESCENT}"
+        return None
+
+    def unrolled(self, eqn, frame):
+        self.enter(eqn, frame)
+        values, origins = frame.inputs(eqn)
+        params = eqn.params
+        n, m = params["num_consts"], params["num_consts"] + params["num_carry"]
+        consts, carry, xs = values[:n], values[n:m], values[m:]
+        const_origins, carry_origins, x_origins = (
+            origins[:n],
+            origins[n:m],
+            [o._replace(entry=False) for o in origins[m:]],
+        )
+        hidden = frame.hidden_out(eqn)
+        order = range(params["length"])
+        stacked: list[list[Any]] = []
+        joined: list[Any] = []
+        for i in reversed(order) if params["reverse"] else order:
+            with at_source(eqn):
+                now = [_item(x, i) for x in xs]
+            inputs, of_inputs = [*consts, *carry, *now], [*const_origins, *carry_origins, *x_origins]
+            outs, out_origins = self.run(params["jaxpr"], inputs, of_inputs, hidden, frame.taken, frame.depth + 1)
+            carry, carry_origins = outs[: m - n], out_origins[: m - n]
+            stacked.append(outs[m - n :])
+            joined.append(out_origins[m - n :])
+        if params["reverse"]:
+            stacked.reverse()
+        with at_source(eqn):
+            ys = [jnp.stack([jnp.asarray(y) for y in steps]) for steps in zip(*stacked)]
+        y_origins = [_origin_of(eqn, os, v) for v, os in zip(eqn.outvars[m - n :], zip(*joined))]
+        return [*carry, *ys], [*carry_origins, *y_origins]
+
+    def while_loop(self, eqn, frame):
+        self.check_weights(
+            eqn,
+            frame,
+            "WEIGHT_IN_WHILE",
+            "No policy can change that: use a loop of fixed length (brainstate.transform.for_loop or scan), or wrap "
+            "the parameter in jax.lax.stop_gradient.",
+        )
+        return self.kept(eqn, frame)
+
+    def kept(self, eqn, frame):
+        """A relevant loop or branch that stays whole."""
+        self.check_operations(eqn, frame)
+        name, live = eqn.primitive.name, any(o.live for o in frame.inputs(eqn)[1])
+        if not live:
+            return self.whole(eqn, frame)
+        if not is_forward_only(eqn):
+            text = f"The {name}{_at(eqn)} computes with hidden states and is kept as one operation."
+            self.note("CONTROL_FLOW_OPAQUE_FWD", "INFO", eqn, text)
+            return self.whole(eqn, frame)
+        if self.policy.while_hidden == "error":
+            self.refuse(
+                "CONTROL_FLOW_OPAQUE_FWD",
+                eqn,
+                f"The {name}{_at(eqn)} computes with hidden states or operations, and while_hidden='error' forbids it. "
+                "Pass ControlFlowPolicy(while_hidden='opaque-fwd') to differentiate it in forward mode, or use a loop "
+                "of fixed length (brainstate.transform.for_loop or scan).",
+            )
+        text = f"The {name}{_at(eqn)} computes with hidden states: it is differentiated in forward mode."
+        self.note("CONTROL_FLOW_OPAQUE_FWD", "INFO", eqn, text)
+        lives = {i for i, o in enumerate(frame.inputs(eqn)[1]) if o.live}
+        mixed = [
+            mixes(of[i]) for v, of in zip(eqn.outvars, dependence(eqn)) if v in frame.used for i in lives & set(of)
+        ]
+        if any(mixed):
+            text = (
+                f"The {name}{_at(eqn)} mixes positions, and has no reverse-mode derivative: what one position gives to "
+                "another in it gets no credit. Use a loop of fixed length (brainstate.transform.for_loop or scan)."
+            )
+            self.note("CONTROL_FLOW_RECURRENT_MIXING", "WARNING", eqn, text)
+        return self.whole(eqn, frame)
+
+    # -- what is said about it --------------------------------------------------------------------------------------
+
+    def enter(self, eqn, frame):
+        if frame.depth >= self.policy.fixpoint_iteration_limit:
+            raise CompilationError(
+                f"The {eqn.primitive.name}{_at(eqn)} stands inside {frame.depth} loops or branches that are opened "
+                f"too: fixpoint_iteration_limit={self.policy.fixpoint_iteration_limit}. Pass a larger one."
+            )
+
+    def weights_of(self, eqn, frame) -> frozenset[Path]:
+        return frozenset[Path]().union(*(o.weights for o in frame.inputs(eqn)[1]))
+
+    def check_weights(self, eqn, frame, kind, remedy):
+        weights = self.weights_of(eqn, frame)
+        if weights:
+            path = min(weights, key=path_str)
+            name = eqn.primitive.name
+            why = f"The parameter {path_str(path)!r} is used inside a {name}{_at(eqn)}, where no trace can follow it. "
+            self.refuse(kind, eqn, why + remedy, path)
+
+    def check_operations(self, eqn, frame):
+        """Marked operations that stay inside an equation are refused, or left to plain JAX."""
+        inner = sorted({e.primitive.name for e in equations_within(eqn) if is_marked(e)})
+        if not inner:
+            return
+        text = f"The marked operation {inner[0]!r} stands inside a {eqn.primitive.name!r}{_at(eqn)}, where no trace "
+        if self.policy.etp_in_control_flow == "error" or self.weights_of(eqn, frame):
+            self.refuse(
+                "PRIMITIVE_INSIDE_CONTROL_FLOW",
+                eqn,
+                f"{text}can follow it. Call it outside, use plain JAX inside, or, if its operand is no parameter, "
+                "pass ControlFlowPolicy(etp_in_control_flow='exclude').",
+                primitive=inner[0],
+            )
+        text += "follows it: it is plain JAX there."
+        self.note("PRIMITIVE_INSIDE_CONTROL_FLOW", "WARNING", eqn, text, primitive=inner[0])
+
+    def note(self, kind, level, eqn, message, weight_path=None, primitive=None):
+        record = CompilationRecord(
+            DiagnosticKind[kind],
+            DiagnosticLevel[level],
+            message,
+            primitive=primitive or eqn.primitive.name,
+            weight_path=weight_path,
+            context={"line": source_line(eqn)},
+        )
+        if record not in self.records:  # the sub-steps of a scan say the same
+            self.records.append(record)
+
+    def refuse(self, kind, eqn, message, weight_path=None, primitive=None):
+        self.note(kind, "ERROR", eqn, message, weight_path, primitive)
+        emit(self.records)
+        raise NotImplementedError(message)
+
+
+def _at(eqn) -> str:
+    line = source_line(eqn)
+    return f" at {line}" if line else ""
+
+
+def _is_inexact(x) -> bool:
+    return jnp.issubdtype(jnp.result_type(x) if not hasattr(x, "dtype") else x.dtype, jnp.inexact)
+
+
+def _gate(taken, value):
+    if not (is_tracer(value) and _is_inexact(value)):
+        return value
+    return jax.lax.select_n(taken, jax.lax.stop_gradient(value), value)
+
+
+def _finite(taken, value):
+    if not (is_tracer(value) and _is_inexact(value)):
+        return value
+    use = jnp.logical_or(taken, jax.lax.is_finite(jnp.abs(value)))
+    return jax.lax.select_n(use, jnp.zeros_like(value), value)
+
+
+def _item(xs, i):
+    return jax.lax.index_in_dim(xs, i, keepdims=False) if is_tracer(xs) else xs[i]
+
+
+def _foldable(eqn, values) -> bool:
+    """Whether an equation computes a constant of moderate size: then D and df may be known before the first step."""
+    sizes = [math.prod(v.aval.shape) for v in eqn.outvars]
+    return not any(map(is_tracer, values)) and sum(sizes) <= 2**20 and not is_marked(eqn)
+
+
+def _origin_of(eqn, origins: Sequence[Origin], outvar) -> Origin:
+    data = any(o.data for o in origins)
+    weights: frozenset = frozenset().union(*(o.weights for o in origins))
+    if is_marked(eqn):
+        return Origin(data=True, live=True)
+    if not jnp.issubdtype(outvar.aval.dtype, jnp.inexact) or eqn.primitive.name == "stop_gradient":
+        return Origin(data=data or bool(weights))
+    return Origin(frozenset() if data else weights, data, any(o.live for o in origins))

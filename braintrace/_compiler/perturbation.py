@@ -1,0 +1,144 @@
+"""The step with something added to every new hidden value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import brainstate
+import jax
+import jax.numpy as jnp
+
+from .._jax import Literal, Var, bind_equation, consts_of, eval_jaxpr, open_jaxpr
+from .._types import Path, path_str
+from .module_info import ModuleInfo, extract_module_info
+
+__all__ = ["HiddenPerturbation", "add_hidden_perturbation_from_minfo", "add_hidden_perturbation_in_module"]
+
+
+class HiddenPerturbation(NamedTuple):
+    """The step as a program that adds one more input to every new hidden value, where the step writes it.
+
+    The derivative with respect to such an input is the total derivative with respect to that new value.
+
+    Attributes
+    ----------
+    perturb_vars : tuple of Var
+        The added inputs, one per hidden state; ``.aval`` has their shape and dtype.
+    perturb_hidden_paths : tuple of path
+        Hidden states in the same order.
+    perturb_hidden_states : tuple of HiddenState
+    perturb_jaxpr : ClosedJaxpr
+        ``(step inputs, perturbations) -> step outputs``, flat.
+    """
+
+    perturb_vars: tuple[Var, ...]
+    perturb_hidden_paths: tuple[Path, ...]
+    perturb_hidden_states: tuple[brainstate.HiddenState, ...]
+    perturb_jaxpr: Any
+
+    def init_perturb_data(self) -> list[jax.Array]:
+        """Zeros, one array per hidden state."""
+        return [jnp.zeros(v.aval.shape, v.aval.dtype) for v in self.perturb_vars]
+
+    def eval_jaxpr(self, inputs: Sequence[Any], perturb_data: Sequence[Any]) -> list[Any]:
+        """Flat outputs of the step for flat inputs and one perturbation per hidden state."""
+        if len(perturb_data) != len(self.perturb_vars):
+            raise ValueError(
+                f"There are {len(self.perturb_vars)} hidden states, got {len(perturb_data)} perturbations."
+            )
+        return eval_jaxpr(self.perturb_jaxpr, *inputs, *perturb_data)
+
+    def dict(self) -> dict[str, Any]:
+        return self._asdict()
+
+    def __repr__(self) -> str:
+        shapes = {path_str(p): v.aval.shape for p, v in zip(self.perturb_hidden_paths, self.perturb_vars)}
+        return f"HiddenPerturbation({shapes})"
+
+
+def add_hidden_perturbation_from_minfo(minfo: ModuleInfo) -> HiddenPerturbation:
+    """Add an input to every new hidden value of a traced step.
+
+    Parameters
+    ----------
+    minfo : ModuleInfo
+        From :func:`extract_module_info`.
+
+    Returns
+    -------
+    HiddenPerturbation
+
+    Examples
+    --------
+    >>> import brainstate, braintrace, jax.numpy as jnp
+    >>> cell = braintrace.nn.LSTMCell(2, 3)
+    >>> _ = brainstate.nn.init_all_states(cell)
+    >>> minfo = braintrace.extract_module_info(cell, jnp.zeros(2))
+    >>> braintrace.add_hidden_perturbation_from_minfo(minfo)
+    HiddenPerturbation({'h': (3,), 'c': (3,)})
+    """
+    jaxpr = minfo.jaxpr
+    states = minfo.states_of(brainstate.HiddenState)
+    added_to: dict[Any, list[int]] = {}
+    for i, path in enumerate(states):
+        if _is_made(minfo, path):
+            added_to.setdefault(minfo.hidden_path_to_outvar[path], []).append(i)
+    beside = {minfo.num_var_out + n: i for i, n in _beside(minfo, states, added_to)}
+
+    def run(inputs, perturbations):
+        env = dict(zip(jaxpr.invars, inputs)) | dict(zip(jaxpr.constvars, consts_of(minfo.closed_jaxpr)))
+        read = lambda v: v.val if isinstance(v, Literal) else env[v]  # noqa: E731
+        for eqn in jaxpr.eqns:
+            outs = bind_equation(eqn, [read(v) for v in eqn.invars])
+            for var, out in zip(eqn.outvars, outs):
+                env[var] = sum((perturbations[i] for i in added_to.get(var, ())[:1]), out)
+        outs = [jnp.asarray(read(v)) for v in jaxpr.outvars]
+        return [x + perturbations[beside[n]] if n in beside else x for n, x in enumerate(outs)]
+
+    shape_of = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)  # noqa: E731
+    shapes = [shape_of(minfo.hidden_path_to_invar[p]) for p in states]
+    closed = jax.make_jaxpr(run)([shape_of(v) for v in jaxpr.invars], shapes)
+    added = tuple(open_jaxpr(closed).invars[len(jaxpr.invars) :])
+    return HiddenPerturbation(added, tuple(states), tuple(states.values()), closed)
+
+
+def _is_made(minfo, path) -> bool:
+    """Whether the step computes a new value, rather than hand on a constant or an input."""
+    var = minfo.hidden_path_to_outvar[path]
+    return not isinstance(var, Literal) and var not in minfo.jaxpr.invars and var not in minfo.jaxpr.constvars
+
+
+def _beside(minfo, states, added_to):
+    """(hidden state number, state leaf number) where the perturbation is added to the output alone: the value is handed
+    on, or shared with an earlier state."""
+    numbers = dict(zip(minfo.compiled_state_paths, minfo.state_leaves))
+    for i, path in enumerate(states):
+        first = added_to.get(minfo.hidden_path_to_outvar[path], [i])[0] if _is_made(minfo, path) else None
+        if first != i:
+            yield i, numbers[path][0]
+
+
+def add_hidden_perturbation_in_module(model: brainstate.nn.Module, *args: Any, **kwargs: Any) -> HiddenPerturbation:
+    """:func:`extract_module_info`, then :func:`add_hidden_perturbation_from_minfo`.
+
+    Parameters
+    ----------
+    model : brainstate.nn.Module
+        With initialised states.
+    *args, **kwargs
+        As :func:`extract_module_info` takes them.
+
+    Returns
+    -------
+    HiddenPerturbation
+
+    Examples
+    --------
+    >>> import brainstate, braintrace, jax.numpy as jnp
+    >>> cell = braintrace.nn.GRUCell(2, 3)
+    >>> _ = brainstate.nn.init_all_states(cell)
+    >>> braintrace.add_hidden_perturbation_in_module(cell, jnp.zeros(2)).init_perturb_data()
+    [Array([0., 0., 0.], dtype=float32)]
+    """
+    return add_hidden_perturbation_from_minfo(extract_module_info(model, *args, **kwargs))
