@@ -1,7 +1,7 @@
 """One case in one process: build, compile, warm up, time, and print one line of JSON.
 
-`compare.py` starts it as ``worker.py JOB``. A job with `learner` false is the plain network: its whole-sequence gradient
-is back-propagation through time.
+`compare.py` starts it as ``worker.py JOB``. A job with `learner` false is the plain network, whose gradient of a whole
+sequence is back-propagation through time.
 """
 
 import json
@@ -25,7 +25,7 @@ BLOCK_SECONDS, MOST_STEPS = 0.1, 50
 
 
 class Problem:
-    """A network, the learner that drives it (the network itself in a plain job), and what to reset and differentiate."""
+    """A network, what takes a step of it (a learner, or the network itself), and what to differentiate."""
 
     def __init__(self, model, size, learner, mode=None, rule=None):
         self.batch, self.inputs, self.outputs = size["batch"], size["inputs"], size["outputs"]
