@@ -86,7 +86,7 @@ def select(sizes, patterns):
 
 def run_worker(contestant, job, limit):
     """What one worker process prints, or the reason why it printed nothing."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONWARNINGS": "ignore"}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     if contestant.path:
         environment["PYTHONPATH"] = contestant.path
     command = [contestant.python, HERE / "worker.py", json.dumps(job | {"learner": contestant.learner})]
@@ -167,15 +167,13 @@ def published_python(folder):
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    whole = "comma-separated "
-    parser.add_argument(
-        "--only", default="*", help=whole + "patterns " + "/".join(FIELDS) + ", fields at the end optional"
-    )
-    parser.add_argument("--sizes", default="S,M", help=whole + "names out of " + ", ".join(SIZES))
+    patterns = f"patterns {'/'.join(FIELDS)}, parts at the end may be left out"
+    parser.add_argument("--only", default="*", help=patterns)
+    parser.add_argument("--sizes", default="S,M", help=f"out of {', '.join(SIZES)}")
     parser.add_argument("--rounds", type=int, default=3, help="processes for each contestant of a case, in turns")
     parser.add_argument("--repeats", type=int, default=10, help="timed runs in one process")
-    parser.add_argument("--time-limit", type=float, default=90.0, help="seconds for one process")
-    parser.add_argument("--memory-steps", default="200,800,3200", help=whole + "sequence lengths of the memory table")
+    parser.add_argument("--time-limit", type=float, default=120.0, help="seconds for one process")
+    parser.add_argument("--memory-steps", default="200,800,3200", help="lengths in the memory table")
     parser.add_argument("--skip-published", action="store_true", help=f"leave braintrace {RELEASE} out")
     parser.add_argument("--published-env", type=Path, help=f"virtual environment of braintrace {RELEASE}")
     parser.add_argument("--output", type=Path, help="Markdown file to write; without it the tables are printed")
@@ -200,13 +198,13 @@ def main():
     if not options.skip_published:
         contestants[PUBLISHED] = Contestant(published_python(options.published_env))
 
-    # Results of another machine, version or set of contestants are no part of this comparison.
-    setting = report.setting(ROOT) | {"contestants": list(contestants)}
+    # Results of another machine, version, set of contestants or number of rounds are no part of this comparison.
+    setting = report.setting(ROOT) | {"contestants": list(contestants), "rounds": options.rounds}
     finished = {}
     if options.results and options.results.exists():
         for line in options.results.read_text().splitlines():
             record = json.loads(line)
-            if record["setting"] == setting:
+            if record["setting"] == setting and not setting["modified"]:
                 finished[Case(**record["case"])] = record["results"]
 
     for i, case in enumerate(cases, 1):

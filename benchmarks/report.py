@@ -26,29 +26,41 @@ TEXTS = {
     "time.",
 }
 READING = (
-    "Times are in milliseconds: the fastest run of all rounds, and in parentheses the median run. Ratios are to *plain*: "
-    "the median over the rounds of the ratio of the fastest runs, from processes that ran one after the other. "
-    "*Memory* is XLA's temporary memory of the compiled function in MB, *compile* the seconds to trace and compile it."
+    "Times are in milliseconds: the fastest run of all rounds and, in parentheses, the median run. A ratio is to "
+    "*plain*: that of the fastest runs of two processes that ran one after the other, the median over the rounds. *Memory* is "
+    "what XLA plans for temporary arrays, in MB; *compile* is the seconds to trace and compile."
 )
 
 
 def setting(root):
     """Machine and versions, as far as they can change a number."""
-    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
-    done = subprocess.run(describe, capture_output=True, text=True)
+    sources = ["--", "braintrace", "benchmarks"]
+    revision = git(root, "log", "-1", "--format=%h", *sources)
     return {
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": {name: version(name) for name in PACKAGES},
-        "revision": done.stdout.strip() or "unknown",
+        "revision": revision or "unknown",
+        "modified": not revision or bool(git(root, "status", "--porcelain", *sources)),
     }
+
+
+def git(root, *command):
+    try:
+        return subprocess.run(["git", "-C", root, *command], capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def processor():
     info = Path("/proc/cpuinfo")
     found = info.exists() and re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE)
     return found[1] if found else platform.processor() or "unknown"
+
+
+def every_result(finished):
+    return [r for results in finished.values() for rs in results.values() for r in successes(rs)]
 
 
 def fastest(result, full):
@@ -135,9 +147,7 @@ def time_table(cases, sizes):
 
 def memory_table(cases):
     """One row for each contestant of a case; the plain network, the same for every rule, has one a model."""
-    lengths = next(
-        (list(r["memory"]) for results in cases.values() for rs in results.values() for r in successes(rs)), []
-    )
+    lengths = next((list(r["memory"]) for r in every_result(cases)), [])
     rows = {}
     for case, results in cases.items():
         for name, (result,) in results.items():
@@ -149,18 +159,14 @@ def memory_table(cases):
 
 
 def document(setting, finished, sizes):
-    devices = {r["device"] for results in finished.values() for rs in results.values() for r in successes(rs)}
-    lines = [
-        "# Benchmarks",
-        "",
-        "Made by `python benchmarks/compare.py`; `benchmarks/README.md` tells how to read it.",
-        "",
-    ]
+    devices = {r["device"] for r in every_result(finished)}
+    changed = " with changes" if setting["modified"] else ""
+    lines = ["# Benchmarks", "", "Written by `python benchmarks/compare.py`.", ""]
     lines += [
         f"- Processor: {setting['processor']}, {setting['cores']} cores; {setting['system']}",
         f"- Device of JAX: {', '.join(sorted(devices)) or 'unknown'}",
         "- " + ", ".join(f"{name} {number}" for name, number in setting["versions"].items()),
-        f"- *this*: braintrace at revision {setting['revision']}; *published*: braintrace 0.2.6",
+        f"- *this*: braintrace at revision {setting['revision']}{changed}; *published*: braintrace 0.2.6",
         f"- Date: {date.today()}",
         "",
     ]
