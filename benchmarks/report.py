@@ -22,13 +22,12 @@ TEXTS = {
     "back-propagation through time, always over a batch.",
     "step": "The step of the network, its gradient and one step of gradient descent. *Plain* is the same without a "
     "learner: the gradient through one step.",
-    "memory": "Of the compiled gradient of a whole sequence, in MB; nothing runs. *Plain* is back-propagation through "
-    "time.",
+    "memory": "Of the compiled gradient of a whole sequence; nothing runs. *Plain* is back-propagation through time.",
 }
 READING = (
     "Times are in milliseconds: the fastest run of all rounds and, in parentheses, the median run. A ratio is to "
-    "*plain*: that of the fastest runs of two processes that ran one after the other, the median over the rounds. *Memory* is "
-    "what XLA plans for temporary arrays, in MB; *compile* is the seconds to trace and compile."
+    "*plain*: that of the fastest runs of two processes that ran one after the other, the median over the rounds. "
+    "*Memory* is what XLA plans for temporary arrays; *compile* is the seconds to trace and compile."
 )
 
 
@@ -83,7 +82,7 @@ def time_cell(results, full):
     if not good:
         return "failed"
     middle = statistics.median(t * full / result["steps"] for result in good for t in result["times"])
-    return f"{1e3 * min(fastest(r, full) for r in good):.4g} ({1e3 * middle:.4g})"
+    return f"{digits(1e3 * min(fastest(r, full) for r in good))} ({digits(1e3 * middle)})"
 
 
 def cell(results, entry):
@@ -91,30 +90,37 @@ def cell(results, entry):
     return entry(good[0]) if good else "–"
 
 
-def megabytes(size):
-    return f"{size / 1e6:.3g}" if size < 1e9 else f"{size / 1e6:.0f}"
+def digits(value):
+    """Three digits or more, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def amount(size):
+    for unit in ["B", "kB", "MB"]:
+        if size < 1000:
+            return f"{digits(size)} {unit}"
+        size /= 1000
+    return f"{digits(size)} GB"
 
 
 def ratio_cell(results, baseline, full):
     value = ratio(results, baseline, full)
-    return "–" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}"
+    return "–" if value is None else f"{value:.2f}" if value < 10 else digits(value)
 
 
 def notes(results, full):
     """What a reader must know of a row: failures, cut sequences, fewer rounds."""
     rounds = max(len(rs) for rs in results.values())
+    most = max((len(r["times"]) for rs in results.values() for r in successes(rs)), default=0)
     for name, rs in results.items():
         yield from (f"{name}: {r['error']}" for r in rs if "error" in r)
         for steps in sorted({r["steps"] for r in successes(rs)} - {full}):
             yield f"{name}: {steps} of {full} steps ran, the time is scaled, the memory is not"
         if len(rs) < rounds and successes(rs):
             yield f"{name}: {len(rs)} of {rounds} rounds"
-        if (fewest := min((len(r["times"]) for r in successes(rs)), default=0)) and fewest < most_repeats(results):
-            yield f"{name}: {fewest} runs a round"
-
-
-def most_repeats(results):
-    return max(len(r["times"]) for rs in results.values() for r in successes(rs))
+        fewest = min((len(r["times"]) for r in successes(rs)), default=most)
+        if fewest < most:
+            yield f"{name}: {fewest} of {most} runs in a round"
 
 
 def row(cells):
@@ -139,7 +145,7 @@ def time_table(cases, sizes):
         cells = [case.model, case.size, case.mode, case.rule]
         cells += [time_cell(results[name], full) for name in names]
         cells += [ratio_cell(results[name], results[BASELINE], full) for name in others]
-        cells += [cell(results[name], lambda r: megabytes(r["memory"])) for name in names]
+        cells += [cell(results[name], lambda r: amount(r["memory"])) for name in names]
         cells += [cell(results[name], lambda r: f"{r['compile']:.1f}") for name in names]
         rows.append([*cells, "; ".join(notes(results, full))])
     return table(head, rows)
@@ -153,7 +159,7 @@ def memory_table(cases):
         for name, (result,) in results.items():
             labels = (case.model, case.size, *(("–", "–") if name == BASELINE else (case.mode, case.rule)), name)
             found = result.get("memory", {})
-            rows[labels] = [megabytes(found[n]) if n in found else "–" for n in lengths] + [result.get("error", "")]
+            rows[labels] = [amount(found[n]) if n in found else "–" for n in lengths] + [result.get("error", "")]
     head = ["model", "size", "mode", "rule", "", *(f"T = {n}" for n in lengths), "notes"]
     return table(head, [[*labels, *cells] for labels, cells in rows.items()])
 
@@ -190,7 +196,7 @@ def summary(case, results, sizes):
         if not successes(rs):
             parts.append(f"{name} failed ({rs[-1]['error']})")
         elif case.work == "memory":
-            parts.append(f"{name} {' → '.join(megabytes(size) for size in rs[0]['memory'].values())} MB")
+            parts.append(f"{name} {' → '.join(amount(size) for size in rs[0]['memory'].values())}")
         else:
             parts.append(f"{name} {time_cell(rs, full)} ms")
     return ", ".join(parts)

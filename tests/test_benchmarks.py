@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "compare.py"
 OPTIONS = ["--sizes", "tiny", "--skip-published", "--rounds", "1", "--repeats", "2"]
@@ -24,7 +25,7 @@ def test_tables(tmp_path):
     assert done.returncode == 0, done.stderr
     times, memory = rows(page.read_text())
     assert times[:4] == ["lif", "tiny", "batched", "pp_prop"] and float(times[6]) > 0
-    assert float(memory[5]) == float(memory[6]) > 0
+    assert memory[5] == memory[6] and memory[5].endswith("B")
 
 
 def test_a_failure_is_a_row():
@@ -37,3 +38,18 @@ def test_a_failure_is_a_row():
 def test_an_unknown_part_names_the_choices():
     done = compare("--only", "lif/tiny/batched/rtrl")
     assert done.returncode and "'rtrl' is no rule" in done.stderr and "D_RTRL" in done.stderr
+
+
+def test_a_cut_sequence_counts_in_full(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import report
+
+    def results(steps, *rounds):
+        return [{"steps": steps, "times": times, "memory": 1500, "compile": 1.0} for times in rounds]
+
+    case = SimpleNamespace(model="lif", size="S", mode="vmap", rule="pp_prop")
+    found = {"plain": results(200, [0.2, 0.1], [0.4, 0.3]), "this": results(20, [0.02, 0.03], [0.09, 0.09])}
+    ((*_, plain, this, ratio, memory, _, _, _, notes),) = rows(report.time_table({case: found}, {"S": {"steps": 200}}))
+    assert (plain, this, memory) == ("100 (250)", "200 (600)", "1.5 kB")
+    assert ratio == "2.50"  # the median of 0.2 / 0.1 and 0.9 / 0.3
+    assert "20 of 200 steps ran" in notes
