@@ -198,8 +198,9 @@ def main():
     if not options.skip_published:
         contestants[PUBLISHED] = Contestant(published_python(options.published_env))
 
-    # Results of another machine, version, set of contestants or number of rounds are no part of this comparison.
-    setting = report.setting(ROOT) | {"contestants": list(contestants), "rounds": options.rounds}
+    # Results of another machine, version, set of contestants or effort are no part of this comparison.
+    setting = report.setting(ROOT) | {"contestants": list(contestants)}
+    setting["effort"] = [options.rounds, options.repeats, options.time_limit, options.memory_steps]
     finished = {}
     if options.results and options.results.exists():
         for line in options.results.read_text().splitlines():

@@ -2,8 +2,8 @@
 
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "compare.py"
 OPTIONS = ["--sizes", "tiny", "--skip-published", "--rounds", "1", "--repeats", "2"]
@@ -47,7 +47,7 @@ def test_a_cut_sequence_counts_in_full(monkeypatch):
     def results(steps, *rounds):
         return [{"steps": steps, "times": times, "memory": 1500, "compile": 1.0} for times in rounds]
 
-    case = SimpleNamespace(model="lif", size="S", mode="vmap", rule="pp_prop")
+    case = namedtuple("Case", "model size mode rule")("lif", "S", "vmap", "pp_prop")
     found = {"plain": results(200, [0.2, 0.1], [0.4, 0.3]), "this": results(20, [0.02, 0.03], [0.09, 0.09])}
     ((*_, plain, this, ratio, memory, _, _, _, notes),) = rows(report.time_table({case: found}, {"S": {"steps": 200}}))
     assert (plain, this, memory) == ("100 (250)", "200 (600)", "1.5 kB")
