@@ -134,7 +134,7 @@ def build_tape(
         return evaluator.run(invals, operands, Zeros({}, {}, {}), effects=False)[1]
 
     recorder, record_shape = jax.make_jaxpr(record, return_shape=True)(invals, operands)
-    record_tree = jax.tree.structure(record_shape)
+    record_tree: Any = jax.tree.structure(record_shape)
     recorder, _ = prune(recorder, [True] * record_tree.num_leaves)
     return Tape(closed, in_tree, out_tree, kept, recorder, record_tree)
 

@@ -213,7 +213,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         D = [[e.read(varying) for e in row] for row in group.cut.D]
         numbers = {r.op_index: i for i, r in enumerate(self.graph.hidden_param_op_relations)}
         df = {numbers[k]: [e.read(varying) for e in row] for k, row in group.cut.df.items() if k in numbers}
-        config = self.config
+        config: Any = self.config
         return param.recursion_of(D, df, config.temporal_recursion, config.decay, config.kappa)
 
     def _pairs(self):

@@ -187,6 +187,10 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
     def vjp_method(self) -> str:
         return self.graph_executor.vjp_method  # type: ignore[attr-defined]
 
+    @property
+    def _is_single_step(self) -> bool:
+        return self.vjp_method == "single-step"
+
     # -- to be given by an engine -------------------------------------------------------------------------------
 
     def _get_etrace_data(self) -> Any:
@@ -333,7 +337,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             out, new = self._record(over_time, length, leaves, values, aux)
         else:
             traces = jax.lax.stop_gradient(self._get_etrace_data())
-            run = self._run_window if self.graph_executor.is_multi_step_vjp else self._run_step
+            run = self._run_step if self._is_single_step else self._run_window
             out, new, traces = run(over_time, length, leaves, values, traces, index, aux)
             self._assign_etrace_data(traces)
         for state, value in zip(self._split(list(states.values()))[1:], new[1:]):
@@ -515,7 +519,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         return not self._overrides(*hooks) and all(r.is_static for r in self.graph.operations)
 
     def _recorder_zeros(self) -> Any:
-        if self.graph_executor.is_single_step_vjp:
+        if self._is_single_step:
             return self.graph.tape.zeros()
         return {
             p: jnp.zeros(v.aval.shape, v.aval.dtype) for p, v in self.graph.module_info.hidden_path_to_invar.items()
@@ -533,7 +537,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         recorder = self._recorder
         now = leaves if length is None else [x[0] if m else x for x, m in zip(leaves, over_time)]
         extras = (now if self._overrides("_compute_learning_signal") else None, aux)
-        if self.graph_executor.is_single_step_vjp:
+        if self._is_single_step:
             if length is not None:
                 raise NotImplementedError(_NO_WINDOW)
             invals = self._invals(leaves, values)
@@ -560,7 +564,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         Everything emitted has a leading axis: the ``length`` steps of a window, or one.
         """
         record, (leaves, aux) = recorded
-        if self.graph_executor.is_single_step_vjp:
+        if self._is_single_step:
             _, dfs, _ = self._read_record(record, operands)
             found = self._bars(bars.new, bars.old, bars.y, dfs, leaves, aux)
             carry, emitted = self._emit(carry, index, record, found, operands)
