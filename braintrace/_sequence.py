@@ -235,6 +235,7 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Run the mapped learner on inputs with a batch axis."""
+        args, kwargs = jax.tree.map(jnp.asarray, (args, kwargs))
         recorder = self.module._recorder
         if recorder is None or recorder.context != trace_context():
             return super().update(*args, **kwargs)
@@ -360,7 +361,8 @@ class _Chunks:
         samples = math.prod(self.front) * (self.recorder.length or 1)
         few = min(_FEW_CALLS, max(1, _SMALL_BYTES // (record * samples)))
         most = min(_MANY_CALLS, max(few, held // (record * samples)))
-        return -(-calls // -(-calls // most))  # even parts
+        even = (k for k in range(most, most // 2, -1) if calls % k == 0)  # leaves no shorter chunk to compile
+        return next(even, most)
 
 
 def _step_by_step(objective, weights, items):

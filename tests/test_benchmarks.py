@@ -21,7 +21,7 @@ def rows(text):
 def test_tables(tmp_path):
     page = tmp_path / "page.md"
     patterns = "lif/tiny/batched/pp_prop/sequence,lif/tiny/batched/pp_prop/memory"
-    done = compare("--only", patterns, "--memory-steps", "4,8", "--output", page)
+    done = compare("--only", patterns, "--memory-steps", "320,640", "--output", page)
     assert done.returncode == 0, done.stderr
     times, memory = rows(page.read_text())
     assert times[:4] == ["lif", "tiny", "batched", "pp_prop"] and float(times[6]) > 0

@@ -47,11 +47,11 @@ class Entry(NamedTuple):
 class Fold(NamedTuple):
     """Where the entries of an operation's output act, if each acts on one position of a group, and several on each.
 
-    ``index`` holds the position of every entry, one integer array per axis of the group; ``tiles`` is their number
+    ``positions`` holds the position of every entry, one integer array per axis of the group; ``tiles`` is their number
     where they are equal slices of the last axis.
     """
 
-    index: tuple[np.ndarray, ...]
+    positions: tuple[np.ndarray, ...]
     tiles: int | None
 
     def place(self, value: Any) -> Any:
@@ -60,7 +60,7 @@ class Fold(NamedTuple):
             return value
         if self.tiles is not None:
             return jnp.concatenate([value] * self.tiles, -1)
-        return value[(..., *self.index)]
+        return value[(..., *self.positions)]
 
 
 class Slice(NamedTuple):

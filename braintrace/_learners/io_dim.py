@@ -7,7 +7,6 @@ from typing import Any
 
 import brainstate
 import jax
-import jax.numpy as jnp
 
 from .._compiler.policy import ControlFlowPolicy
 from .._traces.io import (
@@ -146,32 +145,13 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
         self.etrace_xs = {k: EligibilityTrace(v) for k, v in zeros.xs.items()}
         self.etrace_dfs = {k: EligibilityTrace(v) for k, v in zeros.dfs.items()}
 
-    def reset_state(self, batch_size: int | None = None, **kwargs: Any) -> None:
-        """Zero the traces and the step counter; the model's states are untouched.
-
-        Parameters
-        ----------
-        batch_size : int, optional
-            New size of the batch axis of those traces that have one.
-        """
-        del kwargs
-        batched = self._batched_traces() if batch_size is not None else set()
-        for key, state in (*self.etrace_xs.items(), *self.etrace_dfs.items()):
-            shape = state.value.shape
-            shape = (batch_size, *shape[1:]) if key in batched else shape
-            state.value = jnp.zeros(shape, state.value.dtype)
-        self.running_index.value = jnp.zeros_like(self.running_index.value)
-
-    def _batched_traces(self) -> set[str]:
-        out = set()
+    def _trace_states(self):
         relations = self.graph.hidden_param_op_relations
         with_batch = {g.index for r in relations if r.primitive.batched for g in r.hidden_groups}
-        keys = x_keys(self.graph)
-        for i, r in enumerate(relations):
-            if r.primitive.batched and i in keys:
-                out.add(keys[i])
-            out.update(pair_key(r, g.index) for g in r.hidden_groups if g.index in with_batch)
-        return out
+        batched = {pair_key(r, g.index) for r in relations for g in r.hidden_groups if g.index in with_batch}
+        batched |= {key for i, key in x_keys(self.graph).items() if relations[i].primitive.batched}
+        for key, state in (*self.etrace_xs.items(), *self.etrace_dfs.items()):
+            yield state, key in batched
 
     def get_etrace_of(self, weight: brainstate.ParamState | Path) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """The traces of one parameter.

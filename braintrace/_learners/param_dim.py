@@ -98,18 +98,14 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         """Allocate zero traces, as new state objects; the step counter is not touched."""
         del args, kwargs
         self._check_output_shapes()
-        relations = self.graph.hidden_param_op_relations
-        self._metas = tuple(param.meta_of(r) for r in relations)
-        self._factorised = {}
-        self._slot_traces = {}
-        for i, r in enumerate(relations):
-            for g in r.hidden_groups:
-                key = pair_key(r, g.index)
-                # The structure is that of any step: varying entries may be read from anything.
-                recursion = self._recursion(g, _Anything())
-                self._factorised[key] = self._factorise(i, recursion)
-                zeros = param.init(r, self._metas[i], g, self._factorised[key], recursion.width, self.trace_dtype)
-                self._slot_traces[key] = EligibilityTrace(zeros)
+        self._metas = tuple(param.meta_of(r) for r in self.graph.hidden_param_op_relations)
+        self._factorised, self._slot_traces = {}, {}
+        for i, r, g, key in self._pairs():
+            # The structure is that of any step: varying entries may be read from anything.
+            recursion = self._recursion(g, _Anything())
+            self._factorised[key] = self._factorise(i, recursion)
+            zeros = param.init(r, self._metas[i], g, self._factorised[key], recursion.width, self.trace_dtype)
+            self._slot_traces[key] = EligibilityTrace(zeros)
 
     def _factorise(self, number, recursion) -> frozenset:
         r = self.graph.hidden_param_op_relations[number]
@@ -125,13 +121,12 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         """Key -> trace, a dict of arrays with the hidden variables along a last axis; a view, made when it is read."""
         found = {}
         operands = self._static_operands()
-        for i, r in enumerate(self.graph.hidden_param_op_relations):
-            for g in r.hidden_groups:
-                key = pair_key(r, g.index)
-                trace = self._slot_traces[key].value
-                front = self._front(i, g, key, trace)
-                of = (r, self._metas[i], g, self._factorised[key])
-                found[key] = EligibilityTrace(param.dense(*of, trace, operands[i], g.num_state, front))
+        for i, r, g, key in self._pairs():
+            trace = self._slot_traces[key].value
+            of = (r, self._metas[i], g, self._factorised[key])
+            found[key] = EligibilityTrace(
+                param.dense(*of, trace, operands[i], g.num_state, self._front(i, g, key, trace))
+            )
         return found
 
     def _front(self, number, group, key, trace) -> tuple[int, ...]:
@@ -142,33 +137,9 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         shape = trace[name][0].shape
         return shape[: len(shape) - one[name][0].ndim]
 
-    def _resized(self, batch_size):
-        """Zero traces with another batch size where they have a batch axis."""
-        for i, r in enumerate(self.graph.hidden_param_op_relations):
-            for g in r.hidden_groups:
-                key = pair_key(r, g.index)
-                lead = self._metas[i].lead or len(g.varshape) - r.y_var.aval.ndim
-
-                def zeros(e, batched):
-                    return jnp.zeros((batch_size, *e.shape[1:]) if batched else e.shape, e.dtype)
-
-                value = {
-                    k: [zeros(e, batch_size is not None and lead > 0 and e.ndim > 0) for e in slots]
-                    for k, slots in self._slot_traces[key].value.items()
-                }
-                self._slot_traces[key].value = value
-
-    def reset_state(self, batch_size: int | None = None, **kwargs: Any) -> None:
-        """Zero the traces and the step counter; the model's states are untouched.
-
-        Parameters
-        ----------
-        batch_size : int, optional
-            New size of the batch axis of those traces that have one.
-        """
-        del kwargs
-        self._resized(batch_size)
-        self.running_index.value = jnp.zeros_like(self.running_index.value)
+    def _trace_states(self):
+        for i, r, g, key in self._pairs():
+            yield self._slot_traces[key], self._metas[i].lead > 0 or len(g.varshape) > r.y_var.aval.ndim
 
     def get_etrace_of(self, weight: brainstate.ParamState | Path) -> dict[str, dict[str, jax.Array]]:
         """The traces of one parameter.
@@ -217,6 +188,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         return param.recursion_of(D, df, config.temporal_recursion, config.decay, config.kappa)
 
     def _pairs(self):
+        """Relation number, relation, group and trace key."""
         for i, r in enumerate(self.graph.hidden_param_op_relations):
             for g in r.hidden_groups:
                 yield i, r, g, pair_key(r, g.index)

@@ -191,7 +191,29 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
     def _is_single_step(self) -> bool:
         return self.vjp_method == "single-step"
 
+    def reset_state(self, batch_size: int | None = None, **kwargs: Any) -> None:
+        """Zero the traces and the step counter; the model's states are untouched.
+
+        Parameters
+        ----------
+        batch_size : int, optional
+            New size of the batch axis of those traces that have one.
+        """
+        del kwargs
+        for state, batched in self._trace_states():
+
+            def zeros(e, batched=batched):
+                resized = batched and batch_size is not None and e.ndim > 0
+                return jnp.zeros((batch_size, *e.shape[1:]) if resized else e.shape, e.dtype)
+
+            state.value = jax.tree.map(zeros, state.value)
+        self.running_index.value = jnp.zeros_like(self.running_index.value)
+
     # -- to be given by an engine -------------------------------------------------------------------------------
+
+    def _trace_states(self) -> Iterator[tuple[brainstate.State, bool]]:
+        """The states of traces, and whether their first axis is the batch."""
+        raise NotImplementedError
 
     def _get_etrace_data(self) -> Any:
         """Values of the trace states."""
