@@ -23,7 +23,8 @@ from .._traces.record import pair_key, x_keys
 from .._types import Path, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
-from .vjp import Bars, ETraceVjpAlgorithm, legacy_options
+from .credit import Bars
+from .vjp import ETraceVjpAlgorithm, legacy_options
 
 __all__ = ["ES_D_RTRL", "IODimVjpAlgorithm", "pp_prop"]
 

@@ -15,7 +15,8 @@ from .._traces.record import add, contraction, pair_key
 from .._types import Path, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
-from .vjp import Bars, ETraceVjpAlgorithm, legacy_options
+from .credit import Bars
+from .vjp import ETraceVjpAlgorithm, legacy_options
 
 __all__ = ["ParamDimVjpAlgorithm"]
 

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import brainstate
 import jax
 import jax.numpy as jnp
 
 from .._compiler.executor import ETraceVjpGraphExecutor
-from .._compiler.groups import slots_of
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.tape import TapeRecord
 from .._jax import is_tracer, trace_context
-from .._traces.record import Slots, add, contraction, instantaneous, sensitivities, spread, x_keys
-from .._types import MultiStepData, Path, SingleStepData, path_str
-from .base import ETraceAlgorithm
+from .._traces.record import Slots, instantaneous, spread
+from .._types import Path, path_str
 from .config import ETraceConfig
+from .credit import Bars, credit, no_window_gradient, reverse_only
+from .recording import Recording
 from .signals import expand_modulator, feedback_matrix, random_feedback
 
-__all__ = ["Bars", "ETraceVjpAlgorithm", "Emitted", "legacy_options"]
+__all__ = ["ETraceVjpAlgorithm", "legacy_options"]
 
 
 def legacy_options(options: dict[str, Any]) -> None:
@@ -48,68 +47,7 @@ def _check_config(config: Any, own: ETraceConfig) -> ETraceConfig:
     return config
 
 
-class Bars(NamedTuple):
-    """Cotangents of one step, as they meet the traces.
-
-    Attributes
-    ----------
-    new, old : list
-        Signals with respect to the groups' new and old values: per group, one array per hidden variable or ``None``.
-    beside : dict
-        Operation number -> cotangent of its output that no trace carries.
-    """
-
-    new: list[Slots]
-    old: list[Slots]
-    beside: dict[int, jax.Array]
-
-
-class Emitted(NamedTuple):
-    """What one step leaves for the end of its chunk, stacked over the K steps there.
-
-    Attributes
-    ----------
-    engine : pytree
-        Of the learning rule.
-    x : dict
-        Operation number -> input, once for all operations that read it.
-    fixed : dict
-        Operation number -> untrained operands.
-    beside : dict
-        As in :class:`Bars`.
-    """
-
-    engine: Any
-    x: dict[int, jax.Array]
-    fixed: dict[int, dict[int, jax.Array]]
-    beside: dict[int, jax.Array]
-
-
-class Recorder:
-    """Stands in for the traces while a driver differentiates a step: gives the zeros, takes the record."""
-
-    def __init__(self, zeros: Any):
-        self.zeros = zeros
-        self.context = trace_context()
-        self.calls = 0
-        self.recorded: Any = None
-        self.length: int | None = None
-
-    def take(self, record: Any, extras: Any, length: int | None) -> None:
-        """Keep what a call leaves; ``length``: the number of steps of a window."""
-        self.calls += 1
-        self.recorded, self.length = (record, extras), length
-
-
-class _Values(NamedTuple):
-    """Values of all states that a call touches, as lists in the graph's order."""
-
-    weights: list[Any]
-    hidden: list[Any]
-    others: list[Any]
-
-
-class ETraceVjpAlgorithm(ETraceAlgorithm):
+class ETraceVjpAlgorithm(Recording):
     r"""Abstract base of the learners that differentiate through one step, or one window, in reverse mode.
 
     Parameters
@@ -162,7 +100,6 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             random_feedback_key = jax.random.key(random_feedback_key)
         self._feedback_key = random_feedback_key
         self._modulator: brainstate.State | None = None
-        self._recorder: Recorder | None = None
 
     @property
     def config(self) -> ETraceConfig:
@@ -262,25 +199,6 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         """Cotangents of :meth:`_lift` for signals that meet traces of that many steps; ``None`` if there are none."""
         raise NotImplementedError
 
-    def _chunk_start(self, traces: Any) -> Any:
-        """What the steps of a chunk carry."""
-        raise NotImplementedError
-
-    def _chunk_step(
-        self, carry: Any, index: jax.Array, record: TapeRecord, operands: Any, bars: Bars
-    ) -> tuple[Any, Any, set[int]]:
-        """Advance the carry; what to emit, and the operations whose inputs are to be emitted."""
-        raise NotImplementedError
-
-    def _chunk_end(
-        self, traces: Any, carry: Any, emitted: Emitted, operands: Any, front: tuple[int, ...], length: int
-    ) -> tuple[Any, dict[int, dict[str, jax.Array]]]:
-        """Traces after a chunk of that many steps, and the gradients of the relations' operands.
-
-        ``front`` is the size of the mapped axis, if any.
-        """
-        raise NotImplementedError
-
     # -- hooks with a default -----------------------------------------------------------------------------------
 
     def _compute_learning_signal(self, signals: list[jax.Array], args_plus_aux: Any) -> list[jax.Array]:
@@ -351,7 +269,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             raise ValueError("The learner is not compiled. Call compile_graph(*example_inputs) first.")
         aux = self._aux(modulator)
         leaves, over_time, length = self._argument_leaves(args)
-        leaves = [_reverse_only(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in leaves]
+        leaves = [reverse_only(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in leaves]
         info = self.graph.module_info
         states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
         values = self._split([self._state_value(p, s) for p, s in states.items()])
@@ -388,7 +306,14 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         """One step, differentiated as such: see :func:`_credit`."""
         if length is not None:
             out, new, traces = self._run_window(over_time, length, leaves, values, traces, index, aux)
-            return (*_no_window_gradient((out, new)), traces)
+            return (*no_window_gradient((out, new)), traces)
+        if not (any(map(is_tracer, jax.tree.leaves(values.weights))) or self._overrides("_solve_weight_gradients")):
+            out, new, record = self._plain_step(leaves, values)  # nothing differentiates this call in a parameter
+            return (
+                out,
+                new,
+                self._advance(traces, index, record, self._operands(self._invals(leaves, values)), values.weights),
+            )
         held = jax.lax.stop_gradient(self._invals(leaves, values))
         held_operands = self._operands(held)
         record = self.graph.tape.record(held, held_operands)
@@ -451,8 +376,6 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
 
     def _credited_zeros(self, traces, after, index, record, leaves, operands, weights, aux):
         zeros = self.graph.tape.zeros()
-        if not any(map(is_tracer, jax.tree.leaves(weights))):
-            return zeros  # nothing differentiates this call
         _, dfs, _ = self._read_record(record, operands)
         lifted = {}
         for i, r in enumerate(self.graph.hidden_param_op_relations):
@@ -480,7 +403,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             }
 
         held = jax.lax.stop_gradient((traces, after, index, dfs, leaves, aux))
-        own = _credit(reverse, own, lifted, held, weights)
+        own = credit(reverse, own, lifted, held, weights)
         return own._replace(y={**zeros.y, **own.y})
 
     def _credited_entry(self, traces, index, leaves, over_time, length, values, aux):
@@ -500,7 +423,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             signals = self._changed(self._slots(bars), (leaves, aux))
             return {i: self._meet(i, traces, signals, index) for i in number}
 
-        zeros = _credit(reverse, zeros, lifted, jax.lax.stop_gradient((traces, index, now, aux)), None)
+        zeros = credit(reverse, zeros, lifted, jax.lax.stop_gradient((traces, index, now, aux)), None)
         added = [zeros[p] for p in self._hidden_dict(values.hidden)]
         return [jax.tree.map(lambda v, z=z: v + z, h) for h, z in zip(values.hidden, added)]
 
@@ -513,6 +436,22 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             beside[i] = bar if carried is None else bar - carried
         args = (leaves, aux)
         return Bars(self._changed(bare, args), self._changed(self._slots(old), args), beside)
+
+    def _changed(self, signals: list[Slots], args: Any) -> list[Slots]:
+        """The signals as the traces meet them."""
+        if not (
+            self._overrides("_compute_learning_signal")
+            or self.config.learning_signal in ("random_feedback", "modulatory")
+        ):
+            return signals
+        if all(s is None for slots in signals for s in slots):
+            return signals
+        dense = []
+        for g, slots in zip(self.graph.hidden_groups, signals):
+            dtype = next((s.dtype for s in slots if s is not None), jnp.result_type(float))
+            dense.append(jnp.stack([spread(s, g.varshape, dtype) for s in slots], -1))
+        changed = self._compute_learning_signal(dense, args)
+        return [[s[..., a] for a in range(s.shape[-1])] for s in changed]
 
     def _hooked(self, values, traces, index):
         """The parameters, through the hook of a subclass for their gradients."""
@@ -533,349 +472,3 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
 
         hook.defvjp(lambda weights, traces, index: (weights, (weights, traces, index)), backward)
         return values._replace(weights=hook(values.weights, traces, index))
-
-    # -- under a driver of whole sequences: see _sequence.py ------------------------------------------------------
-
-    def _can_record(self) -> bool:
-        """Whether the gradient of a sequence may be taken chunk by chunk."""
-        hooks = "_update_etrace_data", "_solve_weight_gradients", "_make_etrace_stepper"
-        return not self._overrides(*hooks) and all(r.is_static for r in self.graph.operations)
-
-    def _recorder_zeros(self) -> Any:
-        if self._is_single_step:
-            return self.graph.tape.zeros()
-        return {
-            p: jnp.zeros(v.aval.shape, v.aval.dtype) for p, v in self.graph.module_info.hidden_path_to_invar.items()
-        }
-
-    @contextlib.contextmanager
-    def _recording(self, zeros: Any) -> Iterator[Recorder]:
-        before, self._recorder = self._recorder, Recorder(zeros)
-        try:
-            yield self._recorder
-        finally:
-            self._recorder = before
-
-    def _record(self, over_time, length, leaves, values, aux):
-        recorder = self._recorder
-        now = leaves if length is None else [x[0] if m else x for x, m in zip(leaves, over_time)]
-        extras = (now if self._overrides("_compute_learning_signal") else None, aux)
-        if self._is_single_step:
-            if length is not None:
-                raise NotImplementedError(_NO_WINDOW)
-            invals = self._invals(leaves, values)
-            held = jax.lax.stop_gradient(self._operands(invals))
-            outs, record = self.graph.tape(invals, held, recorder.zeros)
-            recorder.take(record, extras, None)
-            return self._outvals(outs)
-        hidden = [
-            jax.tree.map(lambda v, z=recorder.zeros[p]: v + z, h) for p, h in self._hidden_dict(values.hidden).items()
-        ]
-
-        def step(carry, leaves):
-            hidden, others = carry
-            out, new, record = self._plain_step(leaves, values._replace(hidden=hidden, others=others))
-            return (new.hidden, new.others), (out, record)
-
-        (hidden, others), (out, record) = self._over_time(step, (hidden, values.others), over_time, length, leaves)
-        recorder.take(record, extras, length)
-        return out, values._replace(hidden=hidden, others=others)
-
-    def _recorded_step(self, carry, index, recorded, bars, operands, length) -> tuple[Any, Emitted]:
-        """From the record of a call and the cotangents of its zeros to what the end of the chunk needs.
-
-        Everything emitted has a leading axis: the ``length`` steps of a window, or one.
-        """
-        record, (leaves, aux) = recorded
-        if self._is_single_step:
-            _, dfs, _ = self._read_record(record, operands)
-            found = self._bars(bars.new, bars.old, bars.y, dfs, leaves, aux)
-            carry, emitted = self._emit(carry, index, record, found, operands)
-            return carry, jax.tree.map(lambda v: v[None], emitted)
-        entry = self._changed(self._slots(bars), (leaves, aux))
-        silent: list[Slots] = [[None] * len(slots) for slots in entry]
-        if length is None:
-            carry, emitted = self._emit(carry, index, record, Bars(silent, entry, {}), operands)
-            return carry, jax.tree.map(lambda v: v[None], emitted)
-
-        def body(state, item):
-            carry, index = state
-            record, first = item
-            old = [[None if s is None else jnp.where(first, s, jnp.zeros_like(s)) for s in slots] for slots in entry]
-            carry, emitted = self._emit(carry, index, record, Bars(silent, old, {}), operands)
-            return (carry, index + 1), emitted
-
-        (carry, _), emitted = jax.lax.scan(body, (carry, index), (record, jnp.arange(length) == 0))
-        return carry, emitted
-
-    def _emit(self, carry, index, record, bars, operands):
-        carry, engine, needed = self._chunk_step(carry, index, record, operands, bars)
-        needed = needed | set(bars.beside)
-        sources = {self._source(i) for i in needed if record.x[i] is not None}
-        fixed = {i: record.fixed[i] for i in needed if record.fixed[i]}
-        return carry, Emitted(engine, {i: record.x[i] for i in sources}, fixed, bars.beside)
-
-    def _source(self, number: int) -> int:
-        """The first operation that reads the same value."""
-        operations = self.graph.operations
-        return next(i for i, r in enumerate(operations) if r.x_var is operations[number].x_var)
-
-    def _recorded_chunk(self, traces, carry, emitted, operands, front, length):
-        """Traces after a chunk, and the gradients of all operations' operands."""
-        traces, gradients = self._chunk_end(traces, carry, emitted, operands, front, length)
-        for i, cotangent in emitted.beside.items():
-            x, fixed = emitted.x.get(self._source(i)), emitted.fixed.get(i, {})
-            axes = 1 + len(front)
-            more = contraction(self.graph.operations[i], x, cotangent, operands[i], fixed, axes)
-            gradients[i] = add([gradients.get(i), more])
-        return traces, gradients
-
-    def _chunk_bytes(self) -> tuple[int, int]:
-        """Bytes of traces and operands, and of what one step of one sample leaves until the end of its chunk."""
-        size_of = lambda v: v.size * v.dtype.itemsize  # noqa: E731
-        operations = self.graph.operations
-        held = jax.tree.leaves((self._get_etrace_data(), [list(r.trainable_vars.values()) for r in operations]))
-        record = 0
-        for r in operations:
-            slots = sum(g.num_state for g in r.hidden_groups)
-            record += size_of(r.y_var.aval) * (1 + slots) + (0 if r.x_var is None else size_of(r.x_var.aval))
-        return sum(size_of(getattr(v, "aval", v)) for v in held), max(record, 1)
-
-    def _static_operands(self) -> list[dict[str, jax.Array]]:
-        """The trained operands of every operation, from the present parameters."""
-        return self._operands(self._static_invals())
-
-    def _static_invals(self) -> list[Any]:
-        info = self.graph.module_info
-        invals: list[Any] = [None] * len(info.jaxpr.invars)
-        first = info.in_tree.num_leaves
-        for path, state, numbers in zip(info.compiled_state_paths, info.compiled_model_states, info.state_leaves):
-            if isinstance(state, brainstate.ParamState):
-                for n, leaf in zip(numbers, jax.tree.leaves(self._state_value(path, state))):
-                    invals[first + n] = leaf
-        return invals
-
-    def _parameter_gradients(self, gradients: dict[int, dict[str, jax.Array]]) -> dict[Path, Any]:
-        """Gradients of operands -> path -> gradients of the parameter's leaves, ``None`` where there is none."""
-        invals = self._static_invals()
-        leaves: dict[int, jax.Array] = {}
-        for i, gradient in gradients.items():
-            if gradient:
-                for n, g in self.graph.operations[i].operand_program.pull_back(invals, gradient).items():
-                    leaves[n] = leaves[n] + g if n in leaves else g
-        info = self.graph.module_info
-        numbers = dict(zip(info.compiled_state_paths, info.state_leaves))
-        first = info.in_tree.num_leaves
-        return {p: [leaves.get(first + n) for n in numbers[p]] for p in self.param_states}
-
-    # -- between states, step inputs and signals ----------------------------------------------------------------
-
-    def _argument_leaves(self, args: tuple[Any, ...]) -> tuple[list[jax.Array], list[bool], int | None]:
-        """Argument leaves in their compiled dtypes, which of them have a time axis, and its length."""
-        wrapped = lambda x: isinstance(x, (SingleStepData, MultiStepData))  # noqa: E731
-        bare = jax.tree.map(lambda x: x.data if wrapped(x) else x, args, is_leaf=wrapped)
-        marks = jax.tree.map(
-            lambda x: jax.tree.map(lambda _: isinstance(x, MultiStepData), x.data if wrapped(x) else x),
-            args,
-            is_leaf=wrapped,
-        )
-        info = self.graph.module_info
-        leaves, tree = jax.tree.flatten(bare)
-        over_time = jax.tree.leaves(marks)
-        if tree != info.in_tree:
-            raise ValueError(
-                f"The arguments have the structure {tree}, the learner was compiled for {info.in_tree}. "
-                "Pass arguments of that structure (and units), or compile another learner."
-            )
-        lengths = sorted({jnp.shape(x)[0] if jnp.ndim(x) else None for x, m in zip(leaves, over_time) if m}, key=str)
-        if None in lengths:
-            raise ValueError("MultiStepData holds a scalar; axis 0 of every leaf must be time.")
-        if len(lengths) > 1:
-            raise ValueError(f"The windows of one call have different lengths: {lengths}.")
-        expected = info.jaxpr.invars
-        converted = [
-            _convert(x, v.aval, f"argument leaf {i}", bool(m))
-            for i, (x, m, v) in enumerate(zip(leaves, over_time, expected))
-        ]
-        return converted, over_time, lengths[0] if lengths else None
-
-    def _state_value(self, path: Path, state: brainstate.State) -> Any:
-        """A state's value in its compiled dtype."""
-        info = self.graph.module_info
-        i = info.compiled_state_paths.index(path)
-        tree: Any
-        leaves, tree = jax.tree.flatten(state.value)
-        if tree != info.state_trees[i]:
-            raise ValueError(
-                f"The value of {path_str(path)!r} has the structure {tree}, the learner was compiled for "
-                f"{info.state_trees[i]}. A state keeps one structure and unit; compile another learner."
-            )
-        first = info.in_tree.num_leaves
-        expected = [info.jaxpr.invars[first + n].aval for n in info.state_leaves[i]]
-        return tree.unflatten([_convert(x, a, path_str(path)) for x, a in zip(leaves, expected)])
-
-    def _split(self, values: list[Any]) -> _Values:
-        out = _Values([], [], [])
-        for state, value in zip(self.graph.module_info.compiled_model_states, values):
-            out[_kind(state)].append(value)
-        return out
-
-    def _invals(self, leaves: Sequence[Any], values: _Values) -> list[Any]:
-        parts = tuple(map(iter, values))
-        out = list(leaves)
-        for state in self.graph.module_info.compiled_model_states:
-            out.extend(jax.tree.leaves(next(parts[_kind(state)])))
-        return out
-
-    def _outvals(self, outs: list[Any]) -> tuple[Any, _Values]:
-        info = self.graph.module_info
-        out, rest = outs[: info.num_var_out], outs[info.num_var_out :]
-        values = [t.unflatten([rest[i] for i in n]) for t, n in zip(info.state_trees, info.state_leaves)]
-        return info.out_tree.unflatten(out), self._split(values)
-
-    def _hidden_dict(self, hidden: list[Any]) -> dict[Path, Any]:
-        return dict(zip(self.graph.module_info.states_of(brainstate.HiddenState), hidden))
-
-    def _weight_dict(self, weights: list[Any]) -> dict[Path, Any]:
-        return dict(zip(self.graph.module_info.states_of(brainstate.ParamState), weights))
-
-    def _operands(self, invals: list[Any]) -> list[dict[str, jax.Array]]:
-        return [r.operand_program.operands(invals) for r in self.graph.operations]
-
-    def _read_record(self, record: TapeRecord, operands: list[dict[str, jax.Array]]) -> tuple[Any, Any, Any]:
-        """Inputs by x-key, df by key, and D per group."""
-        xs = {}
-        for i, key in x_keys(self.graph).items():
-            if key not in xs:
-                xs[key] = self.graph.hidden_param_op_relations[i].primitive.x_repr(record.x[i], operands[i])
-        return (xs, *sensitivities(self.graph, record.varying))
-
-    def _slots(self, by_path: dict[Path, jax.Array]) -> list[Slots]:
-        """Per group one array per hidden variable; ``None`` where the signal is known to be zero."""
-        signals: list[Slots] = []
-        for g in self.graph.hidden_groups:
-            bars = [by_path.get(p) for p in g.hidden_paths]
-            bars = [None if b is None or b.dtype == jax.dtypes.float0 else b for b in bars]
-            picked = [(bars[i], c) for i, c in slots_of(g.hidden_states)]
-            signals.append([b if b is None or c is None else b[..., c] for b, c in picked])
-        return signals
-
-    def _changed(self, signals: list[Slots], args: Any) -> list[Slots]:
-        """The signals as the traces meet them."""
-        if not (
-            self._overrides("_compute_learning_signal")
-            or self.config.learning_signal in ("random_feedback", "modulatory")
-        ):
-            return signals
-        if all(s is None for slots in signals for s in slots):
-            return signals
-        dense = []
-        for g, slots in zip(self.graph.hidden_groups, signals):
-            dtype = next((s.dtype for s in slots if s is not None), jnp.result_type(float))
-            dense.append(jnp.stack([spread(s, g.varshape, dtype) for s in slots], -1))
-        changed = self._compute_learning_signal(dense, args)
-        return [[s[..., a] for a in range(s.shape[-1])] for s in changed]
-
-
-@jax.custom_vjp
-def _reverse_only(x):
-    """Identity without forward mode: traces are constants, so that forward and reverse mode would disagree."""
-    return x
-
-
-_reverse_only.defvjp(lambda x: (x, None), lambda _, bar: (bar,))
-
-
-_NO_WINDOW = (
-    "A single-step learner has no gradient of a window. Make the learner with vjp_method='multi-step', or "
-    "differentiate step by step."
-)
-
-
-@jax.custom_jvp
-def _no_window_gradient(outputs):
-    return outputs
-
-
-@_no_window_gradient.defjvp
-def _refuse_window(primals, tangents):
-    raise NotImplementedError(_NO_WINDOW)
-
-
-def _credit(reverse, zeros, lifted, held, weights):
-    """``zeros``, whose cotangents ``bars`` reach the arrays ``lifted`` as ``reverse(held, bars)``.
-
-    ``weights``: parameters in which this has no second derivative.
-    """
-
-    shapes, like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (zeros, lifted))
-
-    @jax.custom_vjp
-    def credit(lifted, held, weights):
-        del held, weights
-        # Under jax.vmap the zeros must be mapped like what they stand for, or the signals of all samples were summed.
-        mapped = sum(x[(0,) * x.ndim].astype(jnp.float32) for x in jax.tree.leaves(lifted))
-        return jax.tree.map(
-            lambda z: jnp.where(False, jnp.broadcast_to(mapped, z.shape).astype(z.dtype), jnp.zeros(z.shape, z.dtype)),
-            shapes,
-        )
-
-    def forward(lifted, held, weights):
-        return credit(lifted, held, weights), (held, jax.tree.map(_first_order, weights))
-
-    def backward(residuals, bars):
-        return _filled(reverse(residuals[0], bars), like), None, None
-
-    credit.defvjp(forward, backward)
-    return credit(lifted, held, weights)
-
-
-def _filled(tree, like):
-    """``tree`` in the dtypes of ``like``, with zeros in the place of ``None``."""
-    if isinstance(like, (jax.Array, jax.ShapeDtypeStruct)):
-        return jnp.zeros(like.shape, like.dtype) if tree is None else tree.astype(like.dtype)
-    children, structure = jax.tree.flatten(like, is_leaf=lambda x: x is not like)
-    given = [None] * len(children) if tree is None else jax.tree.leaves(tree, is_leaf=lambda x: x is not tree)
-    return jax.tree.unflatten(structure, [_filled(t, c) for t, c in zip(given, children)])
-
-
-@jax.custom_jvp
-def _first_order(weight):
-    """Identity that refuses to be differentiated: traces are constants, so what they give has no second derivative."""
-    return weight
-
-
-@_first_order.defjvp
-def _refuse_second_order(primals, tangents):
-    raise NotImplementedError(
-        "An online gradient has no second derivatives with respect to parameters. Use vjp_method='multi-step', which "
-        "differentiates a step or window as it is, or wrap the gradient in jax.lax.stop_gradient."
-    )
-
-
-def _kind(state: brainstate.State) -> int:
-    """Position in :class:`_Values`."""
-    return 0 if isinstance(state, brainstate.ParamState) else 1 if isinstance(state, brainstate.HiddenState) else 2
-
-
-def _convert(value: Any, aval: Any, name: str, over_time: bool = False) -> Any:
-    """An array in the shape and dtype that the step was compiled for."""
-    shape = jnp.shape(value)
-    if (shape[1:] if over_time else shape) != aval.shape:
-        raise ValueError(
-            f"{name} has shape {shape}, the learner was compiled for {aval.shape}. Pass that shape "
-            "(initialise the states with the batch size of the inputs), or compile another learner."
-        )
-    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
-        return value
-    dtype = jnp.result_type(value)
-    if dtype == aval.dtype and hasattr(value, "dtype"):
-        return jnp.asarray(value)
-    kinds = [jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating]
-    rank = [next(i for i, k in enumerate(kinds) if jnp.issubdtype(d, k)) for d in (dtype, aval.dtype)]
-    if rank[0] > rank[1]:
-        raise TypeError(
-            f"{name} has dtype {dtype}, the learner was compiled for {aval.dtype}. Compile it with an example of the "
-            "dtype that you pass."
-        )
-    return jnp.asarray(value).astype(aval.dtype)

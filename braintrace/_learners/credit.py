@@ -1,0 +1,104 @@
+"""How the cotangents of a step's result reach the parameters, in an ordinary JAX program."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._traces.record import Slots
+
+__all__ = ["NO_WINDOW", "Bars", "credit", "no_window_gradient", "reverse_only"]
+
+
+class Bars(NamedTuple):
+    """Cotangents of one step, as they meet the traces.
+
+    Attributes
+    ----------
+    new, old : list
+        Signals with respect to the groups' new and old values: per group, one array per hidden variable or ``None``.
+    beside : dict
+        Operation number -> cotangent of its output that no trace carries.
+    """
+
+    new: list[Slots]
+    old: list[Slots]
+    beside: dict[int, jax.Array]
+
+
+@jax.custom_vjp
+def reverse_only(x):
+    """Identity without forward mode: traces are constants, so that forward and reverse mode would disagree."""
+    return x
+
+
+reverse_only.defvjp(lambda x: (x, None), lambda _, bar: (bar,))
+
+
+NO_WINDOW = (
+    "A single-step learner has no gradient of a window. Make the learner with vjp_method='multi-step', or "
+    "differentiate step by step."
+)
+
+
+@jax.custom_jvp
+def no_window_gradient(outputs):
+    return outputs
+
+
+@no_window_gradient.defjvp
+def _refuse_window(primals, tangents):
+    raise NotImplementedError(NO_WINDOW)
+
+
+def credit(reverse, zeros, lifted, held, weights):
+    """``zeros``, whose cotangents ``bars`` reach the arrays ``lifted`` as ``reverse(held, bars)``.
+
+    ``weights``: parameters in which this has no second derivative.
+    """
+
+    shapes, like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (zeros, lifted))
+
+    @jax.custom_vjp
+    def zeros_of(lifted, held, weights):
+        del held, weights
+        # Under jax.vmap the zeros must be mapped like what they stand for, or the signals of all samples were summed.
+        mapped = sum(x[(0,) * x.ndim].astype(jnp.float32) for x in jax.tree.leaves(lifted))
+        return jax.tree.map(
+            lambda z: jnp.where(False, jnp.broadcast_to(mapped, z.shape).astype(z.dtype), jnp.zeros(z.shape, z.dtype)),
+            shapes,
+        )
+
+    def forward(lifted, held, weights):
+        return zeros_of(lifted, held, weights), (held, jax.tree.map(_first_order, weights))
+
+    def backward(residuals, bars):
+        return _filled(reverse(residuals[0], bars), like), None, None
+
+    zeros_of.defvjp(forward, backward)
+    return zeros_of(lifted, held, weights)
+
+
+def _filled(tree, like):
+    """``tree`` in the dtypes of ``like``, with zeros in the place of ``None``."""
+    if isinstance(like, (jax.Array, jax.ShapeDtypeStruct)):
+        return jnp.zeros(like.shape, like.dtype) if tree is None else tree.astype(like.dtype)
+    children, structure = jax.tree.flatten(like, is_leaf=lambda x: x is not like)
+    given = [None] * len(children) if tree is None else jax.tree.leaves(tree, is_leaf=lambda x: x is not tree)
+    return jax.tree.unflatten(structure, [_filled(t, c) for t, c in zip(given, children)])
+
+
+@jax.custom_jvp
+def _first_order(weight):
+    """Identity that refuses to be differentiated: traces are constants, so what they give has no second derivative."""
+    return weight
+
+
+@_first_order.defjvp
+def _refuse_second_order(primals, tangents):
+    raise NotImplementedError(
+        "An online gradient has no second derivatives with respect to parameters. Use vjp_method='multi-step', which "
+        "differentiates a step or window as it is, or wrap the gradient in jax.lax.stop_gradient."
+    )
