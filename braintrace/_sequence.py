@@ -299,16 +299,16 @@ class _Chunks:
         size = min(calls, self.chunk or self._automatic(calls))
         whole = calls - calls % size
         total, results = (plain, traced), []
-        if whole:
-            groups = jax.tree.map(lambda v: v[:whole].reshape((-1, size, *v.shape[1:])), items)
-            if whole == size:
-                total, out = self._chunk(total, jax.tree.map(head, groups))
-            else:
-                total, out = brainstate.transform.scan(self._chunk, total, groups)
-                out = jax.tree.map(lambda v: v.reshape((-1, *v.shape[2:])), out)
+        if whole == size:
+            total, out = self._chunk(total, _part(items, 0, size))
             results.append(out)
+        elif whole:
+            # Sliced chunk by chunk: a sequence cut to the whole chunks would be a copy of it.
+            body = lambda total, i: self._chunk(total, _part(items, i * size, size))  # noqa: E731
+            total, out = brainstate.transform.scan(body, total, jnp.arange(whole // size))
+            results.append(jax.tree.map(lambda v: v.reshape((-1, *v.shape[2:])), out))
         if whole < calls:
-            total, out = self._chunk(total, jax.tree.map(lambda v: v[whole:], items))
+            total, out = self._chunk(total, _part(items, whole, calls - whole))
             results.append(out)
         losses, aux = results[0] if len(results) == 1 else jax.tree.map(lambda *v: jnp.concatenate(v), *results)
         return self._gradients(*total), losses, aux
@@ -363,6 +363,10 @@ class _Chunks:
         most = min(_MANY_CALLS, max(few, held // (record * samples)))
         even = (k for k in range(most, most // 2, -1) if calls % k == 0)  # leaves no shorter chunk to compile
         return next(even, most)
+
+
+def _part(tree: Any, start: Any, size: int) -> Any:
+    return jax.tree.map(lambda v: jax.lax.dynamic_slice_in_dim(v, start, size), tree)
 
 
 def _step_by_step(objective, weights, items):
