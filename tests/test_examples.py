@@ -10,13 +10,35 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("script, options", [("quickstart.py", ["--quick"])])
-def test_example(script, options, tmp_path):
-    picture = tmp_path / "picture.png"
-    subprocess.run(
-        [sys.executable, ROOT / "examples" / script, *options, "--out", picture],
-        check=True,
-        cwd=tmp_path,
+def run(script, *options, folder):
+    result = subprocess.run(
+        [sys.executable, ROOT / "examples" / script, "--quick", *options],
+        cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
     )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_quickstart(tmp_path):
+    picture = tmp_path / "picture.png"
+    run("quickstart.py", "--out", picture, folder=tmp_path)
     assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "script, method, score",
+    [
+        ("delayed_match_to_sample.py", "pp_prop", "accuracy"),
+        ("delayed_match_to_sample.py", "d_rtrl", "accuracy"),
+        ("adding.py", "d_rtrl", "squared error"),
+        ("adding.py", "bptt", "squared error"),
+    ],
+)
+def test_task(script, method, score, tmp_path):
+    report, memory = run(script, "--method", method, folder=tmp_path).splitlines()
+    assert report.startswith(f"{method}, seed 0: {score} 0.")
+    assert report.endswith(" s per update")
+    assert " MiB of temporary memory for " in memory
