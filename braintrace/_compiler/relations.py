@@ -349,7 +349,7 @@ def _dependence(op, trainable, fixed) -> tuple[tuple[str, ...], tuple[str, ...]]
     operands = {i: shape_of(v) for i, v in fixed.items()}
 
     def gradient(x, weights, fixed, cotangent):
-        return op.primitive.weight_vjp(x, cotangent, weights, op.eqn.params, fixed)
+        return op.primitive.weight_vjp(x, cotangent, weights, op.eqn.params, fixed, bound=True)
 
     x = None if op.x is None else shape_of(op.x)
     closed = jax.make_jaxpr(gradient)(x, weights, operands, shape_of(op.y))

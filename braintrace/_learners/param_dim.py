@@ -111,7 +111,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
     def _factorise(self, number, recursion) -> frozenset:
         r = self.graph.hidden_param_op_relations[number]
         rules = r.primitive.rules
-        own_layout = rules.dt_to_t is not None or rules.init_drtrl is not None
+        own_layout = any(rule is not None for rule in (rules.dt_to_t, rules.init_drtrl, rules.pp_x_repr))
         fixed_slope = set(r.linear_keys) == set(r.trainable_vars) and not r.fixed_vars and not own_layout
         if r.x_var is None or not fixed_slope or self._overrides("_update_etrace_data"):
             return frozenset()

@@ -383,8 +383,7 @@ class ETraceVjpAlgorithm(Recording):
             if any(p in zeros.old for g in r.hidden_groups for p in g.hidden_paths):
                 lifted[i]["before"] = self._lift(i, traces, operands[i], record.fixed[i])
             if i in zeros.y:
-                fixed, y = record.fixed[i], r.y_var.aval
-                lifted[i]["beside"] = r.primitive.lift(record.x[i], operands[i], r.eqn_params, fixed, y)
+                lifted[i]["beside"] = r.primitive.apply(record.x[i], operands[i], r.eqn_params, record.fixed[i])
         own = zeros._replace(y={i: z for i, z in zeros.y.items() if i in lifted})
 
         def reverse(held, bars):

@@ -147,21 +147,24 @@ class ETPPrimitive(Primitive):
         weights: Weights,
         params: Mapping[str, Any],
         fixed: Mapping[int, Any],
+        bound: bool = False,
     ) -> dict[str, jax.Array]:
         """Gradient of the trained operands ``weights`` for input (representation) ``x`` and a cotangent of the output.
 
-        ``fixed`` holds the other operands by position.
+        ``fixed`` holds the other operands by position. ``bound``: ``x`` is the input itself, which a rule written for
+        its representation does not take.
         """
-        if self.rules.xy_to_dw is not None:
+        if self.rules.xy_to_dw is not None and not (bound and self.rules.pp_x_repr is not None):
             slots = self.trainables(params)
             untrained = {k: fixed[i] for k, i in slots.items() if i in fixed}
             gradients = self.rules.xy_to_dw(x, cotangent, {**weights, **untrained}, **params)
             return {k: gradients[k] for k in weights}
 
-        y, pull = jax.vjp(lambda ws: self._apply(x, ws, params, fixed), dict(weights))
+        y, pull = jax.vjp(lambda ws: self.apply(x, ws, params, fixed), dict(weights))
         return pull(cotangent.astype(y.dtype))[0]
 
-    def _apply(self, x: Any, weights: Weights, params: Mapping[str, Any], fixed: Mapping[int, Any]) -> jax.Array:
+    def apply(self, x: Any, weights: Weights, params: Mapping[str, Any], fixed: Mapping[int, Any]) -> jax.Array:
+        """The traced output, as plain JAX."""
         slots = self.trainables(params)
         operands = dict(fixed) | {slots[k]: w for k, w in weights.items()}
         if self.x_index is not None:
@@ -181,7 +184,7 @@ class ETPPrimitive(Primitive):
         ordinary product: mapped samples share one weight gradient.
         """
         if self.rules.xy_to_dw is None:
-            return self._apply(x, weights, params, fixed)
+            return self.apply(x, weights, params, fixed)
         held = jax.lax.stop_gradient(dict(weights))
         _, transpose = jax.vjp(lambda c: self.weight_vjp(x, c, held, params, fixed), jnp.zeros(y.shape, y.dtype))
         return transpose(dict(weights))[0]
@@ -194,14 +197,15 @@ class ETPPrimitive(Primitive):
         params: Mapping[str, Any],
         fixed: Mapping[int, Any],
         axes: int,
+        bound: bool,
     ) -> dict[str, jax.Array]:
         """:meth:`weight_vjp` summed over ``axes`` leading axes (time, mapped samples) of all but the weights."""
-        if self.rules.pp_x_repr is not None and self.rules.xy_to_dw is not None:
+        if self.rules.pp_x_repr is not None and self.rules.xy_to_dw is not None and not bound:
             return self._summed_own(x, cotangent, weights, params, fixed, axes)
 
         def apply(ws):
             def one(x, fixed):
-                return self._apply(x, ws, params, fixed)
+                return self.apply(x, ws, params, fixed)
 
             for _ in range(axes):
                 one = jax.vmap(one)
@@ -226,10 +230,10 @@ class ETPPrimitive(Primitive):
     def apply_sample(self, x: Any, weights: Weights, params: Mapping[str, Any], fixed: Mapping[int, Any]) -> jax.Array:
         """The output of one sample, whether or not the operation has a batch axis."""
         if not self.batched:
-            return self._apply(x, weights, params, fixed)
+            return self.apply(x, weights, params, fixed)
         if self.unbatched_twin is not None:
-            return self.unbatched_twin._apply(x, weights, params, fixed)
-        return self._apply(x[None], weights, params, fixed)[0]
+            return self.unbatched_twin.apply(x, weights, params, fixed)
+        return self.apply(x[None], weights, params, fixed)[0]
 
     def spread_signal(
         self, signal: jax.Array, trace: Mapping[str, jax.Array], params: Mapping[str, Any], anchors: Anchors, lead: int

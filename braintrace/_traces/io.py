@@ -131,7 +131,7 @@ def contract_io_chunk(
     ``now[t]`` is the cotangent that meets the trace after step t, ``before[t]`` the one that meets the trace before.
     """
     if before is None:
-        return None if now is None else contraction(relation, xs, now, operands, fixed, axes)
+        return None if now is None else contraction(relation, xs, now, operands, fixed, axes, bound=False)
     if xs is not None:
         xs = jnp.concatenate([x_start[None], xs])
     # Both meet the same K + 1 traces: after step t is before step t + 1.
@@ -141,4 +141,4 @@ def contract_io_chunk(
         total = total + jnp.concatenate([nothing, now])
     if fixed:
         fixed = jax.tree.map(lambda v: jnp.concatenate([v[:1], v]), fixed)
-    return contraction(relation, xs, total, operands, fixed, axes)
+    return contraction(relation, xs, total, operands, fixed, axes, bound=False)

@@ -147,17 +147,26 @@ def over_groups(relation: HiddenParamOpRelation, pairs: Mapping[int, Sequence[tu
 
 
 def contraction(
-    operation: HiddenParamOpRelation, x: Any, cotangent: jax.Array, operands: Any, fixed: Any, axes: int
+    operation: HiddenParamOpRelation,
+    x: Any,
+    cotangent: jax.Array,
+    operands: Any,
+    fixed: Any,
+    axes: int,
+    bound: bool = True,
 ) -> dict[str, jax.Array]:
-    """Gradient of an operation's operands, summed over ``axes`` leading axes of its inputs and of its cotangent."""
+    """Gradient of an operation's operands, summed over ``axes`` leading axes of its inputs and of its cotangent.
+
+    ``bound``: ``x`` is the input itself, not a filtered representation of it.
+    """
     p, params = operation.primitive, operation.eqn_params
     offset = set() if fixed else set(operation.offset_keys)
-    gradient = dict(p.summed_vjp(x, cotangent, operands, params, fixed, axes)) if set(operands) - offset else {}
+    gradient = dict(p.summed_vjp(x, cotangent, operands, params, fixed, axes, bound)) if set(operands) - offset else {}
     if offset:
         # A product with ones: XLA's reduction over leading axes is far slower on a CPU.
         steps = cotangent.reshape((-1, *cotangent.shape[axes:]))
         total = jnp.tensordot(jnp.ones(steps.shape[0], steps.dtype), steps, 1)
         first = None if x is None else x[(0,) * axes]
-        at_first = p.weight_vjp(first, total, operands, params, {})
+        at_first = p.weight_vjp(first, total, operands, params, {}, bound)
         gradient.update({k: at_first[k] for k in offset})
     return gradient
