@@ -36,6 +36,7 @@ CSC = brainevent.CSC.fromdense(DENSE)
 SHARED = brainevent.FixedNumPerPre(draw(1), jnp.array([[0, 2], [1, 0], [1, 2], [0, 1]]), shape=(4, 3))
 FAN = brainevent.FixedNumPerPost(draw(3, 2), jnp.array([[0, 1], [1, 3], [2, 0]]), shape=(4, 3))
 COO = (CSR.tocoo().row, CSR.tocoo().col)
+CSC_COO = np.nonzero(np.asarray(DENSE.T))
 
 
 def conv2d(x, k, b):
@@ -117,7 +118,7 @@ ROWS = {
     ),
     "csc": (
         lambda x, w: braintrace.sparse_matmul(x, w, sparse_mat=CSC, weight_fn=cube),
-        lambda x, w: x @ jnp.zeros((3, 4)).at[np.nonzero(np.asarray(DENSE.T))].set(w**3).T,
+        lambda x, w: x @ jnp.zeros((3, 4)).at[CSC_COO].set(w**3).T,
         (4,),
         [(6,)],
         "etp_sp_mv",
@@ -244,6 +245,86 @@ def test_the_trace_is_seen():
     for n, x in enumerate(xs[:2]):
         (gradient,) = brainstate.transform.grad(lambda: (learner(x) * c).sum(), learner.param_states)().values()
         assert np.allclose(gradient[0], expected[n][0], rtol=1e-3, atol=1e-4) == (n == 0)
+
+
+# -- a trace per weight: without recurrence through weights, the gradient of a step's loss through all earlier steps
+
+
+def exact(dense, linear, weights, kappa):
+    """Gradients of every step, for the loss `(h * c).sum()`, with traces that are filtered by `kappa`."""
+    shape = jax.eval_shape(dense, linear[0], *weights).shape
+    c = draw(*shape, seed=5)
+
+    def losses(weights):
+        def body(h, x):
+            h = jnp.tanh(0.5 * h + dense(x, *weights))
+            return h, (h * c).sum()
+
+        return jax.lax.scan(body, jnp.zeros(shape), linear)[1]
+
+    single = jax.jacrev(losses)(weights)  # the signal is c at every step
+    steps = len(linear)
+    mix = jnp.array([[kappa ** (t - s) if s <= t else 0.0 for s in range(steps)] for t in range(steps)])
+    return c, [jnp.tensordot(mix, g, 1) for g in single]
+
+
+PER_PARAMETER = {"d_rtrl": 0.0, "eprop": 0.6}
+UNGROUPED = [(name, batch) for name, batch in CASES if name != "conv1d-grouped"]
+
+
+def per_parameter(rule, model, x, **options):
+    more = {"kappa_filter_decay": PER_PARAMETER[rule]} if rule == "eprop" else {}
+    return braintrace.compile(model, rule, x, **options, **more)
+
+
+class Fresh(Layer):
+    """A layer whose state is made anew."""
+
+    def init_state(self, batch_size=None, **kwargs):
+        del kwargs
+        self.h = HiddenState(jnp.zeros(self.h.value.shape))
+
+
+@pytest.mark.parametrize("rule", PER_PARAMETER)
+@pytest.mark.parametrize("name, batch", UNGROUPED)
+def test_a_trace_per_weight(name, batch, rule):
+    op, dense, xs, linear, weights, mark = case(name, batch)
+    c, expected = exact(dense, linear, weights, PER_PARAMETER[rule])
+    c = c[0] if batch is None else c
+    learner = per_parameter(rule, Fresh(op, jnp.zeros(c.shape), weights), xs[0])
+    (relation,) = learner.graph.hidden_param_op_relations
+    assert relation.primitive.name == mark
+    step = brainstate.transform.jit(brainstate.transform.grad(lambda x: (learner(x) * c).sum(), learner.param_states))
+    for t, x in enumerate(xs):
+        (gradient,) = step(x).values()
+        for a, b in zip(gradient, expected, strict=True):
+            np.testing.assert_allclose(a, b[t], rtol=1e-4, atol=1e-4)
+    learner = per_parameter(rule, Fresh(op, jnp.zeros(c.shape), weights), xs[0])
+    (total,) = learner.etrace_grad(
+        xs, step_fn=lambda x: (learner(x) * c).sum(), reduction="sum", trace_chunk=2
+    ).values()
+    for a, b in zip(total, expected, strict=True):
+        np.testing.assert_allclose(a, b.sum(0), rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("rule", PER_PARAMETER)
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row[4] and name != "conv1d-grouped"])
+def test_a_trace_per_weight_of_mapped_samples(name, rule):
+    op, dense, xs, linear, weights, _ = case(name, BATCH)
+    c, expected = exact(dense, linear, weights, PER_PARAMETER[rule])
+    model = Fresh(op, jnp.zeros(c.shape[1:]), weights)
+    learner = per_parameter(rule, model, xs[0], batch_size=BATCH, vmap=True)
+    (total,) = learner.etrace_grad(
+        xs, step_fn=lambda x: (learner(x) * c).sum(), reduction="sum", trace_chunk=2
+    ).values()
+    for a, b in zip(total, expected, strict=True):
+        np.testing.assert_allclose(a, b.sum(0), rtol=1e-4, atol=2e-4)
+
+
+def test_grouped_convolutions_are_refused_with_a_trace_per_weight():
+    op, _, xs, _, weights, _ = case("conv1d-grouped", BATCH)
+    with pytest.raises(NotImplementedError, match="group"):
+        per_parameter("d_rtrl", Fresh(op, jnp.zeros((BATCH, 4, 4)), weights), xs[0])
 
 
 # -- the primitive by itself

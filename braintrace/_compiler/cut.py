@@ -9,6 +9,7 @@ one position at a time along the mixed axes, which gives the true diagonal.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._jax import Literal, Var, bind_equation, eval_jaxpr, prune
+from .._jax import Literal, Var, bind_equation, eval_jaxpr, open_jaxpr, prune
 from .._types import Path
 from .flatten import is_marked
 from .flow import Flow
 from .module_info import ModuleInfo, known_constants
-from .positions import Label, is_aligned, own_label, propagate, unaligned_axes
+from .positions import MANY, NONE, Label, combine, is_aligned, no_cut, own_label, propagate, unaligned_axes
 
-__all__ = ["Cut", "Entry", "Slice", "Transition", "differentiate_cut", "slice_group"]
+__all__ = ["Cut", "Entry", "Fold", "Slice", "Transition", "differentiate_cut", "slice_group"]
 
 
 class Entry(NamedTuple):
@@ -41,6 +42,25 @@ class Entry(NamedTuple):
         if self.kind == "constant":
             return f"{np.ravel(self.value)[0]:.4g}"
         return {"zero": "0", "varying": "*"}[self.kind]
+
+
+class Fold(NamedTuple):
+    """Where the entries of an operation's output act, if each acts on one position of a group, and several on each.
+
+    ``index`` holds the position of every entry, one integer array per axis of the group; ``tiles`` is their number
+    where they are equal slices of the last axis.
+    """
+
+    index: tuple[np.ndarray, ...]
+    tiles: int | None
+
+    def place(self, value: Any) -> Any:
+        """The value of every entry's position; axes in front of those of the group stay."""
+        if value is None or jnp.ndim(value) == 0:
+            return value
+        if self.tiles is not None:
+            return jnp.concatenate([value] * self.tiles, -1)
+        return value[(..., *self.index)]
 
 
 class Slice(NamedTuple):
@@ -69,6 +89,8 @@ class Cut(NamedTuple):
         Computes the varying entries.
     aligned : frozenset of int
         Operations from which every path within F is position by position.
+    folds : dict
+        Operation index -> :class:`Fold`, for outputs with several entries for every position (fused gates).
     """
 
     D: tuple[tuple[Entry, ...], ...]
@@ -76,6 +98,7 @@ class Cut(NamedTuple):
     inputs: tuple[Any, ...]
     program: Any
     aligned: frozenset
+    folds: dict[int, Fold]
 
     def varying(self, values: Sequence[Any]) -> list[Any]:
         return eval_jaxpr(self.program, *values)
@@ -185,6 +208,8 @@ def differentiate_cut(
     keys = list(part.ys)
     y_shapes = {k: v.aval.shape for k, v in part.ys.items()}
     inexact = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in part.news]
+    folds = _folds(eqns, part, varshape, slots, inexact)
+    by_position = [{k: lab for k, lab in labels_of.items() if k not in folds} for labels_of in y_labels]
 
     def rows(*values):
         olds, ys, ext = values[:num_old], values[num_old : num_old + num_y], values[num_old + num_y :]
@@ -198,8 +223,8 @@ def differentiate_cut(
                 return evaluate_slice(eqns, part, olds, dict(zip(keys, ys)), ext)[a]
 
             new, pull = jax.vjp(new_value, list(olds), list(ys))
-            mixed = _mixed_axes(labels[a], y_labels[a], y_shapes, varshape)
-            out.append(_row(new, pull, component, slots, keys, y_shapes, varshape, mixed))
+            mixed = _mixed_axes(labels[a], by_position[a], y_shapes, varshape)
+            out.append(_row(new, pull, component, slots, keys, y_shapes, varshape, mixed, folds))
         return [(r.D, r.df) for r in out]
 
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inputs]
@@ -222,9 +247,49 @@ def differentiate_cut(
     aligned = frozenset(
         k
         for k in keys
-        if all(k not in y_labels[a] or not _y_mixed(y_labels[a][k], y_shapes[k], varshape) for a, _ in slots)
+        if all(k not in by_position[a] or not _y_mixed(y_labels[a][k], y_shapes[k], varshape) for a, _ in slots)
     )
-    return Cut(D, df, inputs, program, aligned)
+    return Cut(D, df, inputs, program, aligned, folds)
+
+
+def _folds(eqns, part, varshape, slots, inexact) -> dict[int, Fold]:
+    """Outputs larger than the group of which every entry acts on one position: labels of F's reverse pass tell."""
+    size = math.prod(varshape)
+    wide = {k: v for k, v in part.ys.items() if math.prod(v.aval.shape) > size > 0}
+    folds = {}
+    for k, var in wide.items():
+        label: Label | None = None
+        for a in sorted({a for a, _ in slots if inexact[a]}):
+
+            def reverse(seed, y, olds, others, externals, a=a, k=k):
+                def new_value(y):
+                    return evaluate_slice(eqns, part, olds, others | {k: y}, externals)[a]
+
+                return jax.vjp(new_value, y)[1](seed)[0]
+
+            of = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)  # noqa: E731
+            others = {j: of(v) for j, v in part.ys.items() if j != k}
+            values = of(var), [of(v) for v in part.olds], others, [of(v) for v in part.externals]
+            jaxpr = open_jaxpr(jax.make_jaxpr(reverse)(of(part.news[a]), *values))
+            env = {jaxpr.invars[0]: {("new", 0): own_label(part.news[a].aval.shape, len(varshape))}}
+            propagate(jaxpr.eqns, env, no_cut)
+            found = env.get(jaxpr.outvars[0], {}).get(("new", 0))
+            label = found if label is None else label if found is None else tuple(map(combine, label, found))
+        if label is None or any(np.any(ids == MANY) for ids in label[1:]):
+            continue
+        index = tuple(np.where(ids == NONE, 0, ids) for ids in label[1:])
+        folds[k] = Fold(index, _tiles(index, var.aval.shape, varshape))
+    return folds
+
+
+def _tiles(index, y_shape, varshape) -> int | None:
+    """How many equal slices of the last axis the entries are, if they are."""
+    if y_shape[:-1] != varshape[:-1] or y_shape[-1] % varshape[-1]:
+        return None
+    number = y_shape[-1] // varshape[-1]
+    own = own_label(varshape, len(varshape))[1:]
+    same = all(np.array_equal(i, np.concatenate([o] * number, -1)) for i, o in zip(index, own))
+    return number if same else None
 
 
 def _component(cotangent, c):
@@ -239,7 +304,7 @@ class _Row(NamedTuple):
     df: dict[int, Any]
 
 
-def _row(new, pull, component, slots, keys, y_shapes, varshape, mixed) -> _Row:
+def _row(new, pull, component, slots, keys, y_shapes, varshape, mixed, folds) -> _Row:
     def cotangents(seed):
         """Seed over positions -> cotangents of every old hidden variable and every y."""
         full = seed if component is None else jnp.zeros_like(new).at[..., component].set(seed)
@@ -269,14 +334,18 @@ def _row(new, pull, component, slots, keys, y_shapes, varshape, mixed) -> _Row:
 
         olds, ys = cotangents(seed)
         return [None if o is None else own_position(o, varshape) for o in olds], [
-            own_position(y, y_shapes[k]) for k, y in zip(keys, ys)
+            y if k in folds else own_position(y, y_shapes[k]) for k, y in zip(keys, ys)
         ]
 
     def whole(stacked):
         return jnp.moveaxis(stacked.reshape(*sizes, *stacked.shape[1:]), range(len(mixed)), mixed)
 
     D, df = jax.tree.map(whole, jax.vmap(at)(picks))
-    return _Row(list(D), dict(zip(keys, df)))
+    found = dict(zip(keys, df))
+    if folds:
+        # Every entry acts on one position, so that one pass from all positions gives all of them.
+        found.update({k: y for k, y in zip(keys, cotangents(ones)[1]) if k in folds})
+    return _Row(list(D), found)
 
 
 def _slice_labels(eqns, part, varshape):

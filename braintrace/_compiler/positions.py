@@ -19,8 +19,8 @@ import numpy as np
 from .._jax import Literal, bind_equation, call_body, consts_of, is_jit, is_remat, is_tracer, open_jaxpr
 
 __all__ = [
-    "Label", "Labels", "dependence", "is_aligned", "mixes", "own_label", "propagate", "transfer",
-    "unaligned_axes",
+    "MANY", "NONE", "Label", "Labels", "combine", "dependence", "is_aligned", "mixes", "no_cut", "own_label",
+    "propagate", "transfer", "unaligned_axes",
 ]  # fmt: skip
 
 Label = tuple[np.ndarray, ...]
@@ -160,7 +160,7 @@ def _through(body, inputs, nested, known=None) -> list[Labels]:
 
 
 def _join(a: Labels, b: Labels) -> Labels:
-    return {s: tuple(map(_combine, a[s], b[s])) if s in a and s in b else a.get(s, b.get(s, ())) for s in {**a, **b}}
+    return {s: tuple(map(combine, a[s], b[s])) if s in a and s in b else a.get(s, b.get(s, ())) for s in {**a, **b}}
 
 
 def _equal(a: Labels, b: Labels) -> bool:
@@ -275,7 +275,7 @@ def _by_vjp(eqn, inputs):
                 raise ValueError("mixes positions")
             for s, source_label in inputs[i].items():
                 known = result[index[j]].get(s)
-                merged = source_label if known is None else tuple(map(_combine, known, source_label))
+                merged = source_label if known is None else tuple(map(combine, known, source_label))
                 result[index[j]][s] = merged
     return result
 
@@ -283,7 +283,7 @@ def _by_vjp(eqn, inputs):
 # -- rules on one integer array per operand ---------------------------------------------------------------------
 
 
-def _combine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def combine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     if a is b:
         return a
     return np.where((a == b) | (b == NONE), a, np.where(a == NONE, b, MANY)).astype(np.int32)
@@ -307,7 +307,7 @@ def _elementwise(eqn):
         for other in known[1:]:
             if out.shape != other.shape:
                 out, other = np.broadcast_to(out, out_shapes[0]), np.broadcast_to(other, out_shapes[0])
-            out = _combine(out, other)
+            out = combine(out, other)
         return [out if out.shape == shape else np.broadcast_to(out, shape) for shape in out_shapes]
 
     return rule
@@ -379,7 +379,7 @@ def _dot_general(eqn):
             after = len(free[1]) if side == 0 else 0
             x = x.reshape(x.shape[: len(batch)] + (1,) * before + x.shape[len(batch) :] + (1,) * after)
             x = np.broadcast_to(x, shape)
-            out = x if out is None else _combine(out, x)
+            out = x if out is None else combine(out, x)
         return [out]
 
     return rule
@@ -441,7 +441,7 @@ def _indexed(eqn, constants):
                 )
                 base = target if name == "scatter" else np.full_like(target, NONE)
                 out = np.asarray(place(base, index, update))
-                out = out if name == "scatter" else _combine(target, out)
+                out = out if name == "scatter" else combine(target, out)
                 out = np.where(np.asarray(hits) > 1, MANY, out)
             else:
                 params = dict(eqn.params, fill_value=NONE) if name == "gather" else eqn.params

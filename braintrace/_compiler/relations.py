@@ -12,6 +12,7 @@ import numpy as np
 from .._jax import Literal, Var, eval_jaxpr, prune, sub_program
 from .._ops.primitive import ETPPrimitive
 from .._types import Path, path_str
+from .cut import Fold
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flow import Flow, MarkedOp, Reach
 from .groups import HiddenGroup
@@ -114,6 +115,19 @@ class HiddenParamOpRelation(NamedTuple):
     def is_static(self) -> bool:
         """Whether the trained operands are the same at every step while the parameters are."""
         return self.operand_program.inputs == self.operand_program.leaves
+
+    def fold(self, group: HiddenGroup) -> Fold | None:
+        """Where the entries of an output with several for every position of a group act."""
+        return group.cut.folds.get(self.op_index)
+
+    def place(self, group: HiddenGroup, value: Any) -> Any:
+        """A value per position of a group, for every entry of the output (or of the group, where y is no larger)."""
+        fold = self.fold(group)
+        return value if fold is None else fold.place(value)
+
+    def shape_in(self, group: HiddenGroup) -> tuple[int, ...]:
+        """The shape that :meth:`place` gives."""
+        return group.varshape if self.fold(group) is None else self.y_var.aval.shape
 
     @property
     def x(self) -> Any | None:
@@ -243,7 +257,9 @@ def find_relations(
             )
         direct = [p for p, labels in flow.into.items() if ("y", op.index) in labels]
         fed = sorted({group_of[p].index for p in direct})
-        usable = [i for i in fed if _broadcastable(op.y.aval.shape, groups[i].varshape)]
+        usable = [
+            i for i in fed if op.index in groups[i].cut.folds or _broadcastable(op.y.aval.shape, groups[i].varshape)
+        ]
         for i in fed:
             if i not in usable:
                 records.append(

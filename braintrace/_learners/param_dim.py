@@ -246,7 +246,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
 
         def gradient(signals):
             found = [
-                param.contract(r, self._metas[number], self._factorised[key], traces[key], met[g.index], held, fixed)
+                param.contract(r, self._metas[number], g, self._factorised[key], traces[key], met[g.index], held, fixed)
                 for (g, key), met in ((pair, self._met(signals)) for pair in pairs)
             ]
             return add(found)
@@ -302,7 +302,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
 
         def of_sample(varying, signals):
             read = lambda values: self._recursion(group, values)  # noqa: E731
-            return param.chunk_coefficients(read, varying, signals, relations, kept, group.varshape, dtype, length)
+            return param.chunk_coefficients(read, varying, signals, relations, kept, group, dtype, length)
 
         if front:
             out_axes = param.ChunkCoefficients(1, 1, 0, 0)
@@ -311,7 +311,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
 
     def _pair_end(self, number, relation, group, key, trace, chunk, entry, front):
         coefficients, x, operands, fixed = chunk
-        of = (relation, self._metas[number])
+        of = (relation, self._metas[number], group)
         factorised = self._factorised[key]
         cotangent = coefficients.y[number]
         parts = []
@@ -321,9 +321,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         at_entry = jax.tree.map(lambda v: v[0], fixed)
         parts.append(param.contract(*of, factorised, trace, meets, operands, at_entry, len(front)))
         recursion = self._recursion(group, _Anything())
-        trace = param.chunk_update(
-            *of, group, factorised, recursion, number, trace, coefficients, x, operands, fixed, front
-        )
+        trace = param.chunk_update(*of, factorised, recursion, number, trace, coefficients, x, operands, fixed, front)
         return trace, add(parts)
 
 

@@ -218,7 +218,8 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         for r in self.graph.hidden_param_op_relations:
             for g in r.hidden_groups:
                 y, shape = r.y_var.aval.shape, g.varshape
-                if y != shape and not (r.x_var is None and y == shape[1:]):
+                fits = y == shape or r.fold(g) is not None
+                if not fits and not (r.x_var is None and jnp.broadcast_shapes(y, shape) == shape):
                     raise ValueError(
                         f"The output of {r.primitive.name} at {path_str(r.path)!r} has shape {y}, the hidden states "
                         f"{', '.join(map(path_str, g.hidden_paths))} that it drives have shape {shape}. Both need one "

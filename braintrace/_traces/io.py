@@ -18,6 +18,7 @@ from .record import (
     contraction,
     over_groups,
     pair_key,
+    placed,
     spread,
     weighted_sum,
     x_aval,
@@ -54,7 +55,7 @@ def init_io(graph: ETraceGraph) -> IOTrace:
     for r in graph.hidden_param_op_relations:
         for g in r.hidden_groups:
             custom = r.primitive.rules.init_pp
-            shape = (*g.varshape, g.num_state)
+            shape = (*r.shape_in(g), g.num_state)
             zeros = jnp.zeros(shape, r.y_var.aval.dtype)
             if custom is not None and r.y_var.aval.shape == g.varshape:
                 zeros = custom(r.x_var, r.y_var, r.trainable_vars, g.num_state)
@@ -83,7 +84,7 @@ def update_io(
             out = []
             for a, df in enumerate(dfs[key].entries):
                 if recursion_f == "jacobian":
-                    carried = weighted_sum(list(zip(Ds[g.index].entries[a], slots)))
+                    carried = weighted_sum(list(zip(placed(r, g, Ds[g.index].entries[a]), slots)))
                 else:
                     carried = slots[a] if recursion_f == "scalar_leak" else None
                 value = weighted_sum([(decay_f, carried), (1.0 - decay_f, df)])
@@ -108,7 +109,7 @@ def contract_io(
 ) -> jax.Array | None:
     """The cotangent of the operation's output that the trace gives: ``sum_a signal_a * f_a / c``, shaped like y."""
     pairs = {
-        g.index: [(s, trace.dfs[pair_key(relation, g.index)][a]) for a, s in enumerate(signals[g.index])]
+        g.index: list(zip(placed(relation, g, signals[g.index]), trace.dfs[pair_key(relation, g.index)]))
         for g in relation.hidden_groups
     }
     total = over_groups(relation, pairs)

@@ -20,7 +20,7 @@ from .._compiler.positions import MANY, NONE, is_aligned, no_cut, own_label, pro
 from .._compiler.relations import HiddenParamOpRelation
 from .._jax import open_jaxpr
 from .._types import path_str
-from .record import Slots, add, contraction, spread, unbroadcast, weighted_sum, x_aval
+from .record import Slots, add, contraction, placed, spread, unbroadcast, weighted_sum, x_aval
 
 __all__ = [
     "ChunkCoefficients", "ParamMeta", "Recursion", "SlotTrace", "chunk_coefficients", "chunk_update", "contract",
@@ -167,11 +167,12 @@ def init(
     """Zero traces of one relation and group."""
     custom = relation.primitive.rules.init_drtrl
     own = custom and custom(relation.x_var, relation.y_var, relation.trainable_vars, group.num_state)
-    batch, y = group.varshape[: meta.lead], relation.y_var.aval
+    y, whole = relation.y_var.aval, relation.shape_in(group)
+    batch = whole[: meta.lead]
     trace: SlotTrace = {}
     for k, v in relation.trainable_vars.items():
         kept = dtype or jnp.result_type(v.aval.dtype, y.dtype)
-        full = group.varshape if relation.x_var is None else (*batch, *meta.shapes[k])
+        full = whole if relation.x_var is None else (*batch, *meta.shapes[k])
         if own:
             full, kept = own[k].shape[:-1], own[k].dtype
         filtered = () if k in relation.offset_keys else x_aval(relation).shape if factorised else None
@@ -255,10 +256,6 @@ def _slot(trace: SlotTrace, a: int) -> dict[str, jax.Array]:
     return {k: slots[a] for k, slots in trace.items()}
 
 
-def _shape(group: HiddenGroup, front: tuple[int, ...]) -> tuple[int, ...]:
-    return (*front, *group.varshape)
-
-
 def _full(relation, entry, shape):
     return spread(entry, shape, relation.y_var.aval.dtype)
 
@@ -280,8 +277,9 @@ def update(
 ) -> SlotTrace:
     r"""One step of one relation and group: :math:`\epsilon \leftarrow D \epsilon + \mathrm{df} \otimes x`."""
     new: list[dict[str, jax.Array]] = []
+    shape = relation.shape_in(group)
     for a, (row, df) in enumerate(zip(recursion.D, recursion.df[number])):
-        old = _slot(trace, a)
+        old, row = _slot(trace, a), placed(relation, group, row)
         if a in factorised:
             source = relation.primitive.x_repr(x, operands)
             inputs = {k: 1.0 if k in relation.offset_keys else source for k in trace}
@@ -292,12 +290,12 @@ def update(
                 if d is None:
                     continue
                 if b in factorised:
-                    spread_d = _full(relation, d, group.varshape)
+                    spread_d = _full(relation, d, shape)
                     terms.append(_outer(relation, meta, _slot(trace, b), spread_d, operands, 0))
                 else:
                     terms.append(_times(relation, meta, d, _slot(trace, b), 0))
             if df is not None:
-                terms.append(instant(relation, meta, x, _full(relation, df, group.varshape), operands, fixed))
+                terms.append(instant(relation, meta, x, _full(relation, df, shape), operands, fixed))
             value = add(terms) or dict.fromkeys(trace)
         new.append({k: spread(value[k], old[k].shape, old[k].dtype) for k in old})
     return {k: [slot[k] for slot in new] for k in trace}
@@ -306,6 +304,7 @@ def update(
 def contract(
     relation: HiddenParamOpRelation,
     meta: ParamMeta,
+    group: HiddenGroup,
     factorised: frozenset,
     trace: SlotTrace,
     signals: Slots,
@@ -315,7 +314,7 @@ def contract(
 ) -> dict[str, jax.Array] | None:
     """``sum_a <signal_a, trace_a>`` over samples and positions, shaped like the weights."""
     terms, whole = [], []
-    for a, signal in enumerate(signals):
+    for a, signal in enumerate(placed(relation, group, signals)):
         if signal is None:
             continue
         slot = _slot(trace, a)
@@ -391,7 +390,7 @@ def dense(relation, meta, group, factorised, trace: SlotTrace, operands, width: 
     for a in range(width):
         slot = _slot(trace, a)
         if a in factorised:
-            ones = _full(relation, 1.0, _shape(group, front))
+            ones = _full(relation, 1.0, (*front, *relation.shape_in(group)))
             whole = _outer(relation, meta, slot, ones, operands, len(front))
             slot = {k: whole[k].astype(slot[k].dtype) for k in slot}
         slots.append(slot)
@@ -422,7 +421,7 @@ def chunk_coefficients(
     signals: Slots,
     relations: Mapping[int, HiddenParamOpRelation],
     kept: Sequence[int],
-    shape: tuple[int, ...],
+    group: HiddenGroup,
     dtype: Any,
     length: int,
 ) -> ChunkCoefficients:
@@ -437,7 +436,7 @@ def chunk_coefficients(
     felt = _closure({a for a in range(n) if signals[a] is not None}, has)
     backward = {b for b in range(n) if any(has[a][b] for a in felt)}
     reach = {a: _closure({a}, has) for a in kept}
-    zeros = jnp.zeros(shape, dtype)
+    zeros, shape = jnp.zeros(group.varshape, dtype), group.varshape
     start = (
         {b: zeros for b in backward},
         {a: {b: zeros + float(a == b) for b in reach[a]} for a in kept},
@@ -451,9 +450,12 @@ def chunk_coefficients(
         y, u = {}, {}
         for i, r in relations.items():
             df = recursion.df[i]
-            c = weighted_sum([(df[a], total[a]) for a in felt])
+            c = weighted_sum([(df[a], r.place(group, total[a])) for a in felt])
             y[i] = None if c is None else unbroadcast(c, r.y_var.aval.shape).astype(r.y_var.aval.dtype)
-            u[i] = [weighted_sum([(M[a][b], df[b]) for b in reach[a]]) if a in kept else None for a in range(n)]
+            rows = {a: placed(r, group, [M[a][b] for b in reach[a]]) for a in kept}
+            u[i] = [
+                weighted_sum(list(zip(rows[a], [df[b] for b in reach[a]]))) if a in kept else None for a in range(n)
+            ]
         back = {b: weighted_sum([(recursion.D[a][b], total[a]) for a in felt]).astype(dtype) for b in backward}
         product = lambda a, c: weighted_sum([(M[a][b], recursion.D[b][c]) for b in reach[a]])  # noqa: E731
         M = {a: {c: spread(product(a, c), shape, dtype) for c in reach[a]} for a in kept}
@@ -497,7 +499,7 @@ def chunk_update(
         if a in factorised:
             value = _filtered(relation, a, factorised, powers, trace, xs, operands)
         else:
-            links = coefficients.M[a], coefficients.u[number][a]
+            links = placed(relation, group, coefficients.M[a]), coefficients.u[number][a]
             value = add(_chunk_terms(relation, meta, factorised, trace, *links, xs, operands, fixed, extra))
         value = value or dict.fromkeys(trace)
         new.append({k: spread(value[k], old[k].shape, old[k].dtype) for k in old})

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 
 from .._compiler.cut import Entry
 from .._compiler.graph import ETraceGraph
+from .._compiler.groups import HiddenGroup
 from .._compiler.relations import HiddenParamOpRelation
 from .._types import path_str
 
 __all__ = [
     "Jacobian", "Sensitivity", "Slots", "add", "contraction", "instantaneous", "over_groups", "pair_key",
-    "relation_name", "sensitivities", "spread", "unbroadcast", "weighted_sum", "x_aval", "x_keys",
+    "placed",    "relation_name", "sensitivities", "spread", "unbroadcast", "weighted_sum", "x_aval", "x_keys",
 ]  # fmt: skip
 
 Slots = list[Any]  # one array of shape V per hidden variable of a group, or None for a known zero
@@ -127,9 +128,15 @@ def instantaneous(
 ) -> jax.Array | None:
     """``sum_a df_a signal_a``, shaped like y: the position-wise part of the current step."""
     pairs = {
-        g.index: list(zip(dfs[pair_key(relation, g.index)].entries, signals[g.index])) for g in relation.hidden_groups
+        g.index: list(zip(dfs[pair_key(relation, g.index)].entries, placed(relation, g, signals[g.index])))
+        for g in relation.hidden_groups
     }
     return over_groups(relation, pairs)
+
+
+def placed(relation: HiddenParamOpRelation, group: HiddenGroup, entries: Sequence[Any]) -> list[Any]:
+    """Values per position of a group, for every entry of an operation's output."""
+    return [relation.place(group, e) for e in entries]
 
 
 def over_groups(relation: HiddenParamOpRelation, pairs: Mapping[int, Sequence[tuple[Any, Any]]]) -> jax.Array | None:
