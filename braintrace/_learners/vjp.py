@@ -471,7 +471,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         fixed = self.graph.tape.record(*jax.lax.stop_gradient((invals, operands))).fixed
         number = range(len(self.graph.hidden_param_op_relations))
         lifted = {i: self._lift(i, traces, operands[i], fixed[i]) for i in number}
-        zeros = jax.tree.map(jnp.zeros_like, self._hidden_dict(values.hidden))
+        zeros = self._hidden_zeros()
 
         def reverse(held, bars):
             traces, index, leaves, aux = held
@@ -520,11 +520,12 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         return not self._overrides(*hooks) and all(r.is_static for r in self.graph.operations)
 
     def _recorder_zeros(self) -> Any:
-        if self._is_single_step:
-            return self.graph.tape.zeros()
-        return {
-            p: jnp.zeros(v.aval.shape, v.aval.dtype) for p, v in self.graph.module_info.hidden_path_to_invar.items()
-        }
+        return self.graph.tape.zeros() if self._is_single_step else self._hidden_zeros()
+
+    def _hidden_zeros(self) -> dict[Path, jax.Array]:
+        """Without units, as everything that meets the traces."""
+        invars = self.graph.module_info.hidden_path_to_invar
+        return {p: jnp.zeros(v.aval.shape, v.aval.dtype) for p, v in invars.items()}
 
     @contextlib.contextmanager
     def _recording(self, zeros: Any) -> Iterator[Recorder]:
