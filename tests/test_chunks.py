@@ -86,7 +86,9 @@ def problem_of(network, batch=2, mapped=False, **options):
     options = {"steps": T} | options
     problem = Problem(layers, READOUTS.get(readout), None if mapped else batch, **options)
     if mapped:
-        problem.sequence = models.inputs(options["steps"], batch, len(problem.sequence[0][1]), dtype=options.get("dtype"))
+        problem.sequence = models.inputs(
+            options["steps"], batch, len(problem.sequence[0][1]), dtype=options.get("dtype")
+        )
     return problem
 
 
@@ -166,7 +168,9 @@ class Learner:
 
 
 def assert_same(ours, theirs, tol, what):
-    assert_close({k: jax.tree.leaves(v) for k, v in ours.items()}, {k: jax.tree.leaves(v) for k, v in theirs.items()}, tol, what)
+    assert_close(
+        {k: jax.tree.leaves(v) for k, v in ours.items()}, {k: jax.tree.leaves(v) for k, v in theirs.items()}, tol, what
+    )
 
 
 def check(network, rule, batch=2, mapped=False, chunks=(4,), tol=2e-5):

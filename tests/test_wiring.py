@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import models
 from helpers import DRTRL, PPProp, assert_close, old, total
 from hypothesis import HealthCheck, Phase, given, settings
-from models import N_IN, N, Linear, Problem, cat
+from models import N_IN, Linear, N, Problem, cat
 
 import braintrace
 
