@@ -235,8 +235,8 @@ class Oracle:
 
         dense = jax.jacobian(transition, argnums=(0, 1))(hidden, ys)
 
-        def reads_old(group, key):
-            return self.run(params, before | group, args, frozen=key)[0]
+        def reads_old(group, key):  # cut: what leads back into the group is its recurrence
+            return self.run(params, before | group, args, frozen=key, cut=True)[0]
 
         D, df, L, old_L = {}, {}, {}, {}
         for key, group in self.groups.items():

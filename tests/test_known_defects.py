@@ -953,8 +953,9 @@ def test_a_map_of_sequences_onto_states_with_a_sequence_axis(batch):
     np.testing.assert_allclose(ours[("layer", "weight")]["weight"], truth, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(), (N,)])
-def test_a_shared_element_wise_parameter_gets_its_gradient(shape):
+@pytest.mark.parametrize("rule", [lambda m: braintrace.pp_prop(m, 0.9), braintrace.D_RTRL])
+@pytest.mark.parametrize("shape", [(), (1,), (N,)])
+def test_a_shared_element_wise_parameter_gets_its_gradient(shape, rule):
     def step(m, x):
         m.h.value = jnp.tanh(braintrace.element_wise(m.leak.value) * m.h.value + braintrace.matmul(x, m.w.value))
         return m.h.value
@@ -963,7 +964,9 @@ def test_a_shared_element_wise_parameter_gets_its_gradient(shape):
     model.h.value = RAMP
     truth = grad(lambda: (model(ONE) * RAMP).sum(), model.states(ParamState))()
     model.h.value = RAMP
-    assert_close(gradient(learner_of(model, ONE), ONE, lambda out: (out * RAMP).sum()), truth)
+    learner = rule(model)
+    learner.compile_graph(ONE)
+    assert_close(gradient(learner, ONE, lambda out: (out * RAMP).sum()), truth)
 
 
 def test_an_element_wise_map_that_permutes_is_exact_now():
@@ -1021,3 +1024,63 @@ def test_second_derivatives_of_parameters_are_right_or_refused():
         assert "second" in str(error) or "differentiat" in str(error), error
         return
     assert_close({"w": ours}, {"w": jax.grad(truth)(w)})
+
+
+# -- rules with a trace per weight
+
+
+def test_a_filtered_trace_advances_without_a_gradient():
+    """`h <- h / 2 + w x`: the trace after n steps is `e <- e / 2 + x`, the filtered one `f <- f * 0.6 + e`."""
+
+    def step(m, x):
+        m.h.value = 0.5 * m.h.value + matmul(x, m.w.value)
+        return m.h.value
+
+    learner = braintrace.EProp(one_input(step), kappa_filter_decay=0.6)
+    learner.compile_graph(ONE)
+    trace = filtered = 0.0
+    for x in (1.0, -0.3, 2.0, 0.7):
+        learner(x * ONE)
+        trace = 0.5 * trace + x
+        filtered = 0.6 * filtered + trace
+    learner(0.0 * ONE)
+    ours = gradient(learner, 0.0 * ONE, lambda out: (out * RAMP).sum())
+    for _ in range(2):
+        trace = 0.5 * trace
+        filtered = 0.6 * filtered + trace
+    np.testing.assert_allclose(ours[("w",)], filtered * RAMP[None], rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_weight_standardisation_with_a_trace_per_weight(batch):
+    """The weight has the gradient of back-propagation, for nothing recurs but the state; gain and bias act beside."""
+    layer = braintrace.nn.ScaledWSLinear(3, N, w_init=jnp.array([[0.3, -0.4, 0.5], [0.1, 0.2, -0.9], [0.7, 0.1, 0.2]]))
+
+    def step(m, x):
+        m.h.value = jnp.tanh(0.5 * m.h.value + m.layer(x))
+        return m.h.value
+
+    lead = () if batch is None else (batch,)
+    model = Plain(step, layer=layer, h=HiddenState(jnp.zeros((*lead, N))))
+    xs = brainstate.random.RandomState(0).randn(4, *lead, 3)
+    learner = braintrace.D_RTRL(model)
+    learner.compile_graph(xs[0])
+    each = [gradient(learner, x, lambda out: (out * RAMP).sum()) for x in xs]
+    model.h.value = jnp.zeros((*lead, N))
+    truth = grad(lambda: for_loop(lambda x: (model(x) * RAMP).sum(), xs).sum(), model.states(ParamState))()
+    (ours,), (theirs,) = total([(None, dict(g)) for g in each]).values(), truth.values()
+    assert_close({"weight": ours["weight"]}, {"weight": theirs["weight"]}, 2e-5)
+
+
+def test_a_shared_axis_has_one_trace_per_position():
+    """Inputs 1 and 3 at two positions, which the loss weighs by 1 and 10: 31, and not 44."""
+
+    def step(m, x):
+        m.h.value = braintrace.einsum("btk,kn->btn", x, m.w.value)
+        return m.h.value
+
+    model = Plain(step, w=ParamState(jnp.zeros((1, 1))), h=HiddenState(jnp.zeros((1, 2, 1))))
+    learner = braintrace.D_RTRL(model)
+    x, weigh = (jnp.array(v).reshape(1, 2, 1) for v in ([1.0, 3.0], [1.0, 10.0]))
+    learner.compile_graph(x)
+    np.testing.assert_allclose(gradient(learner, x, lambda out: (out * weigh).sum())[("w",)], [[31.0]], rtol=1e-6)

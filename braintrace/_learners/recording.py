@@ -91,11 +91,12 @@ class Recording(Binding):
         return not self._overrides(*hooks) and all(r.is_static for r in self.graph.operations)
 
     def _recorder_zeros(self) -> Any:
-        if self._is_single_step:
-            return self.graph.tape.zeros()
-        return {
-            p: jnp.zeros(v.aval.shape, v.aval.dtype) for p, v in self.graph.module_info.hidden_path_to_invar.items()
-        }
+        return self.graph.tape.zeros() if self._is_single_step else self._hidden_zeros()
+
+    def _hidden_zeros(self) -> dict[Path, jax.Array]:
+        """Without units, as everything that meets the traces."""
+        invars = self.graph.module_info.hidden_path_to_invar
+        return {p: jnp.zeros(v.aval.shape, v.aval.dtype) for p, v in invars.items()}
 
     @contextlib.contextmanager
     def _recording(self, zeros: Any) -> Iterator[Recorder]:

@@ -415,7 +415,7 @@ class ETraceVjpAlgorithm(Recording):
         fixed = self.graph.tape.record(*jax.lax.stop_gradient((invals, operands))).fixed
         number = range(len(self.graph.hidden_param_op_relations))
         lifted = {i: self._lift(i, traces, operands[i], fixed[i]) for i in number}
-        zeros = jax.tree.map(jnp.zeros_like, self._hidden_dict(values.hidden))
+        zeros = self._hidden_zeros()
 
         def reverse(held, bars):
             traces, index, leaves, aux = held

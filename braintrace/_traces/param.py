@@ -297,7 +297,11 @@ def update(
             if df is not None:
                 terms.append(instant(relation, meta, x, _full(relation, df, shape), operands, fixed))
             value = add(terms) or dict.fromkeys(trace)
-        new.append({k: spread(value[k], old[k].shape, old[k].dtype) for k in old})
+        kept = {k: spread(value[k], old[k].shape, old[k].dtype) for k in old}
+        if all(d is None for d in row):
+            # Under jax.vmap all arrays of a trace must stay mapped, also one that no sample changes.
+            kept = {k: jnp.where(False, old[k], kept[k]) for k in old}
+        new.append(kept)
     return {k: [slot[k] for slot in new] for k in trace}
 
 
