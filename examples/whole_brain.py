@@ -62,7 +62,7 @@ def make_connectome(n_neurons, n_synapses, rng):
 
 
 class Brain(brainstate.nn.Module):
-    """Leaky integrate-and-fire neurons with exponential synapses; its output is the firing rate of every region."""
+    """Leaky integrate-and-fire neurons with exponential synapses; the output is the firing rate of every region."""
 
     def __init__(self, connectome, strengths, drive):
         super().__init__()
@@ -70,23 +70,33 @@ class Brain(brainstate.nn.Module):
         n = len(region)
         self.region, self.drive = jnp.asarray(region), drive
         self.region_size = jnp.asarray(np.bincount(region, minlength=N_REGIONS), jnp.float32)
-        matrix = brainevent.CSR((strengths, targets, pointers), shape=(n, n))
+        start = braintools.init.Uniform(-52.0 * u.mV, -45.0 * u.mV)
         self.neurons = brainpy.state.LIF(
-            n, tau=20.0 * u.ms, V_rest=-52.0 * u.mV, V_reset=-52.0 * u.mV, V_th=-45.0 * u.mV,
-            V_initializer=braintools.init.Uniform(-52.0 * u.mV, -45.0 * u.mV),
-        )  # fmt: skip
+            n, tau=20.0 * u.ms, V_rest=-52.0 * u.mV, V_reset=-52.0 * u.mV, V_th=-45.0 * u.mV, V_initializer=start
+        )
         self.synapses = brainpy.state.AlignPostProj(
-            comm=braintrace.nn.SparseLinear(matrix),
+            comm=braintrace.nn.SparseLinear(brainevent.CSR((strengths, targets, pointers), shape=(n, n))),
             syn=brainpy.state.Expon(n, tau=5.0 * u.ms),
-            out=brainpy.state.CUBA(scale=1.0 * u.mV),
+            out=brainpy.state.CUBA(scale=1.0 * u.volt),
             post=self.neurons,
         )
-        self.rates = brainpy.state.Expon(n, tau=RATE_TAU)
+        self.spikes = brainpy.state.Expon(n, tau=RATE_TAU, g_initializer=braintools.init.Constant(0.0))
 
     def update(self, stimulus):
-        """Advance by one step. ``stimulus`` and the result have one entry per region."""
+        """Advance by one step. ``stimulus`` has one entry per region, and so have the rates, in spikes per second."""
         self.synapses(self.neurons.get_spike())
-        spikes = self.neurons(self.drive + stimulus[self.region] * u.mA)
-        rates = self.rates(spikes) / RATE_TAU
-        total = jax.ops.segment_sum(rates.to_decimal(u.Hz), self.region, N_REGIONS, indices_are_sorted=True)
-        return total / self.region_size
+        recent = self.spikes(self.neurons(self.drive + stimulus[self.region]))
+        total = jax.ops.segment_sum(recent, self.region, N_REGIONS, indices_are_sorted=True)
+        return (total / self.region_size / RATE_TAU).to_decimal(u.Hz)
+
+
+def make_brains(args, rng):
+    """A teacher and a student that differ in the strengths of the synapses into each region."""
+    connectome = region, pointers, targets = make_connectome(args.neurons, args.synapses, rng)
+    drive = jnp.asarray(rng.normal(6.5, 1.5, args.neurons), jnp.float32) * u.mA
+    sign = np.where(rng.random(args.neurons) < INHIBITORY, -2.0, 1.0)
+    n_inputs = np.bincount(targets, minlength=args.neurons)
+    strengths = np.repeat(sign, np.diff(pointers)) * rng.lognormal(0.5, 0.5, args.synapses) / np.sqrt(n_inputs[targets])
+    gain = rng.lognormal(0.0, 0.7, N_REGIONS)[region[targets]]
+    teacher, student = (Brain(connectome, jnp.asarray(w, jnp.float32) * u.mS, drive) for w in (strengths * gain, strengths))
+    return teacher, student
