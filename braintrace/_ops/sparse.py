@@ -83,20 +83,22 @@ class Pattern:
         if len(self.entries) >= DENSE_FROM * math.prod(self.shape):
             return x @ _add_up(jnp.zeros(self.shape, stored.dtype), (self.rows, self.cols), stored)
 
-        def of_one(x):
-            terms = _pick(x, self.rows) * stored
-            return _add_up(jnp.zeros(self.shape[1], terms.dtype), self.cols, terms)
-
         if x.ndim == 1:
-            return of_one(x)
+            return self._sum(_pick(x, self.rows) * stored)
         samples = x.reshape(-1, x.shape[-1])
-        if samples.shape[0] * len(self.entries) > TERMS_AT_ONCE:
-            # Recomputed in reverse mode, which would otherwise keep one array of terms per sample.
-            y = jax.lax.map(jax.checkpoint(of_one, prevent_cse=False), samples)
+        if len(samples) * len(self.entries) > TERMS_AT_ONCE:
+            # Recomputed in reverse mode, which would otherwise keep the terms of every sample.
+            y = jax.lax.map(jax.checkpoint(lambda x: self.product(x, stored), prevent_cse=False), samples)
         else:
-            terms = _pick(samples.T, self.rows) * stored[:, None]
-            y = _add_up(jnp.zeros((self.shape[1], len(samples)), terms.dtype), self.cols, terms).T
+            y = self._sum(_pick(samples.T, self.rows) * stored[:, None]).T
         return y.reshape(*x.shape[:-1], self.shape[1])
+
+    def _sum(self, terms: jax.Array) -> jax.Array:
+        """Sum the terms ``(n, ...)`` of each column."""
+        total = _add_up(jnp.zeros((self.shape[1], *terms.shape[1:]), terms.dtype), self.cols, terms)
+        # Nothing but a border for XLA: it fuses what computes a cotangent into the look-ups of the cotangent, once per
+        # entry and not per column. The cotangent of this look-up is a scatter, which it never fuses.
+        return _pick(total, np.arange(self.shape[1], dtype=np.int32))
 
 
 # The places are known to be inside; JAX would compute with them at every step, or fold millions of constants.
