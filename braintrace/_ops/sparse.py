@@ -27,7 +27,7 @@ __all__ = ["Pattern", "etp_sp_mm_p", "etp_sp_mv_p", "pattern_of", "sparse_matmul
 DENSE_FROM = 0.02
 
 # More terms than this do not stay in the cache of a CPU: the samples of a batch are then multiplied one by one.
-TERMS_AT_ONCE = 2**23
+TERMS_AT_ONCE = 2**20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
