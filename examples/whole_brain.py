@@ -91,12 +91,143 @@ class Brain(brainstate.nn.Module):
 
 
 def make_brains(args, rng):
-    """A teacher and a student that differ in the strengths of the synapses into each region."""
+    """A teacher and a student, which differ in the strengths of the synapses into each region."""
     connectome = region, pointers, targets = make_connectome(args.neurons, args.synapses, rng)
     drive = jnp.asarray(rng.normal(6.5, 1.5, args.neurons), jnp.float32) * u.mA
     sign = np.where(rng.random(args.neurons) < INHIBITORY, -2.0, 1.0)
     n_inputs = np.bincount(targets, minlength=args.neurons)
     strengths = np.repeat(sign, np.diff(pointers)) * rng.lognormal(0.5, 0.5, args.synapses) / np.sqrt(n_inputs[targets])
     gain = rng.lognormal(0.0, 0.7, N_REGIONS)[region[targets]]
-    teacher, student = (Brain(connectome, jnp.asarray(w, jnp.float32) * u.mS, drive) for w in (strengths * gain, strengths))
+    teacher = Brain(connectome, jnp.asarray(strengths * gain, jnp.float32) * u.mS, drive)
+    student = Brain(connectome, jnp.asarray(strengths, jnp.float32) * u.mS, drive)
     return teacher, student
+
+
+def make_stimulus(n_steps, rng):
+    """Currents ``(time, region)``: every region has its own rhythm."""
+    period = rng.uniform(100.0, 500.0, N_REGIONS)
+    phase = rng.uniform(0.0, 2 * np.pi, N_REGIONS)
+    time_step = np.arange(n_steps)[:, None]
+    return jnp.asarray(2.0 * np.sin(2 * np.pi * time_step / period + phase), jnp.float32) * u.mA
+
+
+def simulation(model):
+    """A compiled function from a stimulus to the rates ``(time, region)``."""
+    return brainstate.transform.jit(lambda stimulus: brainstate.transform.for_loop(model, stimulus))
+
+
+def learning(student, args):
+    """A compiled function that corrects the student while it runs, and returns its mean squared error."""
+    learner = braintrace.compile(student, "pp_prop", jnp.zeros(N_REGIONS) * u.mA, decay_or_rank=0.97)
+    learner.show_graph()
+    report_memory(learner, args)
+    weights = student.states(brainstate.ParamState)
+    optimizer = braintools.optim.Adam(lr=args.lr)
+    optimizer.register_trainable_weights(weights)
+
+    def step_loss(stimulus, target):
+        return jnp.mean((learner(stimulus) - target) ** 2)
+
+    def learn(stimulus, targets):
+        grads, loss = learner.etrace_grad(
+            stimulus, targets, step_fn=step_loss, weights=weights, loss_output="scalar", return_value=True
+        )
+        optimizer.step(grads)
+        return loss
+
+    def learn_all(stimulus, targets):
+        parts = [a.reshape((-1, args.every, N_REGIONS)) for a in (stimulus, targets)]
+        return brainstate.transform.for_loop(learn, *parts).mean()
+
+    return brainstate.transform.jit(learn_all)
+
+
+def report_memory(learner, args):
+    """Print what is kept from one step to the next, in numbers per neuron and per synapse."""
+    values = jax.tree.leaves([state.value for state in learner.states().values()])
+    per_neuron = sum(v.size for v in values if v.shape[:1] == (args.neurons,)) / args.neurons
+    per_synapse = sum(v.size for v in values if v.shape[:1] == (args.synapses,)) / args.synapses
+    size = sum(v.nbytes for v in values)
+    print(f"kept between steps: {per_neuron:.0f} numbers per neuron, {per_synapse:.0f} per synapse; {size / 1e6:.0f} MB")
+
+
+def timed(function, *args):
+    start = time.perf_counter()
+    result = jax.block_until_ready(function(*args))
+    return result, time.perf_counter() - start
+
+
+def draw(student, targets, before, after, errors, args):
+    """Plot the connectome, the course of learning, and what the student does before and after."""
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    degrees, error, scatter, course = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.5])
+    matrix = student.synapses.comm.spar_mat
+    for name, count in {"out": np.diff(matrix.indptr), "in": np.bincount(matrix.indices)}.items():
+        degrees.loglog(np.sort(count)[::-1] + 0.5, np.arange(1, len(count) + 1) / len(count), label=name)
+    degrees.set(title="synapses per neuron", xlabel="at least", ylabel="share of neurons")
+    degrees.legend(frameon=False)
+    error.plot(np.arange(1, len(errors) + 1) * args.period / 1000, errors)
+    error.set(title="error of the rates (Hz)", xlabel="time (s)", ylim=(0, None))
+    top = 1.1 * targets.mean(axis=0).max()
+    scatter.plot([0, top], [0, top], color="gray", linewidth=0.8)
+    for name, rates in {"before": before, "after": after}.items():
+        scatter.scatter(targets.mean(axis=0), rates.mean(axis=0), s=8, label=name)
+    scatter.set(title="mean rates (Hz)", xlabel="teacher", ylabel="student", xlim=(0, top), ylim=(0, top))
+    scatter.legend(frameon=False)
+    region = np.argmax(np.abs(before - targets).mean(axis=0))
+    for name, rates in {"teacher": targets, "before": before, "after": after}.items():
+        course.plot(rates[:, region], label=name, color="black" if name == "teacher" else None)
+    course.set(title=f"rate of region {region} (Hz)", xlabel="time (ms)")
+    course.legend(frameon=False)
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(args.out, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--neurons", type=int, default=139_255)
+    parser.add_argument("--synapses", type=int, default=1_000_000)
+    parser.add_argument("--periods", type=int, default=20, help="how many stimuli to learn from")
+    parser.add_argument("--period", type=int, default=500, help="milliseconds of one stimulus")
+    parser.add_argument("--every", type=int, default=10, help="milliseconds between two corrections; divides the period")
+    parser.add_argument("--lr", type=float, default=5e-3, help="learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="for the connectome and the stimuli")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: two short periods of 5000 neurons")
+    parser.add_argument("--out", type=Path, default=Path("whole_brain.png"), help="where to save the picture")
+    args = parser.parse_args()
+    if args.quick:
+        args.neurons, args.synapses, args.periods, args.period = 5_000, 40_000, 2, 50
+
+    rng = np.random.default_rng(args.seed)
+    brainstate.random.seed(args.seed)
+    teacher, student = make_brains(args, rng)
+    brainstate.nn.init_all_states(teacher)
+    brainstate.nn.init_all_states(student)
+    run_teacher, run_student, learn = simulation(teacher), simulation(student), learning(student, args)
+    test = make_stimulus(args.period, rng)
+    run_student(test)
+    before = np.asarray(run_student(test))
+
+    errors, forward, online = [], [], []
+    progress = tqdm(range(args.periods), ncols=100)
+    for _ in progress:
+        stimulus = make_stimulus(args.period, rng)
+        targets, seconds = timed(run_teacher, stimulus)
+        forward.append(seconds * 1000 / args.period)
+        loss, seconds = timed(learn, stimulus, targets)
+        online.append(seconds * 1000 / args.period)
+        errors.append(float(jnp.sqrt(loss)))
+        progress.set_postfix(error=f"{errors[-1]:.2f} Hz")
+
+    targets, after = (np.asarray(run(test)) for run in (run_teacher, run_student))
+    error_before, error_after = (np.sqrt(np.mean((rates - targets) ** 2)) for rates in (before, after))
+    print(f"error on a new stimulus: {error_before:.2f} Hz before, {error_after:.2f} Hz after")
+    print(f"one step: simulation {min(forward):.2f} ms, with learning {min(online):.2f} ms: {min(online) / min(forward):.1f} x")
+    draw(student, targets, before, after, errors, args)
+    print(f"the picture is in {args.out}")
+
+
+if __name__ == "__main__":
+    brainstate.environ.set(dt=1.0 * u.ms)
+    main()
