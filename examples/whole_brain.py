@@ -3,11 +3,11 @@
 A synthetic connectome has 139,255 leaky integrate-and-fire neurons in 68 regions and a million synapses, with heavy-
 tailed numbers of synapses per neuron. A hidden teacher has the same connections, but synapses into some regions are
 stronger and into others weaker. The student sees only the teacher's firing rates, averaged over each region, and
-corrects all of its synapses after every millisecond, with `pp_prop`: what it keeps beside the network is a few numbers
-per neuron, and nothing per synapse.
+corrects all of its synapses every ten milliseconds while it runs, with `pp_prop`: the traces are four numbers per
+neuron, and nothing per synapse.
 
     python examples/whole_brain.py --out whole_brain.png
-    python examples/whole_brain.py --synapses 15000000   # needs about 6 GB of memory
+    python examples/whole_brain.py --synapses 15000000 --periods 5   # needs 4 GB of memory
 """
 
 import argparse
@@ -120,10 +120,10 @@ def learning(student, args):
     """A compiled function that corrects the student while it runs, and returns its mean squared error."""
     learner = braintrace.compile(student, "pp_prop", jnp.zeros(N_REGIONS) * u.mA, decay_or_rank=0.97)
     learner.show_graph()
-    report_memory(learner, args)
     weights = student.states(brainstate.ParamState)
     optimizer = braintools.optim.Adam(lr=args.lr)
     optimizer.register_trainable_weights(weights)
+    report_memory({"network": student, "traces": learner, "optimizer": optimizer}, args)
 
     def step_loss(stimulus, target):
         return jnp.mean((learner(stimulus) - target) ** 2)
@@ -142,13 +142,16 @@ def learning(student, args):
     return brainstate.transform.jit(learn_all)
 
 
-def report_memory(learner, args):
-    """Print what is kept from one step to the next, in numbers per neuron and per synapse."""
-    values = jax.tree.leaves([state.value for state in learner.states().values()])
-    per_neuron = sum(v.size for v in values if v.shape[:1] == (args.neurons,)) / args.neurons
-    per_synapse = sum(v.size for v in values if v.shape[:1] == (args.synapses,)) / args.synapses
-    size = sum(v.nbytes for v in values)
-    print(f"kept between steps: {per_neuron:.0f} numbers per neuron, {per_synapse:.0f} per synapse; {size / 1e6:.0f} MB")
+def report_memory(owners, args):
+    """Print what each owner keeps from one step to the next, beside what those before it keep."""
+    seen = set()
+    for name, owner in owners.items():
+        states = [s for s in brainstate.graph.states(owner).values() if id(s) not in seen]
+        seen.update(map(id, states))
+        shapes = [jnp.shape(v) for v in jax.tree.leaves([s.value for s in states])]
+        per_neuron = sum(np.prod(s) for s in shapes if s[:1] == (args.neurons,)) / args.neurons
+        per_synapse = sum(s == (args.synapses,) for s in shapes)
+        print(f"{name:>9}: {per_neuron:.0f} numbers per neuron, {per_synapse} per synapse")
 
 
 def timed(function, *args):
@@ -190,14 +193,18 @@ def main():
     parser.add_argument("--synapses", type=int, default=1_000_000)
     parser.add_argument("--periods", type=int, default=20, help="how many stimuli to learn from")
     parser.add_argument("--period", type=int, default=500, help="milliseconds of one stimulus")
-    parser.add_argument("--every", type=int, default=10, help="milliseconds between two corrections; divides the period")
+    parser.add_argument(
+        "--every", type=int, default=10, help="milliseconds between two corrections; divides the period"
+    )
     parser.add_argument("--lr", type=float, default=5e-3, help="learning rate")
     parser.add_argument("--seed", type=int, default=0, help="for the connectome and the stimuli")
-    parser.add_argument("--quick", action="store_true", help="a smoke run: two short periods of 5000 neurons")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: three short periods of 5000 neurons")
     parser.add_argument("--out", type=Path, default=Path("whole_brain.png"), help="where to save the picture")
     args = parser.parse_args()
     if args.quick:
-        args.neurons, args.synapses, args.periods, args.period = 5_000, 40_000, 2, 50
+        args.neurons, args.synapses, args.periods, args.period = 5_000, 40_000, 3, 50
+    if args.period % args.every:
+        parser.error(f"--every {args.every} does not divide --period {args.period}")
 
     rng = np.random.default_rng(args.seed)
     brainstate.random.seed(args.seed)
@@ -206,7 +213,8 @@ def main():
     brainstate.nn.init_all_states(student)
     run_teacher, run_student, learn = simulation(teacher), simulation(student), learning(student, args)
     test = make_stimulus(args.period, rng)
-    run_student(test)
+    for run in (run_teacher, run_student):  # past the start, and compiled
+        run(test)
     before = np.asarray(run_student(test))
 
     errors, forward, online = [], [], []
@@ -223,7 +231,8 @@ def main():
     targets, after = (np.asarray(run(test)) for run in (run_teacher, run_student))
     error_before, error_after = (np.sqrt(np.mean((rates - targets) ** 2)) for rates in (before, after))
     print(f"error on a new stimulus: {error_before:.2f} Hz before, {error_after:.2f} Hz after")
-    print(f"one step: simulation {min(forward):.2f} ms, with learning {min(online):.2f} ms: {min(online) / min(forward):.1f} x")
+    forward, online = min(forward), min(online)
+    print(f"one step takes {forward:.2f} ms, with learning {online:.2f} ms: {online / forward:.1f} x")
     draw(student, targets, before, after, errors, args)
     print(f"the picture is in {args.out}")
 

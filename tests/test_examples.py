@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("script, options", [("quickstart.py", ["--quick"])])
+@pytest.mark.parametrize("script, options", [("quickstart.py", ["--quick"]), ("whole_brain.py", ["--quick"])])
 def test_example(script, options, tmp_path):
     picture = tmp_path / "picture.png"
     subprocess.run(
