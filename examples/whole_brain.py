@@ -7,7 +7,7 @@ corrects all of its synapses every ten milliseconds while it runs, with `pp_prop
 neuron, and nothing per synapse.
 
     python examples/whole_brain.py --out whole_brain.png
-    python examples/whole_brain.py --synapses 15000000 --periods 5   # needs 4 GB of memory
+    python examples/whole_brain.py --synapses 15000000 --periods 4   # needs 4 GB of memory
 """
 
 import argparse
