@@ -22,9 +22,10 @@ def run(script, *options, folder):
     return result.stdout
 
 
-def test_quickstart(tmp_path):
+@pytest.mark.parametrize("script", ["quickstart.py", "whole_brain.py"])
+def test_picture(script, tmp_path):
     picture = tmp_path / "picture.png"
-    run("quickstart.py", "--out", picture, folder=tmp_path)
+    run(script, "--out", picture, folder=tmp_path)
     assert picture.stat().st_size > 10_000
 
 

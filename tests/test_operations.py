@@ -18,7 +18,7 @@ from helpers import PPProp, assert_close
 from models import N_IN, N, Problem
 
 import braintrace
-from braintrace._ops import pattern_of
+from braintrace._ops import pattern_of, sparse_product
 
 pytestmark = pytest.mark.usefixtures("time_step")
 
@@ -229,6 +229,37 @@ CALLS = [  # operation, reference, arguments
     ),
 ]
 IDS = [f"{i}" for i in range(len(CALLS))]
+
+
+@pytest.mark.parametrize("at_once", [1, 2**20])
+@pytest.mark.parametrize("lead", [(3,), (2, 3)])
+def test_sparse_product_of_many_samples(monkeypatch, lead, at_once):
+    monkeypatch.setattr("braintrace._ops.sparse.TERMS_AT_ONCE", at_once)
+    x, w, pattern = draw(*lead, 60), draw(40), pattern_of(THIN)
+
+    def product(x, w):
+        return sparse_product(x, w, pattern)
+
+    tangents = jnp.cos(x), jnp.cos(w)
+    np.testing.assert_allclose(product(x, w), thin(x, w), rtol=1e-6)
+    for ours, reference in zip(*(jax.jvp(f, (x, w), tangents) for f in (product, thin))):
+        np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-6)
+    gradients = (jax.grad(lambda x, w: jnp.sum(jnp.tanh(f(x, w))), (0, 1))(x, w) for f in (product, thin))
+    for ours, reference in zip(*gradients):
+        np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-6)
+
+
+def test_sparse_gradients_need_neither_a_dense_matrix_nor_all_terms():
+    n, per_row, batch = 1500, 20, 64
+    columns = np.random.default_rng(0).integers(0, n, n * per_row)
+    matrix = brainevent.CSR((draw(n * per_row), columns, np.arange(n + 1) * per_row), shape=(n, n))
+
+    def loss(x, w):
+        return jnp.sum(braintrace.sparse_matmul(x, w, sparse_mat=matrix) ** 2)
+
+    for size, bound in (((n,), 4 * n * n / 10), ((batch, n), 4 * batch * n * per_row / 3)):
+        memory = jax.jit(jax.grad(loss, (0, 1))).lower(draw(*size), matrix.data).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < bound
 
 
 @pytest.mark.parametrize("op, reference, args", CALLS, ids=IDS)

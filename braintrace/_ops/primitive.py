@@ -202,6 +202,12 @@ class ETPPrimitive(Primitive):
         """:meth:`weight_vjp` summed over ``axes`` leading axes (time, mapped samples) of all but the weights."""
         if self.rules.pp_x_repr is not None and self.rules.xy_to_dw is not None and not bound:
             return self._summed_own(x, cotangent, weights, params, fixed, axes)
+        whole = self if self.batched else self.batched_twin
+        if whole is not None and whole.sample_ndim is not None and self.rules.pp_x_repr is None and not fixed:
+            axes += int(self.batched)
+            merged = [v.reshape((-1, *v.shape[axes:])) for v in (x, cotangent)]
+            y, pull = jax.vjp(lambda ws: whole._apply(merged[0], ws, params, {}), dict(weights))
+            return pull(merged[1].astype(y.dtype))[0]
 
         def apply(ws):
             def one(x, fixed):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +26,9 @@ __all__ = ["Pattern", "etp_sp_mm_p", "etp_sp_mv_p", "pattern_of", "sparse_matmul
 # From this density on a dense product is faster on a CPU, with a batch by far.
 DENSE_FROM = 0.02
 
+# More terms than this do not stay in the cache of a CPU: the samples of a batch are then multiplied one by one.
+TERMS_AT_ONCE = 2**20
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pattern:
@@ -33,7 +37,7 @@ class Pattern:
     Attributes
     ----------
     rows, cols : integer arrays, shape ``(n,)``
-        Places, sorted by column.
+        Places, in the order of the data.
     entries : integer array, shape ``(n,)``
         Which entry of the flattened data is there.
     shape, data_shape : tuple of int
@@ -48,7 +52,8 @@ class Pattern:
 
     @functools.cached_property
     def _content(self) -> tuple[Any, ...]:
-        return (self.shape, self.data_shape, *(a.tobytes() for a in (self.rows, self.cols, self.entries)))
+        digests = (hashlib.sha256(a.tobytes()).digest() for a in (self.rows, self.cols, self.entries))
+        return (self.shape, self.data_shape, *digests)
 
     def __hash__(self) -> int:
         return hash(self._content)
@@ -59,18 +64,50 @@ class Pattern:
     def __repr__(self) -> str:
         return f"Pattern(shape={self.shape}, entries={len(self.entries)})"
 
-    @property
+    @functools.cached_property
     def shared(self) -> bool:
         """Whether one entry of the data is in several places."""
         return len(np.unique(self.entries)) < len(self.entries)
 
+    @functools.cached_property
+    def _in_order(self) -> bool:
+        return np.array_equal(self.entries, np.arange(math.prod(self.data_shape)))
+
+    def stored(self, data: jax.Array) -> jax.Array:
+        """The values of the places."""
+        data = data.reshape(-1)
+        return data if self._in_order else _pick(data, self.entries)
+
     def product(self, x: jax.Array, stored: jax.Array) -> jax.Array:
         """``x @ matrix`` for the values ``stored``, one per place; any leading axes of ``x``."""
         if len(self.entries) >= DENSE_FROM * math.prod(self.shape):
-            return x @ jnp.zeros(self.shape, stored.dtype).at[self.rows, self.cols].add(stored)
-        terms = jnp.moveaxis(jnp.take(x, self.rows, -1) * stored, -1, 0)
-        total = jax.ops.segment_sum(terms, self.cols, self.shape[1], indices_are_sorted=True)
-        return jnp.moveaxis(total, 0, -1)
+            return x @ _add_up(jnp.zeros(self.shape, stored.dtype), (self.rows, self.cols), stored)
+
+        if x.ndim == 1:
+            return self._sum(_pick(x, self.rows) * stored)
+        samples = x.reshape(-1, x.shape[-1])
+        if len(samples) * len(self.entries) > TERMS_AT_ONCE:
+            # Recomputed in reverse mode, which would otherwise keep the terms of every sample.
+            y = jax.lax.map(jax.checkpoint(lambda x: self.product(x, stored), prevent_cse=False), samples)
+        else:
+            y = self._sum(_pick(samples.T, self.rows) * stored[:, None]).T
+        return y.reshape(*x.shape[:-1], self.shape[1])
+
+    def _sum(self, terms: jax.Array) -> jax.Array:
+        """Sum the terms ``(n, ...)`` of each column."""
+        total = _add_up(jnp.zeros((self.shape[1], *terms.shape[1:]), terms.dtype), self.cols, terms)
+        # Nothing but a border for XLA: it fuses what computes a cotangent into the look-ups of the cotangent, once per
+        # entry and not per column. The cotangent of this look-up is a scatter, which it never fuses.
+        return _pick(total, np.arange(self.shape[1], dtype=np.int32))
+
+
+# The places are known to be inside; JAX would compute with them at every step, or fold millions of constants.
+def _pick(x: jax.Array, places: Any) -> jax.Array:
+    return x.at[places].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def _add_up(zeros: jax.Array, places: Any, terms: jax.Array) -> jax.Array:
+    return zeros.at[places].add(terms, mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _from_pointers(indices: Any, pointers: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -161,14 +198,12 @@ def pattern_of(matrix: Any) -> Pattern:
             "and pass its data as the weight."
         ) from error
     inside = (rows < matrix.shape[0]) & (cols < matrix.shape[1])  # JAX fills up with places outside
-    order = np.argsort(cols, kind="stable")
-    order = order[inside[order]]
-    rows, cols, entries = (np.ascontiguousarray(a[order], np.int32) for a in (rows, cols, entries))
+    rows, cols, entries = (np.ascontiguousarray(a[inside], np.int32) for a in (rows, cols, entries))
     return Pattern(rows, cols, entries, tuple(matrix.shape), _data_shape(matrix))
 
 
 def _stored(pattern: Pattern, weight: jax.Array, hook: Hook) -> jax.Array:
-    return apply_hook(hook, weight).reshape(-1)[pattern.entries]
+    return pattern.stored(apply_hook(hook, weight))
 
 
 def _sparse_impl(x, weight, *bias, sparse_mat, has_bias, weight_fn, bias_fn):
