@@ -39,7 +39,7 @@ class EProp(ParamDimVjpAlgorithm):
     feedback : {'symmetric', 'random'}
         Whether the true signal meets the traces, or its unit vector sent through a fixed random matrix over units.
     kappa_filter_decay : float
-        :math:`\\kappa` of :math:`\\bar\\epsilon \\leftarrow \\kappa \\bar\\epsilon + \\epsilon`; 0 is exactly D_RTRL.
+        :math:`\kappa` of :math:`\bar\epsilon \leftarrow \kappa \bar\epsilon + \epsilon`; 0 is exactly D_RTRL.
     random_feedback_key : int or JAX key, optional
         Needed for ``feedback='random'``.
     name, vjp_method, fast_solve, **kwargs
