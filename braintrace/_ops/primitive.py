@@ -206,7 +206,7 @@ class ETPPrimitive(Primitive):
         if whole is not None and whole.sample_ndim is not None and self.rules.pp_x_repr is None and not fixed:
             axes += int(self.batched)
             merged = [v.reshape((-1, *v.shape[axes:])) for v in (x, cotangent)]
-            y, pull = jax.vjp(lambda ws: whole._apply(merged[0], ws, params, {}), dict(weights))
+            y, pull = jax.vjp(lambda ws: whole.apply(merged[0], ws, params, {}), dict(weights))
             return pull(merged[1].astype(y.dtype))[0]
 
         def apply(ws):
