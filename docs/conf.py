@@ -1,4 +1,4 @@
-"""Sphinx configuration: `./scripts/docs` builds the site into docs/_build."""
+"""Sphinx configuration: `./scripts/docs` builds the site into docs/_build/html."""
 
 import inspect
 import re
@@ -10,7 +10,7 @@ author = "the braintrace authors"
 version = release = braintrace.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "jupyter_execute"]
 html_theme = "furo"
 html_title = f"braintrace {version}"
 

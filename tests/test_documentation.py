@@ -6,6 +6,7 @@ import pkgutil
 import re
 from pathlib import Path
 
+import brainstate
 import pytest
 
 import braintrace
@@ -27,5 +28,16 @@ def test_docstrings(name):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_pages(page):
     namespace = {"__name__": "page"}  # one for the page: a tutorial goes on where it stopped
-    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.M | re.S):
-        exec(compile(block, str(page), "exec"), namespace)
+    try:
+        for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.M | re.S):
+            exec(compile(block, str(page), "exec"), namespace)
+    finally:
+        brainstate.environ.pop("dt", None)  # a page may set the time step, as a script does
+
+
+@pytest.mark.parametrize("module", [braintrace, braintrace.nn], ids=lambda m: m.__name__)
+def test_the_reference_has_every_public_name(module):
+    text = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    documented = set(re.findall(rf"^\.\. auto\w+:: {re.escape(module.__name__)}\.(\w+)$", text, flags=re.M))
+    names = {name for name in module.__all__ if not name.startswith("__") and name != "nn"}
+    assert names == documented

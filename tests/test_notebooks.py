@@ -1,0 +1,36 @@
+"""The code of the tutorials runs, on sizes that take seconds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "first_spiking_network": dict(N_UNITS=10, CUE=4, WAIT=3, ANSWER=3, BATCH=4, UPDATES=3),
+    "choosing_a_rule": dict(N=4, BATCH=2, TIME=12),
+    "from_the_published_package": dict(TIME=4, BATCH=2, UPDATES=2),
+}
+
+
+def code_cells(notebook):
+    cells = json.loads((ROOT / "docs" / "tutorials" / notebook).read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("notebook", sorted(p.name for p in (ROOT / "docs" / "tutorials").glob("*.ipynb")))
+def test_notebook(notebook, tmp_path):
+    small = SMALL[notebook.removesuffix(".ipynb")]
+    cells = code_cells(notebook)
+    [sizes] = [i for i, cell in enumerate(cells) if cell.startswith("N_IN, ") or cell.startswith("TIME, ")]
+    cells.insert(sizes + 1, "\n".join(f"{name} = {value}" for name, value in small.items()))
+    subprocess.run(
+        [sys.executable, "-c", "\n".join(cells)],
+        check=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"},
+    )
+    assert all(name in cells[sizes] for name in small)
