@@ -4,7 +4,6 @@ The oracle is reverse mode through the plain model, which runs without a learner
 """
 
 import brainevent
-
 import brainstate
 import braintools
 import brainunit as u
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from brainpy import state as bp
-from brainstate import HiddenState, ParamState
+from brainstate import ParamState
 from helpers import assert_close
 
 import braintrace
@@ -24,7 +23,7 @@ pytestmark = [pytest.mark.usefixtures("time_step"), pytest.mark.filterwarnings("
 @pytest.fixture(autouse=True, scope="module")
 def quick_to_compile():
     """Every program here runs once."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
