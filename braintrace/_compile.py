@@ -14,6 +14,7 @@ from ._learners.config import ETraceConfig
 from ._learners.io_dim import IODimVjpAlgorithm, pp_prop
 from ._learners.param_dim import ParamDimVjpAlgorithm
 from ._learners.rules import D_RTRL, EProp, OSTLFeedforward
+from ._learners.vjp import ETraceVjpAlgorithm
 from ._sequence import ETraceVmap
 from ._types import CompilationError, head
 
@@ -149,6 +150,8 @@ def _find(algorithm: Any) -> type[ETraceAlgorithm]:
             raise ValueError(f"Unknown algorithm {algorithm!r}; the names are {', '.join(sorted(NAMES))}.")
         return NAMES[name]
     if isinstance(algorithm, type):
+        if algorithm in (ETraceAlgorithm, ETraceVjpAlgorithm):
+            raise TypeError(f"{algorithm.__name__} is an abstract base. Pass a rule, such as braintrace.pp_prop.")
         if issubclass(algorithm, ETraceAlgorithm):
             return algorithm
         raise TypeError(f"algorithm must be a subclass of ETraceAlgorithm, got the class {algorithm.__name__}.")

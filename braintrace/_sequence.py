@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import brainstate
+import brainunit as u
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ._jax import trace_context
 from ._types import MultiStepData, SingleStepData, head
@@ -89,8 +91,10 @@ class SequenceDriverMixin:
         [('Wh', 'weight'), ('Wr', 'weight'), ('Wz', 'weight')]
         """
         self._driven()
-        if step_fn is None:
-            raise TypeError("etrace_grad: pass step_fn, a function of one slice that returns the loss of that step.")
+        if not callable(step_fn):
+            raise TypeError(
+                f"step_fn must be a function of one slice that returns the loss of that step, got {step_fn!r}."
+            )
         _one_of("reduction", reduction, ("mean", "sum"))
         _one_of("loss_output", loss_output, ("per_step", "masked", "scalar"))
         length = _common_length(sequences)
@@ -99,14 +103,7 @@ class SequenceDriverMixin:
         weights = self._per_sample.param_states if weights is None else weights
 
         def objective(slices, m):
-            result = step_fn(*slices)
-            loss, aux = result if has_aux else (result, None)
-            expected = () if k is None else (k,)
-            if jnp.shape(loss) != expected:
-                raise ValueError(
-                    f"step_fn must return a loss of shape {expected}, got {jnp.shape(loss)}"
-                    + (". Sum or average it over batch and features." if k is None else ", one per step of the window.")
-                )
+            loss, aux = _loss_and_aux(step_fn(*slices), has_aux, () if k is None else (k,))
             return jnp.sum(loss * m.astype(jnp.result_type(loss))), (loss, aux)
 
         chunk = _chunk_length(trace_chunk)
@@ -151,13 +148,12 @@ class SequenceDriverMixin:
         learner = self._driven()
         length = _common_length(sequences)
         k = self._window_length(chunk_size, length, gradient=False)
-        if step_fn is None:
-
-            def step_fn(*slices):
-                return learner(*(slices if k is None else map(MultiStepData, slices)))
+        if not (step_fn is None or callable(step_fn)):
+            raise TypeError(f"step_fn must be a function of one slice, or None, got {step_fn!r}.")
 
         def body(slices):
-            out = step_fn(*slices)
+            wrapped = slices if k is None else map(MultiStepData, slices)
+            out = learner(*wrapped) if step_fn is None else step_fn(*slices)
             return out if return_outputs else None
 
         outputs = brainstate.transform.for_loop(body, _windows(sequences, k))
@@ -380,6 +376,22 @@ def _step_by_step(objective, weights, items):
     zeros = jax.tree.map(jnp.zeros_like, {p: s.value for p, s in weights.items()})
     total, (losses, aux) = brainstate.transform.scan(body, zeros, items)
     return total, losses, aux
+
+
+def _loss_and_aux(result: Any, has_aux: bool, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+        raise TypeError(f"With has_aux=True step_fn must return a pair (loss, aux), got {type(result).__name__}.")
+    loss, aux = result if has_aux else (result, None)
+    if not isinstance(loss, (jax.Array, np.ndarray, np.generic, float, int)):
+        unit = f" of unit {u.get_unit(loss)}; divide it by its unit" if isinstance(loss, u.Quantity) else ""
+        pair = "; for (loss, aux) pass has_aux=True" if isinstance(loss, tuple) and not has_aux else ""
+        raise TypeError(
+            f"step_fn must return the loss as an array without a unit, got {type(loss).__name__}{unit}{pair}."
+        )
+    if jnp.shape(loss) != shape:
+        advice = "one per step of the window" if shape else "a sum or an average over batch and features"
+        raise ValueError(f"step_fn must return a loss of shape {shape}, {advice}, got {jnp.shape(loss)}.")
+    return loss, aux
 
 
 def _chunk_length(trace_chunk: Any) -> int | None:

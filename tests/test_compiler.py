@@ -1022,9 +1022,9 @@ def changes_shape(m, x):
 
 FORBIDDEN = [
     (writes_parameter, braintrace.NotSupportedError, "'w'"),
-    (changes_unit, ValueError, "mV"),
-    (loses_unit, ValueError, "mV"),
-    (changes_scale, ValueError, r"mV.*\bV\b"),
+    (changes_unit, ValueError, r"'s'.*from mV to mWb"),
+    (loses_unit, ValueError, "'s'.*from mV to 1"),
+    (changes_scale, ValueError, r"'s'.*from mV to V"),
     (changes_shape, ValueError, r"'h'.*\(3,\).*\(2, 3\)"),
 ]
 

@@ -1,16 +1,21 @@
 """What is refused, by which exception, and what its message must name."""
 
+import os
+import subprocess
+import sys
 import types
 
 import brainstate
+import brainunit as u
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from brainstate import HiddenState, ParamState
-from brainstate.transform import grad
+from brainstate.transform import for_loop, grad, jit
 
 import braintrace
-from braintrace import MultiStepData, compile, matmul, pp_prop
+from braintrace import D_RTRL, EProp, MultiStepData, OSTLFeedforward, SingleStepData, compile, matmul, pp_prop
 
 pytestmark = [pytest.mark.usefixtures("time_step"), pytest.mark.filterwarnings("ignore:.*(relation_|never reads)")]
 
@@ -50,6 +55,21 @@ def writes_parameter(m, x):
     return leaky(m, x)
 
 
+def changes_unit(m, x):
+    m.h.value = u.get_mantissa(m.h.value) * u.mV
+    return leaky(m, x)
+
+
+def changes_structure(m, x):
+    m.h.value = {"h": leaky(m, x)}
+    return x
+
+
+def compiles_within(m, x):
+    raw().compile_graph(x)
+    return leaky(m, x)
+
+
 def learner_of(step=leaky, *args, h=jnp.zeros(3), decay=0.9, **options):
     learner = pp_prop(Model(step, h=h), decay, **options)
     learner.compile_graph(*(args or (X,)))
@@ -76,6 +96,18 @@ def compile_mapped(x, **options):
     return compile(cell(), "pp_prop", x, decay_or_rank=0.9, vmap=True, **options)
 
 
+def drive(sequence=XS, step_fn=None, *more, evolve=False, vjp_method="single-step", **options):
+    """A driver of a compiled learner; `step_fn` takes the learner before the slice."""
+    learner = learner_of(vjp_method=vjp_method)
+    step_fn = step_fn or (lambda learner, x, *_: learner(x).sum())
+    method = learner.etrace_evolve if evolve else learner.etrace_grad
+    return method(*(() if sequence is None else (sequence,)), *more, step_fn=lambda *x: step_fn(learner, *x), **options)
+
+
+def windows(losses=lambda out: out.sum(-1), **options):
+    return drive(XS, lambda learner, x: losses(learner(MultiStepData(x))), **options)
+
+
 NotSupported, NoRelation = braintrace.NotSupportedError, braintrace.CompilationError
 
 ROWS = [  # what is called, the exception, what the message names
@@ -85,6 +117,10 @@ ROWS = [  # what is called, the exception, what the message names
     (lambda: compile(cell(), None, X), TypeError, "NoneType"),
     (lambda: compile(cell(), pp_prop(cell(), 0.9), X), TypeError, "pp_prop"),
     (lambda: compile(cell(), dict, X), TypeError, "dict"),
+    (lambda: compile(cell(), braintrace.ETraceAlgorithm, X), TypeError, "ETraceAlgorithm.*abstract"),
+    (lambda: compile(cell(), braintrace.ETraceVjpAlgorithm, X), TypeError, "ETraceVjpAlgorithm.*abstract"),
+    (lambda: compile(cell(), "d_rtrl", X, decay_or_rank=0.9), TypeError, "decay_or_rank"),
+    (lambda: compile(cell(), "eprop", X, feedback="mean"), ValueError, "feedback.*'mean'"),
     (lambda: compile(lambda x: x, "pp_prop", X, decay_or_rank=0.9), TypeError, "function"),
     (lambda: compile(cell(), "pp_prop", decay_or_rank=0.9), ValueError, "example input"),
     (lambda: compile(cell(), "pp_prop", X, decay_or_rank=0.9, verbose=3), ValueError, "verbose.*3"),
@@ -100,6 +136,24 @@ ROWS = [  # what is called, the exception, what the message names
     (lambda: pp_prop(lambda x: x, 0.9), TypeError, "function"),
     (lambda: pp_prop(types.SimpleNamespace(), 0.9), TypeError, "SimpleNamespace"),
     (lambda: pp_prop(cell(), 0.9, vjp_method="both"), ValueError, "'both'"),
+    (lambda: D_RTRL(cell(), vjp_method="both"), ValueError, "'both'"),
+    (lambda: EProp(cell(), vjp_method="both"), ValueError, "'both'"),
+    (lambda: OSTLFeedforward(cell(), vjp_method="both"), ValueError, "'both'"),
+    (lambda: braintrace.ETraceVjpGraphExecutor(cell(), "both"), ValueError, "'both'"),
+    (lambda: D_RTRL(3), TypeError, "int"),
+    (lambda: EProp(None), TypeError, "NoneType"),
+    (lambda: D_RTRL(cell(), 0.9, modus=1), TypeError, "modus"),
+    (lambda: D_RTRL(cell(), trace_dtype=int), ValueError, "trace_dtype.*int"),
+    (lambda: D_RTRL(cell(), config=config()), ValueError, "io_factorized.*per_param"),
+    (lambda: D_RTRL(cell(), config=3), TypeError, "ETraceConfig.*int"),
+    (lambda: EProp(cell(), feedback="mean"), ValueError, "feedback.*'mean'"),
+    (lambda: EProp(cell(), feedback="random"), ValueError, "random_feedback_key"),
+    (lambda: EProp(cell(), kappa_filter_decay=1.5), ValueError, r"kappa 1\.5"),
+    (lambda: EProp(cell(), kappa_filter_decay="a"), TypeError, "kappa_filter_decay.*str"),
+    (lambda: EProp(cell(), config=config()), TypeError, "config"),
+    (lambda: OSTLFeedforward(cell(), 2.0), ValueError, r"2\.0"),
+    (lambda: pp_prop(cell(), 0.9, control_flow="unroll"), TypeError, "ControlFlowPolicy.*str"),
+    (lambda: braintrace.ControlFlowPolicy(cond="x"), ValueError, "cond.*'x'"),
     (lambda: pp_prop(cell(), 0.9, modus=1), TypeError, "modus"),
     (lambda: pp_prop(cell()), TypeError, "decay_or_rank"),
     (lambda: pp_prop(cell(), 1.0), ValueError, r"1\.0"),
@@ -153,6 +207,13 @@ ROWS = [  # what is called, the exception, what the message names
     (lambda: learner_of(h=jnp.zeros((1, 3))), ValueError, r"\(3,\).*\(1, 3\)"),
     (lambda: braintrace.compile_etrace_graph(leaky, X), AssertionError, "function"),
     (lambda: braintrace.extract_module_info(3, X), AssertionError, "int"),
+    (lambda: braintrace.find_hidden_groups_from_module(3, X), AssertionError, "int"),
+    (lambda: braintrace.find_hidden_param_op_relations_from_module(3, X), AssertionError, "int"),
+    (lambda: braintrace.add_hidden_perturbation_in_module(3, X), AssertionError, "int"),
+    (lambda: learner_of(changes_unit, h=jnp.zeros(3) * u.mA), ValueError, "'h'.*from mA to mV"),
+    (lambda: learner_of(changes_unit), ValueError, "'h'.*from 1 to mV"),
+    (lambda: learner_of(changes_structure), ValueError, "'h'.*structure"),
+    (lambda: learner_of(compiles_within), NotImplementedError, "before, not within"),
     # calls
     (lambda: learner_of()(X, speed=2), TypeError, "speed"),
     (lambda: learner_of()(X, modulator=1.0), TypeError, "modulator"),
@@ -173,7 +234,39 @@ ROWS = [  # what is called, the exception, what the message names
     (lambda: learner_of().get_etrace_of(("v", "weight")), ValueError, "'v.weight'.*w"),
     (lambda: learner_of().get_etrace_of(("h",)), ValueError, "'h'"),
     (lambda: learner_of().get_etrace_of(ParamState(X)), ValueError, "ParamState"),
-    (lambda: learner_of().get_etrace_of(3), (TypeError, ValueError), "int|3"),
+    (lambda: learner_of().get_etrace_of(3), TypeError, "ParamState.*int"),
+    # drivers, with a gradient and without
+    (lambda: drive(None), ValueError, "at least one sequence"),
+    (lambda: drive(None, evolve=True), ValueError, "at least one sequence"),
+    (lambda: drive({}), ValueError, "Sequence 0.*empty"),
+    (lambda: drive(XS, None, 1.0), ValueError, "Sequence 1.*scalar"),
+    (lambda: drive(XS, None, XS[:4]), ValueError, r"different lengths.*\(6, 2\).*\(4, 2\)"),
+    (lambda: drive(XS, None, XS[:4], evolve=True), ValueError, r"different lengths.*\(6, 2\).*\(4, 2\)"),
+    (lambda: drive(XS[:0]), ValueError, "length 0"),
+    (lambda: drive(MultiStepData(XS)), TypeError, "MultiStepData"),
+    (lambda: drive({"x": SingleStepData(XS)}, evolve=True), TypeError, "SingleStepData"),
+    (lambda: drive(chunk_size=0), ValueError, "chunk_size.*0"),
+    (lambda: drive(chunk_size=True), TypeError, "chunk_size.*bool"),
+    (lambda: drive(chunk_size=np.int64(2)), TypeError, "chunk_size.*int64"),
+    (lambda: drive(chunk_size=4), ValueError, "6.*chunk_size=4"),
+    (lambda: drive(chunk_size=4, evolve=True), ValueError, "6.*chunk_size=4"),
+    (lambda: drive(chunk_size=2), ValueError, "vjp_method='multi-step'"),
+    (lambda: windows(lambda out: out.sum(), vjp_method="multi-step", chunk_size=2), ValueError, r"\(2,\).*\(\)"),
+    (lambda: windows(lambda out: out, vjp_method="multi-step", chunk_size=2), ValueError, r"\(2,\).*\(2, 3\)"),
+    (lambda: drive(XS, lambda learner, x: learner(x)), ValueError, r"loss of shape \(\).*\(3,\)"),
+    (lambda: drive(XS, lambda learner, x: learner(x).sum() * u.mV), TypeError, "unit mV"),
+    (lambda: drive(XS, lambda learner, x: (learner(x).sum(), 1)), TypeError, "has_aux=True"),
+    (lambda: drive(XS, lambda learner, x: learner(x).sum(), has_aux=True), TypeError, r"\(loss, aux\)"),
+    (lambda: drive(XS, lambda learner, x: None), TypeError, "NoneType"),
+    (lambda: drive(mask=jnp.ones(5)), ValueError, r"mask.*\(6,\).*\(5,\)"),
+    (lambda: drive(reduction="max"), ValueError, "reduction.*'max'"),
+    (lambda: drive(loss_output="all"), ValueError, "loss_output.*'all'"),
+    (lambda: drive(trace_chunk=0), ValueError, "trace_chunk.*0"),
+    (lambda: drive(trace_chunk=2.0), TypeError, "trace_chunk.*float"),
+    (lambda: learner_of().etrace_grad(XS), TypeError, "step_fn"),
+    (lambda: learner_of().etrace_grad(XS, step_fn=3), TypeError, "step_fn.*3"),
+    (lambda: learner_of().etrace_evolve(XS, step_fn=3), TypeError, "step_fn.*3"),
+    (lambda: braintrace.ETraceVmap(raw()).etrace_grad(XS, step_fn=jnp.sum), ValueError, "compile_graph"),
     # graph
     (lambda: learner_of().graph.explain(kind="nothing"), ValueError, "nothing"),
 ]
@@ -220,11 +313,103 @@ def test_a_failed_compilation_leaves_the_learner_uncompiled():
     assert learner(jnp.ones((4, 2))).shape == (4, 3)
 
 
-def test_a_failed_call_changes_nothing():
-    learner = learner_of()
-    learner(X)
-    before = jax.tree.map(lambda s: s.value, dict(learner.states()), is_leaf=lambda s: isinstance(s, brainstate.State))
-    with pytest.raises(ValueError):
-        learner(jnp.ones(3))
-    after = jax.tree.map(lambda s: s.value, dict(learner.states()), is_leaf=lambda s: isinstance(s, brainstate.State))
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, after))
+# -- whatever fails, nothing has happened
+
+
+class Stop(Exception):
+    pass
+
+
+BATCH, BATCHES = jnp.ones((4, 2)), jnp.ones((6, 4, 2))
+
+
+def stops(learner):
+    """A step that has called the learner when it fails."""
+
+    def step(x):
+        learner(x)
+        raise Stop
+
+    return step
+
+
+def differentiated(learner, step):
+    return grad(step, learner._per_sample.param_states)()
+
+
+FAILING = {
+    "shape": lambda f: f(jnp.ones((4, 3))),
+    "batch size": lambda f: f(jnp.ones((5, 2))),
+    "dtype": lambda f: f(BATCH * 1j),
+    "structure": lambda f: f({"x": BATCH}),
+    "modulator": lambda f: f(BATCH, modulator=1.0),
+    "gradient of a wrong shape": lambda f: differentiated(f, lambda: f(jnp.ones((4, 3))).sum()),
+    "gradient": lambda f: differentiated(f, lambda: stops(f)(BATCH)),
+    "gradient of a window": lambda f: differentiated(f, lambda: f(MultiStepData(BATCHES)).sum()),
+    "jit": lambda f: jit(stops(f))(BATCH),
+    "loop": lambda f: for_loop(stops(f), BATCHES),
+    "etrace_grad": lambda f: f.etrace_grad(BATCHES, step_fn=stops(f)),
+    "etrace_grad in chunks": lambda f: f.etrace_grad(BATCHES, step_fn=stops(f), trace_chunk=2),
+    "etrace_grad, no scalar": lambda f: f.etrace_grad(BATCHES, step_fn=f),
+    "etrace_grad, no learner": lambda f: f.etrace_grad(BATCHES, step_fn=jnp.sum),
+    "etrace_grad, windows": lambda f: f.etrace_grad(
+        BATCHES, step_fn=lambda x: f(MultiStepData(x)).sum((1, 2)), chunk_size=2
+    ),
+    "etrace_evolve": lambda f: f.etrace_evolve(BATCHES, step_fn=stops(f)),
+    "etrace_evolve, shape": lambda f: f.etrace_evolve(BATCHES[..., :1]),
+}
+RULES = {"pp_prop": dict(decay_or_rank=0.9), "d_rtrl": {}, "eprop": dict(kappa_filter_decay=0.5)}
+
+
+def values(learner):
+    return {path: jax.tree.map(np.asarray, state.value) for path, state in learner.states().items()}
+
+
+@pytest.mark.parametrize("rule, vmap", [("pp_prop", False), ("pp_prop", True), ("d_rtrl", False), ("eprop", True)])
+def test_a_failed_call_changes_nothing(rule, vmap):
+    learner = compile(braintrace.nn.LSTMCell(2, 3), rule, BATCH, batch_size=4, vmap=vmap, **RULES[rule])
+    learner(BATCH)
+    before = values(learner)
+    for name, fails in FAILING.items():
+        with pytest.raises((Stop, TypeError, ValueError, NotImplementedError)):
+            fails(learner)
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, name), values(learner), before)
+        assert learner._per_sample._recorder is None
+    learner(BATCH)
+    assert learner._per_sample.running_index.value.max() == 2
+
+
+@pytest.mark.parametrize("step", [changes_unit, changes_structure, writes_parameter, compiles_within])
+def test_a_failed_compilation_leaves_the_states(step):
+    model = Model(step)
+    before = {path: state.value for path, state in model.states().items()}
+    with pytest.raises((ValueError, NotSupported, NotImplementedError)):
+        pp_prop(model, 0.9).compile_graph(X)
+    assert {path: state.value for path, state in model.states().items()} == before
+
+
+WITHOUT_ASSERTS = """
+import re, brainstate, brainunit, test_errors
+assert False
+with brainstate.environ.context(dt=1.0 * brainunit.ms):
+    for number in {numbers}:
+        call, error, message = test_errors.ROWS[number]
+        try:
+            call()
+        except error as caught:
+            if not re.search(message, str(caught), re.DOTALL):
+                raise SystemExit(f"{{number}}: {{caught}}")
+        else:
+            raise SystemExit(f"{{number}}: accepted")
+print("all refused")
+"""
+
+
+def test_refused_without_asserts():
+    """Under `python -O`. Every sixth row: all of them take as long as this file."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    path = os.pathsep.join([here, os.path.dirname(here), os.environ.get("PYTHONPATH", "")])
+    code = WITHOUT_ASSERTS.format(numbers=list(range(0, len(ROWS), 6)))
+    command = [sys.executable, "-O", "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0 and "all refused" in done.stdout, done.stdout + done.stderr

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import brainstate
+import braintools
 import jax
 import jax.numpy as jnp
 import models
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from brainstate import HiddenState, ParamState
 from brainstate.transform import for_loop, grad, jit
-from helpers import PRECISIONS, PPProp, assert_close, leaf, old, total
+from helpers import DRTRL, PRECISIONS, PPProp, assert_close, leaf, old, total
 from models import N_IN, N, Problem, matmul
 
 import braintrace
@@ -44,14 +45,14 @@ class Step(models.Stage):
         return self.h.value if self._output is None else self._output(self, aux)
 
 
-def check(layers, batch=2, steps=3, **options):
+def check(layers, batch=2, steps=3, rule=PPProp(0.9), **options):
     """Step 0 is back-propagation, and all steps are the oracle's. `layers`: a function of a namespace of layers."""
     problem = Problem(layers, batch=batch, steps=steps, **options)
-    learner = problem.learner(0.9)
+    learner = problem.learner(0.9) if isinstance(rule, PPProp) else problem.learner(make=braintrace.D_RTRL)
     ours = problem.online(learner)
     oracle = problem.oracle()
     assert_close(ours[0][1], oracle.bptt(problem.sequence[:1])[1], what="one step")
-    theirs, _ = oracle.online(PPProp(0.9), problem.sequence)
+    theirs, _ = oracle.online(rule, problem.sequence)
     for t, ((_, grads), (_, expected)) in enumerate(zip(ours, theirs, strict=True)):
         assert_close(grads, expected, what=f"step {t}")
     for path, state in learner.param_states.items():
@@ -60,8 +61,8 @@ def check(layers, batch=2, steps=3, **options):
     return learner
 
 
-def check_step(transition, output=None, hidden=(("h",),), batch=2, steps=3, **params):
-    return check(lambda nn: [Step(transition, output, hidden, **params)], batch, steps)
+def check_step(transition, output=None, hidden=(("h",),), batch=2, steps=3, rule=PPProp(0.9), **params):
+    return check(lambda nn: [Step(transition, output, hidden, **params)], batch, steps, rule)
 
 
 class Plain(brainstate.nn.Module):
@@ -77,8 +78,8 @@ class Plain(brainstate.nn.Module):
         return self._step(self, *args)
 
 
-def learner_of(model, *args, decay=0.9, **options):
-    learner = braintrace.pp_prop(model, decay, **options)
+def learner_of(model, *args, decay=0.9, rule=braintrace.pp_prop, **options):
+    learner = rule(model, *([decay] if issubclass(rule, braintrace.pp_prop) else []), **options)
     learner.compile_graph(*args)
     return learner
 
@@ -124,8 +125,9 @@ def test_parameters_used_without_an_operation_get_their_gradient(step, params):
     check_step(step, **params)
 
 
+@pytest.mark.parametrize("rule", [braintrace.pp_prop, braintrace.D_RTRL])
 @pytest.mark.parametrize("batch", [None, 2])
-def test_gain_and_bias_of_weight_standardisation_get_their_gradient(batch):
+def test_gain_and_bias_of_weight_standardisation_get_their_gradient(batch, rule):
     layer = braintrace.nn.ScaledWSLinear(3, N, w_init=jnp.array([[0.3, -0.4, 0.5], [0.1, 0.2, -0.9], [0.7, 0.1, 0.2]]))
     model = brainstate.nn.Sequential(
         layer, braintrace.nn.ValinaRNNCell(N, N, activation="tanh"), braintrace.nn.Linear(N, N)
@@ -135,7 +137,7 @@ def test_gain_and_bias_of_weight_standardisation_get_their_gradient(batch):
     x = x[0] if batch is None else x
     truth = grad(lambda: (model(x) * RAMP).sum(), model.states(ParamState))()
     brainstate.nn.init_all_states(model, **({} if batch is None else dict(batch_size=batch)))
-    assert_close(gradient(learner_of(model, x), x, lambda out: (out * RAMP).sum()), truth)
+    assert_close(gradient(learner_of(model, x, rule=rule), x, lambda out: (out * RAMP).sum()), truth)
 
 
 # -- each path is counted once
@@ -953,7 +955,7 @@ def test_a_map_of_sequences_onto_states_with_a_sequence_axis(batch):
     np.testing.assert_allclose(ours[("layer", "weight")]["weight"], truth, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rule", [lambda m: braintrace.pp_prop(m, 0.9), braintrace.D_RTRL])
+@pytest.mark.parametrize("rule", [braintrace.pp_prop, braintrace.D_RTRL])
 @pytest.mark.parametrize("shape", [(), (1,), (N,)])
 def test_a_shared_element_wise_parameter_gets_its_gradient(shape, rule):
     def step(m, x):
@@ -964,9 +966,39 @@ def test_a_shared_element_wise_parameter_gets_its_gradient(shape, rule):
     model.h.value = RAMP
     truth = grad(lambda: (model(ONE) * RAMP).sum(), model.states(ParamState))()
     model.h.value = RAMP
-    learner = rule(model)
-    learner.compile_graph(ONE)
-    assert_close(gradient(learner, ONE, lambda out: (out * RAMP).sum()), truth)
+    assert_close(gradient(learner_of(model, ONE, rule=rule), ONE, lambda out: (out * RAMP).sum()), truth)
+
+
+@pytest.mark.parametrize("rule", [braintrace.pp_prop, braintrace.D_RTRL])
+@pytest.mark.parametrize("channel_first, size", [(True, (N, 4)), (True, (N, N)), (False, (4, N))])
+def test_the_bias_of_a_convolution(channel_first, size, rule):
+    """Also where a spatial axis is as long as that of the channels."""
+    layer = braintrace.nn.Conv1d(size, N, 2, b_init=braintools.init.Normal(0.0, 1.0), channel_first=channel_first)
+
+    def step(m, x):
+        m.h.value = jnp.tanh(0.5 * m.h.value + m.layer(x))
+        return m.h.value
+
+    x = jax.random.normal(jax.random.key(0), (2, *size))
+    cost = jax.random.normal(jax.random.key(1), (2, *layer.out_size))
+    model = Plain(step, layer=layer, h=HiddenState(jnp.zeros((2, *layer.out_size))))
+    truth = grad(lambda: (jnp.tanh(layer(x)) * cost).sum(), model.states(ParamState))()
+    assert_close(gradient(learner_of(model, x, rule=rule), x, lambda out: (out * cost).sum()), truth)
+
+
+@pytest.mark.parametrize("vmap", [False, True])
+def test_a_filtered_trace_advances_without_gradients(vmap):
+    """Four steps forward, then one gradient: the filter has seen all of them."""
+    problem = Problem(models.SMALL["ModelA"], batch=2)
+    steps, _ = problem.oracle().online(DRTRL(kappa=0.6), problem.sequence)
+    net = models.build(models.SMALL["ModelA"], None, models.library(), None if vmap else 2)
+    net.layers[0].W.weight.value = problem.net.layers[0].W.weight.value
+    options = dict(kappa_filter_decay=0.6, batch_size=2, vmap=vmap)
+    learner = braintrace.compile(net, "eprop", problem.sequence[0][0], **options)
+    for x, _ in problem.sequence[:-1]:
+        learner(x)
+    grads = grad(lambda: problem.loss(net, learner, *problem.sequence[-1]), net.states(ParamState))()
+    assert_close(dict(grads), steps[-1][1])
 
 
 def test_an_element_wise_map_that_permutes_is_exact_now():
@@ -1026,61 +1058,61 @@ def test_second_derivatives_of_parameters_are_right_or_refused():
     assert_close({"w": ours}, {"w": jax.grad(truth)(w)})
 
 
-# -- rules with a trace per weight
+# -- the same with a trace per weight
 
 
-def test_a_filtered_trace_advances_without_a_gradient():
-    """`h <- h / 2 + w x`: the trace after n steps is `e <- e / 2 + x`, the filtered one `f <- f * 0.6 + e`."""
+def prepared(how):
+    def step(m, x):
+        m.h.value = jnp.tanh(0.5 * m.h.value + matmul(x, PREPARED[how][1](m.w.value)))
+
+    return (step, dict(w=PREPARED[how][0]))
+
+
+def paired(how):
+    a, b, combine = PAIRS[how]
 
     def step(m, x):
-        m.h.value = 0.5 * m.h.value + matmul(x, m.w.value)
-        return m.h.value
+        m.h.value = jnp.tanh(0.5 * m.h.value + matmul(x, combine(m.a.value, m.b.value)))
 
-    learner = braintrace.EProp(one_input(step), kappa_filter_decay=0.6)
-    learner.compile_graph(ONE)
-    trace = filtered = 0.0
-    for x in (1.0, -0.3, 2.0, 0.7):
-        learner(x * ONE)
-        trace = 0.5 * trace + x
-        filtered = 0.6 * filtered + trace
-    learner(0.0 * ONE)
-    ours = gradient(learner, 0.0 * ONE, lambda out: (out * RAMP).sum())
-    for _ in range(2):
-        trace = 0.5 * trace
-        filtered = 0.6 * filtered + trace
-    np.testing.assert_allclose(ours[("w",)], filtered * RAMP[None], rtol=1e-5)
+    return (step, dict(a=a, b=b))
 
 
-@pytest.mark.parametrize("batch", [None, 2])
-def test_weight_standardisation_with_a_trace_per_weight(batch):
-    """The weight has the gradient of back-propagation, for nothing recurs but the state; gain and bias act beside."""
-    layer = braintrace.nn.ScaledWSLinear(3, N, w_init=jnp.array([[0.3, -0.4, 0.5], [0.1, 0.2, -0.9], [0.7, 0.1, 0.2]]))
-
+def tailed(tail):
     def step(m, x):
-        m.h.value = jnp.tanh(0.5 * m.h.value + m.layer(x))
-        return m.h.value
+        m.h.value = jnp.tanh(0.5 * m.h.value + TAILS[tail](matmul(x, m.w.value)))
 
-    lead = () if batch is None else (batch,)
-    model = Plain(step, layer=layer, h=HiddenState(jnp.zeros((*lead, N))))
-    xs = brainstate.random.RandomState(0).randn(4, *lead, 3)
-    learner = braintrace.D_RTRL(model)
-    learner.compile_graph(xs[0])
-    each = [gradient(learner, x, lambda out: (out * RAMP).sum()) for x in xs]
-    model.h.value = jnp.zeros((*lead, N))
-    truth = grad(lambda: for_loop(lambda x: (model(x) * RAMP).sum(), xs).sum(), model.states(ParamState))()
-    (ours,), (theirs,) = total([(None, dict(g)) for g in each]).values(), truth.values()
-    assert_close({"weight": ours["weight"]}, {"weight": theirs["weight"]}, 2e-5)
+    return (step, dict(w=W))
 
 
-def test_a_shared_axis_has_one_trace_per_position():
-    """Inputs 1 and 3 at two positions, which the loss weighs by 1 and 10: 31, and not 44."""
-
+def through(function):
     def step(m, x):
-        m.h.value = braintrace.einsum("btk,kn->btn", x, m.w.value)
-        return m.h.value
+        m.h.value = 0.5 * m.h.value + 0.3 * function(matmul(x, m.w.value) + 0.2 * m.h.value)
 
-    model = Plain(step, w=ParamState(jnp.zeros((1, 1))), h=HiddenState(jnp.zeros((1, 2, 1))))
-    learner = braintrace.D_RTRL(model)
-    x, weigh = (jnp.array(v).reshape(1, 2, 1) for v in ([1.0, 3.0], [1.0, 10.0]))
-    learner.compile_graph(x)
-    np.testing.assert_allclose(gradient(learner, x, lambda out: (out * weigh).sum())[("w",)], [[31.0]], rtol=1e-6)
+    return (step, dict(w=W))
+
+
+PER_WEIGHT = {
+    "plain input": (unmarked_input, dict(w=W, v=W)),
+    "gain": (plain_gain, dict(w=W, gain=UNIT, shift=UNIT)),
+    "chain of two": (chain_of_two, dict(w=W, output=last_of_two, hidden=(("h", "b"),))),
+    "chain of three": (chain_of_three, dict(w=W, output=last_of_three, hidden=(("h", "b", "c"),))),
+    "two groups": (two_groups, dict(w=W, output=both_groups, hidden=(("h",), ("b",)), steps=1)),
+    "twice": (twice, dict(w=W)),
+    "operand and factor": (operand_and_factor, dict(w=W, v=UNIT)),
+    "tied readout": (leaky, dict(w=W, output=tied)),
+    "output beside": (shows_operation, dict(w=W, output=lambda m, y: m.h.value + y, steps=1)),
+    "product of states": (product, dict(w=W, v=W, output=all_three, hidden=(("a", "b", "h"),))),
+    "choice of states": (choice, dict(w=W, v=W, output=all_three, hidden=(("a", "b", "h"),))),
+    "written in place": (written_in_place, dict(w=W)),
+    **{how: prepared(how) for how in ("mask", "square transpose", "standardised", "tied rows")},
+    **{f"{how} of two": paired(how) for how in ("sum", "product")},
+    **{tail: tailed(tail) for tail in ("roll", "cumsum", "layer norm", "constant matrix")},
+    "reverse rule": through(gated),
+    "reverse rule that mixes": through(softened),
+}
+
+
+@pytest.mark.parametrize("row", PER_WEIGHT)
+def test_the_same_with_a_trace_per_weight(row):
+    step, options = PER_WEIGHT[row]
+    check_step(step, rule=DRTRL(), **options)

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.usefixtures("time_step"), pytest.mark.filterwarnings("
 @pytest.fixture(autouse=True, scope="module")
 def quick_to_compile():
     """Every program here runs once."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

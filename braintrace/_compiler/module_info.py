@@ -106,6 +106,22 @@ def _one_at_a_time() -> Iterator[None]:
         _tracing.reset(token)
 
 
+@contextlib.contextmanager
+def _same_states(model: brainstate.nn.Module) -> Iterator[None]:
+    """Leave the states as they were even where tracing fails, and name the one that could not take its value back."""
+    before = [(path, state, state._value) for path, state in model.states().items()]
+    try:
+        yield
+    except Exception as error:
+        left = [state._value for _, state, _ in before]
+        for _, state, value in before:
+            state._value = value
+        if isinstance(error, ValueError):
+            for (path, _, old), new in zip(before, left):
+                _check_structure(path, old, new)
+        raise
+
+
 def extract_module_info(
     model: brainstate.nn.Module, *args: Any, control_flow: ControlFlowPolicy | None = None, **kwargs: Any
 ) -> ModuleInfo:
@@ -149,7 +165,7 @@ def extract_module_info(
         raise TypeError(f"control_flow must be a ControlFlowPolicy or None, got {type(control_flow).__name__}.")
     traced = brainstate.transform.StatefulFunction(model, return_only_write=False, name="braintrace")
     args, kwargs = jax.tree.map(_abstract, (args, kwargs))
-    with _one_at_a_time():
+    with _one_at_a_time(), _same_states(model):
         traced.make_jaxpr(*args, **kwargs)
     trace = traced.get_state_trace(*args, **kwargs)
     states = tuple(trace.states)
@@ -254,12 +270,7 @@ def _check_states(states, written, paths, new_shapes):
             )
         old = state._value
         is_quantity = lambda x: isinstance(x, u.Quantity)  # noqa: E731
-        if isinstance(old, u.Quantity) or isinstance(new, u.Quantity):
-            if u.get_unit(old) != u.get_unit(new):
-                raise ValueError(
-                    f"The state {path_str(path)!r} changes its unit within the step, from {u.get_unit(old)} to "
-                    f"{u.get_unit(new)}. Convert the new value before writing it."
-                )
+        _check_structure(path, old, new)
         old_leaves, new_leaves = (jax.tree.leaves(v, is_leaf=is_quantity) for v in (old, new))
         shapes = [tuple(jax.numpy.shape(u.get_mantissa(v))) for v in old_leaves]
         new_shapes_of = [tuple(v.shape) for v in new_leaves]
@@ -268,3 +279,17 @@ def _check_states(states, written, paths, new_shapes):
                 f"The state {path_str(path)!r} changes its shape within the step, from {shapes} to {new_shapes_of}. "
                 "Initialise it with the shape that the step writes (did the states get the right batch_size?)."
             )
+
+
+def _check_structure(path, old, new):
+    of_units = isinstance(old, u.Quantity) or isinstance(new, u.Quantity)
+    if of_units and u.get_unit(old) != u.get_unit(new):
+        raise ValueError(
+            f"The state {path_str(path)!r} changes its unit within the step, from {u.get_unit(old)} to "
+            f"{u.get_unit(new)}. Convert the new value before writing it."
+        )
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        raise ValueError(
+            f"The state {path_str(path)!r} changes its structure within the step, from {jax.tree.structure(old)} to "
+            f"{jax.tree.structure(new)}. Write values of the structure that it was initialised with."
+        )

@@ -154,8 +154,10 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
             path = self.state_id_to_path.get(id(weight))
             if path is None:
                 raise ValueError(f"This {type(weight).__name__} is no parameter that the compiled step reads.")
-        else:
+        elif isinstance(weight, (str, tuple, list)):
             path = (weight,) if isinstance(weight, str) else tuple(weight)
+        else:
+            raise TypeError(f"Pass a ParamState or its path, a tuple of names, got {type(weight).__name__}.")
         if path not in self.param_states:
             known = ", ".join(map(path_str, self.param_states))
             raise ValueError(f"{path_str(path)!r} is no parameter that the compiled step reads; these are: {known}.")

@@ -58,6 +58,11 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         Opaque key per operation and group -> :class:`EligibilityTrace`, a dict of arrays: for a matrix
         ``(B?, in, out, S)``, for a bias ``(B?, out, S)``, for an ``element_wise`` parameter ``V + (S,)``.
 
+    Raises
+    ------
+    ValueError, TypeError
+        For arguments that do not fit; the message names them.
+
     References
     ----------
     .. [1] C. Wang et al., "Model-agnostic linear-memory online learning in spiking neural networks", Nature
@@ -94,6 +99,8 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         self.fast_solve = bool(fast_solve)
         self.chunked_trace = bool(chunked_trace)
         self.trace_dtype = None if trace_dtype is None else jnp.dtype(trace_dtype)
+        if self.trace_dtype is not None and not jnp.issubdtype(self.trace_dtype, jnp.inexact):
+            raise ValueError(f"trace_dtype must be a floating-point type, got {self.trace_dtype}.")
 
     def init_etrace_state(self, *args: Any, **kwargs: Any) -> None:
         """Allocate zero traces, as new state objects; the step counter is not touched."""

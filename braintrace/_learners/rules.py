@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import brainstate
@@ -50,7 +51,7 @@ class EProp(ParamDimVjpAlgorithm):
     ValueError
         For another ``feedback``, or a missing key.
     TypeError
-        If ``config`` is given: the other arguments are its coordinates.
+        If ``config`` is given: the other arguments are its coordinates; for a ``kappa_filter_decay`` that is no number.
 
     References
     ----------
@@ -80,6 +81,8 @@ class EProp(ParamDimVjpAlgorithm):
     ):
         if "config" in kwargs:
             raise TypeError("EProp takes no config: feedback and kappa_filter_decay are its coordinates.")
+        if isinstance(kappa_filter_decay, bool) or not isinstance(kappa_filter_decay, numbers.Real):
+            raise TypeError(f"kappa_filter_decay must be a number, got {type(kappa_filter_decay).__name__}.")
         if feedback not in ("symmetric", "random"):
             raise ValueError(f"feedback must be 'symmetric' or 'random', got {feedback!r}.")
         self.feedback = feedback
