@@ -37,6 +37,7 @@ from ._learners.parts import KappaFilter as KappaFilter
 from ._learners.rules import D_RTRL as D_RTRL
 from ._learners.rules import EProp as EProp
 from ._learners.rules import OSTLFeedforward as OSTLFeedforward
+from ._learners.rules import ThreeFactor as ThreeFactor
 from ._learners.vjp import ETraceVjpAlgorithm as ETraceVjpAlgorithm
 from ._ops import ETPPrimitive as ETPPrimitive
 from ._ops import conv as conv
@@ -91,6 +92,7 @@ __all__ = [
     "ParamDimVjpAlgorithm",
     "SequenceDriverMixin",
     "SingleStepData",
+    "ThreeFactor",
     "__version__",
     "__version_info__",
     "add_hidden_perturbation_from_minfo",

@@ -13,7 +13,7 @@ from ._learners.base import ETraceAlgorithm
 from ._learners.config import ETraceConfig
 from ._learners.io_dim import IODimVjpAlgorithm, pp_prop
 from ._learners.param_dim import ParamDimVjpAlgorithm
-from ._learners.rules import D_RTRL, EProp, OSTLFeedforward
+from ._learners.rules import D_RTRL, EProp, OSTLFeedforward, ThreeFactor
 from ._learners.vjp import ETraceVjpAlgorithm
 from ._sequence import ETraceVmap
 from ._types import CompilationError, head
@@ -28,6 +28,7 @@ NAMES: dict[str, type[ETraceAlgorithm]] = {
     "d_rtrl": D_RTRL,
     "eprop": EProp,
     "e_prop": EProp,
+    "three_factor": ThreeFactor,
 }
 
 
@@ -55,7 +56,7 @@ def compile(
         The model; its states are always initialised anew (``brainstate.nn.init_all_states``).
     algorithm : str, ETraceAlgorithm subclass or ETraceConfig
         The learning rule by name (``'pp_prop'``, ``'es_d_rtrl'``, ``'esd_rtrl'``, ``'d_rtrl'``, ``'eprop'``,
-        ``'e_prop'``, ``'ostl_feedforward'``), by class, or by coordinates.
+        ``'e_prop'``, ``'ostl_feedforward'``, ``'three_factor'``), by class, or by coordinates.
     *example_inputs : pytree of array, jax.ShapeDtypeStruct or scalar
         At least one; the structure of later ``update(*inputs)``.
     batch_size : int, optional

@@ -8,11 +8,13 @@ from typing import Any
 import brainstate
 import jax
 
+from .._compiler.policy import ControlFlowPolicy
 from .config import ETraceConfig
 from .io_dim import pp_prop
 from .param_dim import ParamDimVjpAlgorithm
+from .vjp import legacy_options
 
-__all__ = ["D_RTRL", "EProp", "OSTLFeedforward"]
+__all__ = ["D_RTRL", "EProp", "OSTLFeedforward", "ThreeFactor"]
 
 
 class D_RTRL(ParamDimVjpAlgorithm):
@@ -129,3 +131,69 @@ class OSTLFeedforward(pp_prop):
 
     def __init__(self, model: brainstate.nn.Module, decay_or_rank: Any = 1e-6, name: str | None = None, **kwargs: Any):
         super().__init__(model, decay_or_rank, name, **kwargs)
+
+
+class ThreeFactor(ParamDimVjpAlgorithm):
+    r"""D_RTRL whose traces meet a third factor (a reward, a neuromodulator) in the place of the learning signal.
+
+    With a modulator :math:`m`, the gradient of a parameter with a trace is
+    :math:`\sum_s \langle m^t_s, \epsilon^t_s \rangle`, whatever the loss makes of the new states; other
+    parameters (a readout) get the gradient of the current step's loss, as with every rule.
+
+    Parameters
+    ----------
+    model : brainstate.nn.Module
+    name : str, optional
+    vjp_method : {'single-step'}
+        The rule is defined step by step.
+    modulator : array, optional
+        The standing third factor, for calls without their own: a scalar, an array of the shape V of the hidden states,
+        or one that broadcasts to ``V + (S,)`` for S states per position. Also an attribute, which may be assigned at
+        any time; a jitted step reads its present value.
+    fast_solve, trace_dtype, chunked_trace, control_flow, **legacy
+        As for :class:`ParamDimVjpAlgorithm`.
+
+    Raises
+    ------
+    ValueError
+        For another ``vjp_method``; by a call, for a modulator that does not expand to the states.
+    RuntimeError
+        By a call, if it has no modulator and there is none standing.
+    TypeError
+        For an unknown argument; by a call, for a modulator that is a list or tuple.
+
+    References
+    ----------
+    .. [1] N. Fremaux and W. Gerstner, "Neuromodulated spike-timing-dependent plasticity, and theory of three-factor
+       learning rules", Frontiers in Neural Circuits 9, 2016.
+
+    Examples
+    --------
+    >>> import brainstate, braintrace, jax.numpy as jnp
+    >>> cell = braintrace.nn.GRUCell(2, 3)
+    >>> learner = braintrace.compile(cell, 'three_factor', jnp.zeros(2))
+    >>> reward = jnp.asarray([0.0, 0.0, 1.0])
+    >>> grads = learner.etrace_grad(jnp.ones((3, 2)), reward, step_fn=lambda x, r: learner(x, modulator=r).sum())
+    >>> grads['Wz', 'weight']['weight'].shape
+    (5, 3)
+    """
+
+    __module__ = "braintrace"
+
+    _default_config = ETraceConfig(learning_signal="modulatory")
+
+    def __init__(
+        self,
+        model: brainstate.nn.Module,
+        name: str | None = None,
+        vjp_method: str = "single-step",
+        modulator: Any = None,
+        fast_solve: bool = True,
+        trace_dtype: Any = None,
+        chunked_trace: bool = True,
+        control_flow: ControlFlowPolicy | None = None,
+        **legacy: Any,
+    ):
+        legacy_options(legacy)
+        super().__init__(model, name, vjp_method, fast_solve, trace_dtype, chunked_trace, control_flow)
+        self.modulator = modulator

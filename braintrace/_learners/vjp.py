@@ -430,11 +430,18 @@ class ETraceVjpAlgorithm(Recording):
         """Signals as they meet the traces, and what they do not carry."""
         bare = self._slots(new)
         beside = {}
+        trained = len(self.graph.hidden_param_op_relations)
+        modulated = self.config.learning_signal == "modulatory"  # the modulator is all that the traces meet
         for i, bar in y.items():
+            if modulated and i < trained:
+                beside[i] = jnp.zeros_like(bar)
+                continue
             carried = instantaneous(self.graph.operations[i], dfs, bare)
             beside[i] = bar if carried is None else bar - carried
         args = (leaves, aux)
-        return Bars(self._changed(bare, args), self._changed(self._slots(old), args), beside)
+        before = self._slots(old)
+        silent: list[Slots] = [[None] * len(slots) for slots in before]
+        return Bars(self._changed(bare, args), silent if modulated else self._changed(before, args), beside)
 
     def _changed(self, signals: list[Slots], args: Any) -> list[Slots]:
         """The signals as the traces meet them."""
@@ -443,7 +450,7 @@ class ETraceVjpAlgorithm(Recording):
             or self.config.learning_signal in ("random_feedback", "modulatory")
         ):
             return signals
-        if all(s is None for slots in signals for s in slots):
+        if self.config.learning_signal != "modulatory" and all(s is None for slots in signals for s in slots):
             return signals
         dense = []
         for g, slots in zip(self.graph.hidden_groups, signals):
