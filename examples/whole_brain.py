@@ -160,6 +160,12 @@ def timed(function, *args):
     return result, time.perf_counter() - start
 
 
+def settled(run, stimulus):
+    """The rates in a second run, free of what was before the first."""
+    run(stimulus)
+    return np.asarray(run(stimulus))
+
+
 def draw(student, targets, before, after, errors, args):
     """Plot the connectome, the course of learning, and what the student does before and after."""
     figure = Figure(figsize=(11, 3.2), layout="constrained")
@@ -213,9 +219,8 @@ def main():
     brainstate.nn.init_all_states(student)
     run_teacher, run_student, learn = simulation(teacher), simulation(student), learning(student, args)
     test = make_stimulus(args.period, rng)
-    for run in (run_teacher, run_student):  # past the start, and compiled
-        run(test)
-    before = np.asarray(run_student(test))
+    before = settled(run_student, test)
+    settled(run_teacher, test)
 
     errors, forward, online = [], [], []
     progress = tqdm(range(args.periods), ncols=100)
@@ -228,7 +233,7 @@ def main():
         errors.append(float(jnp.sqrt(loss)))
         progress.set_postfix(error=f"{errors[-1]:.2f} Hz")
 
-    targets, after = (np.asarray(run(test)) for run in (run_teacher, run_student))
+    targets, after = settled(run_teacher, test), settled(run_student, test)
     error_before, error_after = (np.sqrt(np.mean((rates - targets) ** 2)) for rates in (before, after))
     print(f"error on a new stimulus: {error_before:.2f} Hz before, {error_after:.2f} Hz after")
     forward, online = min(forward), min(online)
