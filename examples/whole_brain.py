@@ -121,7 +121,7 @@ def learning(student, args):
     learner = braintrace.compile(student, "pp_prop", jnp.zeros(N_REGIONS) * u.mA, decay_or_rank=0.97)
     learner.show_graph()
     weights = student.states(brainstate.ParamState)
-    optimizer = braintools.optim.Adam(lr=args.lr)
+    optimizer = braintools.optim.SGD(lr=args.lr * args.every)
     optimizer.register_trainable_weights(weights)
     report_memory({"network": student, "traces": learner, "optimizer": optimizer}, args)
 
@@ -197,12 +197,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--neurons", type=int, default=139_255)
     parser.add_argument("--synapses", type=int, default=1_000_000)
-    parser.add_argument("--periods", type=int, default=20, help="how many stimuli to learn from")
+    parser.add_argument("--periods", type=int, default=12, help="how many stimuli to learn from")
     parser.add_argument("--period", type=int, default=500, help="milliseconds of one stimulus")
     parser.add_argument(
         "--every", type=int, default=10, help="milliseconds between two corrections; divides the period"
     )
-    parser.add_argument("--lr", type=float, default=5e-3, help="learning rate")
+    parser.add_argument("--lr", type=float, default=100.0, help="learning rate per millisecond")
     parser.add_argument("--seed", type=int, default=0, help="for the connectome and the stimuli")
     parser.add_argument("--quick", action="store_true", help="a smoke run: three short periods of 5000 neurons")
     parser.add_argument("--out", type=Path, default=Path("whole_brain.png"), help="where to save the picture")
@@ -236,7 +236,7 @@ def main():
     targets, after = settled(run_teacher, test), settled(run_student, test)
     error_before, error_after = (np.sqrt(np.mean((rates - targets) ** 2)) for rates in (before, after))
     print(f"error on a new stimulus: {error_before:.2f} Hz before, {error_after:.2f} Hz after")
-    forward, online = min(forward), min(online)
+    forward, online = np.median(forward), np.median(online)
     print(f"one step takes {forward:.2f} ms, with learning {online:.2f} ms: {online / forward:.1f} x")
     draw(student, targets, before, after, errors, args)
     print(f"the picture is in {args.out}")
