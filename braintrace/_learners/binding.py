@@ -92,6 +92,15 @@ class Binding(ETraceAlgorithm):
         values = [t.unflatten([rest[i] for i in n]) for t, n in zip(info.state_trees, info.state_leaves)]
         return info.out_tree.unflatten(out), self._split(values)
 
+    @staticmethod
+    def _first_step(over_time: Sequence[bool], length: int | None, leaves: Sequence[Any]) -> Sequence[Any]:
+        """Argument leaves of the first step of a window, or of the one step."""
+        return leaves if length is None else [x[0] if m else x for x, m in zip(leaves, over_time)]
+
+    def _shifted(self, hidden: list[Any], zeros: dict[Path, jax.Array]) -> list[Any]:
+        """Hidden values plus arrays without units."""
+        return [jax.tree.map(lambda v, z=zeros[p]: v + z, h) for p, h in self._hidden_dict(hidden).items()]
+
     def _hidden_dict(self, hidden: list[Any]) -> dict[Path, Any]:
         return dict(zip(self.graph.module_info.states_of(brainstate.HiddenState), hidden))
 

@@ -127,15 +127,13 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
     @property
     def etrace_bwg(self) -> dict[str, EligibilityTrace]:
         """Key -> trace, a dict of arrays with the hidden variables along a last axis; a view, made when it is read."""
-        found = {}
         operands = self._static_operands()
-        for i, r, g, key in self._pairs():
-            trace = self._slot_traces[key].value
-            of = (r, self._metas[i], g, self._factorised[key])
-            found[key] = EligibilityTrace(
-                param.dense(*of, trace, operands[i], g.num_state, self._front(i, g, key, trace))
-            )
-        return found
+        return {key: EligibilityTrace(self._dense(i, r, g, key, operands)) for i, r, g, key in self._pairs()}
+
+    def _dense(self, number, relation, group, key, operands) -> dict[str, jax.Array]:
+        trace = self._slot_traces[key].value
+        of = (relation, self._metas[number], group, self._factorised[key])
+        return param.dense(*of, trace, operands[number], group.num_state, self._front(number, group, key, trace))
 
     def _front(self, number, group, key, trace) -> tuple[int, ...]:
         """The mapped axis of a trace that is looked at from outside of ``jax.vmap``."""
@@ -167,12 +165,9 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
             Before compilation, or if ``weight`` has no trace; the message names the path.
         """
         path = self._path_of(weight)
-        traces = self.etrace_bwg
+        operands = self._static_operands()
         found = {
-            pair_key(r, g.index): traces[pair_key(r, g.index)].value
-            for r in self.graph.hidden_param_op_relations
-            if path in r.parameter_paths
-            for g in r.hidden_groups
+            key: self._dense(i, r, g, key, operands) for i, r, g, key in self._pairs() if path in r.parameter_paths
         }
         if not found:
             raise ValueError(f"The parameter {path_str(path)!r} is trained by the current step alone: it has no trace.")

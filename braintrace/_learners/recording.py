@@ -108,7 +108,7 @@ class Recording(Binding):
 
     def _record(self, over_time, length, leaves, values, aux):
         recorder = self._recorder
-        now = leaves if length is None else [x[0] if m else x for x, m in zip(leaves, over_time)]
+        now = self._first_step(over_time, length, leaves)
         extras = (now if self._overrides("_compute_learning_signal") else None, aux)
         if self._is_single_step:
             if length is not None:
@@ -118,13 +118,11 @@ class Recording(Binding):
             outs, record = self.graph.tape(invals, held, recorder.zeros)
             recorder.take(record, extras, None)
             return self._outvals(outs)
-        hidden = [
-            jax.tree.map(lambda v, z=recorder.zeros[p]: v + z, h) for p, h in self._hidden_dict(values.hidden).items()
-        ]
+        hidden = self._shifted(values.hidden, recorder.zeros)
 
         def step(carry, leaves):
             hidden, others = carry
-            out, new, record = self._plain_step(leaves, values._replace(hidden=hidden, others=others))
+            out, new, record, _ = self._plain_step(leaves, values._replace(hidden=hidden, others=others))
             return (new.hidden, new.others), (out, record)
 
         (hidden, others), (out, record) = self._over_time(step, (hidden, values.others), over_time, length, leaves)

@@ -303,17 +303,14 @@ class ETraceVjpAlgorithm(Recording):
         return aux
 
     def _run_step(self, over_time, length, leaves, values, traces, index, aux):
-        """One step, differentiated as such: see :func:`_credit`."""
+        """One step, differentiated as such: see :func:`credit`."""
         if length is not None:
             out, new, traces = self._run_window(over_time, length, leaves, values, traces, index, aux)
             return (*no_window_gradient((out, new)), traces)
         if not (any(map(is_tracer, jax.tree.leaves(values.weights))) or self._overrides("_solve_weight_gradients")):
-            out, new, record = self._plain_step(leaves, values)  # nothing differentiates this call in a parameter
-            return (
-                out,
-                new,
-                self._advance(traces, index, record, self._operands(self._invals(leaves, values)), values.weights),
-            )
+            # Nothing differentiates this call in a parameter.
+            out, new, record, operands = self._plain_step(leaves, values)
+            return out, new, self._advance(traces, index, record, operands, values.weights)
         held = jax.lax.stop_gradient(self._invals(leaves, values))
         held_operands = self._operands(held)
         record = self.graph.tape.record(held, held_operands)
@@ -335,9 +332,8 @@ class ETraceVjpAlgorithm(Recording):
 
         def step(carry, leaves):
             hidden, others, traces, index = carry
-            out, new, record = self._plain_step(leaves, values._replace(hidden=hidden, others=others))
-            held = jax.lax.stop_gradient(self._operands(self._invals(leaves, values)))
-            traces = self._advance(traces, index, record, held, weights)
+            out, new, record, operands = self._plain_step(leaves, values._replace(hidden=hidden, others=others))
+            traces = self._advance(traces, index, record, jax.lax.stop_gradient(operands), weights)
             return (new.hidden, new.others, traces, index + 1), out
 
         start = (values.hidden, values.others, traces, index)
@@ -345,10 +341,11 @@ class ETraceVjpAlgorithm(Recording):
         return out, values._replace(hidden=hidden, others=others), traces
 
     def _plain_step(self, leaves, values):
-        """The model's step with trained operands as they are, and what it leaves for the traces."""
+        """The model's step with trained operands as they are, what it leaves for the traces, and these operands."""
         invals = self._invals(leaves, values)
-        outs, record = self.graph.tape(invals, self._operands(invals), self.graph.tape.zeros())
-        return *self._outvals(outs), record
+        operands = self._operands(invals)
+        outs, record = self.graph.tape(invals, operands, self.graph.tape.zeros())
+        return *self._outvals(outs), record, operands
 
     @staticmethod
     def _over_time(step, start, over_time, length, leaves):
@@ -409,7 +406,7 @@ class ETraceVjpAlgorithm(Recording):
         """Hidden values at the entry of a window, whose cotangents meet the traces there."""
         if not any(map(is_tracer, jax.tree.leaves(values.weights))):
             return values.hidden
-        now = leaves if length is None else [x[0] if m else x for x, m in zip(leaves, over_time)]
+        now = self._first_step(over_time, length, leaves)
         invals = self._invals(now, values)
         operands = self._operands(invals)
         fixed = self.graph.tape.record(*jax.lax.stop_gradient((invals, operands))).fixed
@@ -423,8 +420,7 @@ class ETraceVjpAlgorithm(Recording):
             return {i: self._meet(i, traces, signals, index) for i in number}
 
         zeros = credit(reverse, zeros, lifted, jax.lax.stop_gradient((traces, index, now, aux)), None)
-        added = [zeros[p] for p in self._hidden_dict(values.hidden)]
-        return [jax.tree.map(lambda v, z=z: v + z, h) for h, z in zip(values.hidden, added)]
+        return self._shifted(values.hidden, zeros)
 
     def _bars(self, new, old, y, dfs, leaves, aux) -> Bars:
         """Signals as they meet the traces, and what they do not carry."""
