@@ -139,8 +139,12 @@ def define_primitive(
     primitive: Primitive,
     impl: Callable[..., Any],
     batch_rule: Callable[..., Any],
+    jvp_rule: Callable[..., Any] | None = None,
 ) -> None:
-    """Give a primitive all its JAX rules, every one derived from ``impl`` (ordinary JAX)."""
+    """Give a primitive all its JAX rules, those that are not given derived from ``impl`` (ordinary JAX).
+
+    A ``jvp_rule`` takes primals, and tangents that may be zeros of JAX's own kind, made arrays here.
+    """
     primitive.def_impl(impl)
 
     def abstract_eval(*avals, **params):
@@ -165,5 +169,8 @@ def define_primitive(
         _, out_dot = jax.jvp(of_active, [primals[i] for i in active], [tangents[i] for i in active])
         return out, out_dot
 
-    ad.primitive_jvps[primitive] = jvp
+    def given_jvp(primals, tangents, **params):
+        return jvp_rule(primals, [ad.instantiate_zeros(t) for t in tangents], **params)
+
+    ad.primitive_jvps[primitive] = jvp if jvp_rule is None else given_jvp
     batching.primitive_batchers[primitive] = batch_rule

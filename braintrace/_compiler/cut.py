@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._jax import Literal, Var, bind_equation, eval_jaxpr, open_jaxpr, prune
+from .._jax import Literal, Var, eval_jaxpr, open_jaxpr, prune
 from .._types import Path
+from .descent import bind_without_links
 from .flatten import is_marked
-from .flow import Flow
+from .flow import Flow, y_label
 from .module_info import ModuleInfo, known_constants
 from .positions import MANY, NONE, Label, combine, is_aligned, no_cut, own_label, propagate, unaligned_axes
 
@@ -47,6 +48,8 @@ class Entry(NamedTuple):
 class Fold(NamedTuple):
     """Where the entries of an operation's output act, if each acts on one position of a group, and several on each.
 
+    Of an operation with sub-steps, those of one sub-step.
+
     ``positions`` holds the position of every entry, one integer array per axis of the group; ``tiles`` is their number
     where they are equal slices of the last axis.
     """
@@ -69,6 +72,7 @@ class Slice(NamedTuple):
     positions: tuple[int, ...]  # of its equations in the step
     olds: tuple[Var, ...]  # old values of the members
     ys: dict[int, Var]  # operation index -> output, held fixed
+    fronts: dict[int, int]  # operation index -> axes of the output in front of those of one sub-step
     externals: tuple[Any, ...]  # everything else that F reads
     constants: dict[Any, Any]  # known values among what it reads
     news: tuple[Any, ...]  # new values of the members
@@ -139,6 +143,7 @@ def slice_group(info: ModuleInfo, flow: Flow, paths: Sequence[Path]) -> Slice:
     news = tuple(info.hidden_path_to_outvar[p] for p in paths)
     member_of = {v: set(ps) for v, ps in flow.members.items()}
     ys: dict[int, Var] = {}
+    fronts: dict[int, int] = {}
     externals: dict[Any, None] = {}
     inside: set[int] = set()
 
@@ -160,7 +165,7 @@ def slice_group(info: ModuleInfo, flow: Flow, paths: Sequence[Path]) -> Slice:
         is_member = bool(member_of.get(var, set()) & own)
         op = op_of.get(var)
         if op is not None:
-            ys[op.index] = var
+            ys[op.index], fronts[op.index] = var, op.front
             if not op.primitive.gradient_enabled:
                 continue
         elif var not in made_at or not (is_member or (var not in member_of and belongs(var))):
@@ -171,11 +176,11 @@ def slice_group(info: ModuleInfo, flow: Flow, paths: Sequence[Path]) -> Slice:
     values = known_constants(info)
     constants = {v: values[v] for v in externals if v in values}
     varying = tuple(v for v in externals if v not in constants)
-    return Slice(tuple(sorted(inside)), olds, dict(sorted(ys.items())), varying, constants, news)
+    return Slice(tuple(sorted(inside)), olds, dict(sorted(ys.items())), fronts, varying, constants, news)
 
 
 def evaluate_slice(eqns: Sequence[Any], part: Slice, olds, ys, externals) -> list[Any]:
-    """New values of F; transparent operations inside F add their held-fixed value's perturbation."""
+    """New values of F; transparent operations inside F add their held-fixed value's perturbation, links are cut."""
     env = part.constants | dict(zip(part.externals, externals)) | dict(zip(part.olds, olds))
     env |= {part.ys[k]: y for k, y in ys.items()}
     read = lambda v: v.val if isinstance(v, Literal) else env[v]  # noqa: E731
@@ -189,7 +194,7 @@ def evaluate_slice(eqns: Sequence[Any], part: Slice, olds, ys, externals) -> lis
             held = ys[op_index[y]]
             outs[eqn.primitive.y_index] += held - jax.lax.stop_gradient(held)
         else:
-            outs = bind_equation(eqn, values)
+            outs = bind_without_links(eqn, values)
         env.update(zip(eqn.outvars, outs))
     return [jnp.asarray(read(v)) for v in part.news]
 
@@ -206,7 +211,7 @@ def differentiate_cut(
     inputs = (*part.olds, *part.ys.values(), *part.externals)
     num_old, num_y = len(part.olds), len(part.ys)
     keys = list(part.ys)
-    y_shapes = {k: v.aval.shape for k, v in part.ys.items()}
+    y_shapes = _y_shapes(part)
     inexact = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in part.news]
     folds = _folds(eqns, part, varshape, slots, inexact)
     by_position = [{k: lab for k, lab in labels_of.items() if k not in folds} for labels_of in y_labels]
@@ -224,17 +229,20 @@ def differentiate_cut(
 
             new, pull = jax.vjp(new_value, list(olds), list(ys))
             mixed = _mixed_axes(labels[a], by_position[a], y_shapes, varshape)
-            out.append(_row(new, pull, component, slots, keys, y_shapes, varshape, mixed, folds))
+            out.append(_row(new, pull, component, slots, part.fronts, y_shapes, varshape, mixed, folds))
         return [(r.D, r.df) for r in out]
 
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inputs]
     closed, out_shape = jax.make_jaxpr(rows, return_shape=True)(*shapes)
     flat, tree = jax.tree.flatten(out_shape)
+    # Of a, D or df, and b or the operation: df has the axis of sub-steps, whatever its values are.
+    paths = [path for path, _ in jax.tree.leaves_with_path(out_shape)]
+    in_sub_steps = [bool(part.fronts.get(getattr(path[2], "key", -1))) for path in paths]
     entries: list[Entry] = []
     varying: list[int] = []
     for i in range(len(flat)):
         only, reads = prune(closed, [j == i for j in range(len(flat))])
-        entry = None if any(reads) else _constant(only, inputs)
+        entry = None if any(reads) else _constant(only, inputs, in_sub_steps[i])
         if entry is None:
             entry = Entry("varying", slot=len(varying))
             varying.append(i)
@@ -252,10 +260,15 @@ def differentiate_cut(
     return Cut(D, df, inputs, program, aligned, folds)
 
 
+def _y_shapes(part: Slice) -> dict[int, tuple[int, ...]]:
+    """The shape of every operation's output, of one sub-step."""
+    return {k: v.aval.shape[part.fronts[k] :] for k, v in part.ys.items()}
+
+
 def _folds(eqns, part, varshape, slots, inexact) -> dict[int, Fold]:
     """Outputs larger than the group of which every entry acts on one position: labels of F's reverse pass tell."""
-    size = math.prod(varshape)
-    wide = {k: v for k, v in part.ys.items() if math.prod(v.aval.shape) > size > 0}
+    size, y_shapes = math.prod(varshape), _y_shapes(part)
+    wide = {k: v for k, v in part.ys.items() if math.prod(y_shapes[k]) > size > 0}
     folds = {}
     for k, var in wide.items():
         label: Label | None = None
@@ -278,7 +291,11 @@ def _folds(eqns, part, varshape, slots, inexact) -> dict[int, Fold]:
         if label is None or any(np.any(ids == MANY) for ids in label[1:]):
             continue
         index = tuple(np.where(ids == NONE, 0, ids) for ids in label[1:])
-        folds[k] = Fold(index, _tiles(index, var.aval.shape, varshape))
+        if part.fronts[k]:
+            if any(np.any(ids != ids[:1]) for ids in index):
+                continue
+            index = tuple(ids[0] for ids in index)
+        folds[k] = Fold(index, _tiles(index, y_shapes[k], varshape))
     return folds
 
 
@@ -304,7 +321,9 @@ class _Row(NamedTuple):
     df: dict[int, Any]
 
 
-def _row(new, pull, component, slots, keys, y_shapes, varshape, mixed, folds) -> _Row:
+def _row(new, pull, component, slots, fronts, y_shapes, varshape, mixed, folds) -> _Row:
+    keys = list(y_shapes)
+
     def cotangents(seed):
         """Seed over positions -> cotangents of every old hidden variable and every y."""
         full = seed if component is None else jnp.zeros_like(new).at[..., component].set(seed)
@@ -325,23 +344,25 @@ def _row(new, pull, component, slots, keys, y_shapes, varshape, mixed, folds) ->
         for k, i in zip(mixed, pick):
             seed = seed * (jax.lax.broadcasted_iota(jnp.int32, varshape, k) == i).astype(seed.dtype)
 
-        def own_position(cotangent, shape):
+        def own_position(cotangent, shape, front=0):
             lead = len(varshape) - len(shape)
             for k, i in sorted(zip(mixed, pick), key=lambda ki: -ki[0]):
                 if k >= lead:
-                    cotangent = jax.lax.dynamic_index_in_dim(cotangent, i, k - lead, keepdims=False)
+                    cotangent = jax.lax.dynamic_index_in_dim(cotangent, i, front + k - lead, keepdims=False)
             return cotangent
 
         olds, ys = cotangents(seed)
         return [None if o is None else own_position(o, varshape) for o in olds], [
-            y if k in folds else own_position(y, y_shapes[k]) for k, y in zip(keys, ys)
+            y if k in folds else own_position(y, y_shapes[k], fronts[k]) for k, y in zip(keys, ys)
         ]
 
-    def whole(stacked):
-        return jnp.moveaxis(stacked.reshape(*sizes, *stacked.shape[1:]), range(len(mixed)), mixed)
+    def whole(stacked, front=0):
+        axes = [front + k for k in mixed]
+        return jnp.moveaxis(stacked.reshape(*sizes, *stacked.shape[1:]), range(len(mixed)), axes)
 
-    D, df = jax.tree.map(whole, jax.vmap(at)(picks))
-    found = dict(zip(keys, df))
+    D, df = jax.vmap(at)(picks)
+    D = jax.tree.map(whole, D)
+    found = {k: whole(y, fronts[k]) for k, y in zip(keys, df)}
     if folds:
         # Every entry acts on one position, so that one pass from all positions gives all of them.
         found.update({k: y for k, y in zip(keys, cotangents(ones)[1]) if k in folds})
@@ -351,14 +372,14 @@ def _row(new, pull, component, slots, keys, y_shapes, varshape, mixed, folds) ->
 def _slice_labels(eqns, part, varshape):
     """For each new value: its labels by old value, and by operation output."""
     env = {v: {("old", i): own_label(v.aval.shape, len(varshape))} for i, v in enumerate(part.olds)}
-    env |= {v: {("y", k): own_label(v.aval.shape, v.aval.ndim)} for k, v in part.ys.items()}
+    env |= {v: {("y", k): y_label(v.aval.shape, part.fronts[k])} for k, v in part.ys.items()}
     op_index = {v: k for k, v in part.ys.items()}
 
     def transparent(eqn, inputs):
         if not is_marked(eqn):
             return None
         y = eqn.outvars[eqn.primitive.y_index]
-        own = {("y", op_index[y]): own_label(y.aval.shape, y.aval.ndim)}
+        own = {("y", op_index[y]): y_label(y.aval.shape, part.fronts[op_index[y]])}
         return [(inputs[eqn.primitive.x_index] | own) if v is y else {} for v in eqn.outvars]
 
     propagate([eqns[p] for p in part.positions], env, transparent, part.constants)
@@ -393,8 +414,8 @@ def _mixed_axes(old_labels, y_labels, y_shapes, varshape) -> tuple[int, ...]:
     return tuple(sorted(axes))
 
 
-def _constant(closed, inputs) -> Entry | None:
-    """The entry if its value can be known now."""
+def _constant(closed, inputs, whole: bool) -> Entry | None:
+    """The entry if its value can be known now; ``whole``: as an array even if all of it is one number."""
     dummies = [np.zeros(v.aval.shape, v.aval.dtype) for v in inputs]
     try:
         with jax.ensure_compile_time_eval():
@@ -403,6 +424,6 @@ def _constant(closed, inputs) -> Entry | None:
         return None
     if not np.any(value):
         return Entry("zero")
-    if value.size and np.all(value == value.flat[0]):
+    if not whole and value.size and np.all(value == value.flat[0]):
         value = value.flat[0].item()  # a Python number: takes the dtype of what it multiplies
     return Entry("constant", value)

@@ -1,7 +1,8 @@
 """The step as one flat program: evaluated again, with loops and branches opened where credit must be followed.
 
 Run under ``jax.make_jaxpr``, so JAX makes the new variables. Calls are inlined; a relevant ``cond`` becomes every
-branch and a selection, a relevant short ``scan`` its sub-steps one after the other; all else is bound as it is.
+branch and a selection, a relevant short ``scan`` its sub-steps one after the other, a long one with operations three
+equations (:mod:`.descent`); all else is bound as it is.
 
 Running every branch must not let a branch that was not taken (a division by zero, say) harm the gradient: a zero
 cotangent times an infinite derivative is NaN. Therefore whatever enters a branch, and every output of an operation
@@ -35,6 +36,7 @@ from .._jax import (
 )
 from .._ops.primitive import ETPPrimitive
 from .._types import CompilationError, Path, path_str
+from .descent import Descent
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel, emit
 from .forward_only import is_forward_only, with_reverse_rule
 from .policy import ControlFlowPolicy
@@ -43,7 +45,6 @@ from .positions import dependence, mixes
 __all__ = ["Origin", "equations_within", "flatten", "is_marked"]
 
 LOOPS = frozenset(["cond", "scan", "while"])
-LARGEST_DESCENT = 2048  # equations that following a long scan may make
 
 
 def is_marked(eqn: Any) -> bool:
@@ -79,7 +80,7 @@ def flatten(
     ``origins`` tells what each input is, ``hidden_out`` which outputs are new hidden values.
     """
     jaxpr = open_jaxpr(closed)
-    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.invars]
+    avals = _structs(jaxpr.invars)
     first_state = len(jaxpr.invars) - (len(jaxpr.outvars) - num_out)
     flattener = _Flattener(policy)
 
@@ -284,9 +285,12 @@ class _Flattener:
         elif weights and any(map(is_marked, equations_within(eqn))):
             why = self.cannot_descend(eqn, frame)
             if why is None:
-                text = f"The scan{_at(eqn)} of length {length} is followed sub-step by sub-step."
-                self.note("SCAN_DESCENT_APPLIED", "INFO", eqn, text)
-                return self.unrolled(eqn, frame)
+                descent = self.descent(eqn, frame)
+                why = descent.obstacle()
+                if why is None:
+                    text = f"The scan{_at(eqn)} of length {length} is followed in place."
+                    self.note("SCAN_DESCENT_APPLIED", "INFO", eqn, text)
+                    return self.in_place(eqn, frame, descent)
             self.note("SCAN_DESCENT_SKIPPED", "WARNING", eqn, f"The scan{_at(eqn)} cannot be followed: {why}.")
             self.check_weights(eqn, frame, "WEIGHT_IN_CONTROL_FLOW", f"{why[0].upper()}{why[1:]}. {remedy}")
         elif weights:
@@ -301,7 +305,6 @@ class _Flattener:
     def cannot_descend(self, eqn, frame) -> str | None:
         _, origins = frame.inputs(eqn)
         params = eqn.params
-        made = params["length"] * len(list(equations_within(eqn)))
         carried = origins[params["num_consts"] :][: params["num_carry"]]
         nested = [e for e in equations_within(eqn) if e.primitive.name in LOOPS]
         if params["reverse"]:
@@ -312,9 +315,25 @@ class _Flattener:
             return "it carries no hidden state from its value at the start of the step"
         if any(o.live and not o.entry for o in carried):
             return "the hidden value that it carries is computed before it starts"
-        if made > LARGEST_DESCENT:
-            return f"it would make {made} equations, more than {LARGEST_DESCENT}"
         return None
+
+    def descent(self, eqn, frame) -> Descent:
+        self.enter(eqn, frame)
+        _, origins = frame.inputs(eqn)
+        body, hidden = eqn.params["jaxpr"], frame.hidden_out(eqn)
+
+        def run(*values):
+            return self.run(body, values, origins, hidden, None, frame.depth + 1)[0]
+
+        opened = jax.make_jaxpr(run)(*_structs(open_jaxpr(body).invars))
+        return Descent(eqn, opened, [o.live for o in origins], [bool(o.weights) for o in origins])
+
+    def in_place(self, eqn, frame, descent):
+        if eqn.params["length"] == 1:
+            return self.unrolled(eqn, frame)
+        values, origins = frame.inputs(eqn)
+        every = [*origins, Origin(data=True, live=True)]
+        return descent.run(values), [_origin_of(eqn, every, v) for v in eqn.outvars]
 
     def unrolled(self, eqn, frame):
         self.enter(eqn, frame)
@@ -441,6 +460,10 @@ class _Flattener:
         self.note(kind, "ERROR", eqn, message, weight_path, primitive)
         emit(self.records)
         raise NotImplementedError(message)
+
+
+def _structs(variables) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables]
 
 
 def _at(eqn) -> str:

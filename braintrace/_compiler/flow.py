@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import brainstate
+import numpy as np
 
 from .._jax import Literal, Var, source_line
 from .._ops.primitive import ETPPrimitive
+from .._ops.stacked import StackedPrimitive
 from .._types import Path
+from .descent import holds_link
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flatten import LOOPS, equations_within, is_marked
 from .module_info import ModuleInfo, known_constants
-from .positions import Labels, mixes, own_label, propagate, transfer
+from .positions import Label, Labels, mixes, own_label, propagate, transfer
 
-__all__ = ["Flow", "MarkedOp", "Reach", "analyse_flow", "analyse_reach"]
+__all__ = ["Flow", "MarkedOp", "Reach", "analyse_flow", "analyse_reach", "y_label"]
 
 MIXING = frozenset(["dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"])
 
@@ -41,9 +44,19 @@ class MarkedOp(NamedTuple):
         return None if index is None else self.eqn.invars[index]
 
     @property
+    def front(self) -> int:
+        """Axes of the output in front of those of one sub-step."""
+        return int(isinstance(self.primitive, StackedPrimitive))
+
+    @property
     def operands(self) -> dict[str, Any]:
         """Trained operands by key."""
         return {k: self.eqn.invars[i] for k, i in self.primitive.trainables(self.eqn.params).items()}
+
+
+def y_label(shape: tuple[int, ...], front: int) -> Label:
+    """The label of an operation's output: all sub-steps, along ``front`` first axes, have the positions of one."""
+    return tuple(np.broadcast_to(ids, shape) for ids in own_label(shape[front:], len(shape) - front))
 
 
 class Flow(NamedTuple):
@@ -87,7 +100,7 @@ def analyse_flow(info: ModuleInfo) -> Flow:
                 x = op.x
                 if x in label_in and x.aval.shape == op.y.aval.shape:
                     through = dict(label_in[x])
-            own = {("y", op.index): own_label(op.y.aval.shape, op.y.aval.ndim)}
+            own = {("y", op.index): y_label(op.y.aval.shape, op.front)}
             return [(through | own) if v is op.y else {} for v in eqn.outvars]
         of_hidden = any(s[0] in ("old", "new") for lab in inputs for s in lab)
         if eqn.primitive.name in MIXING and of_hidden:
@@ -140,13 +153,17 @@ def _mixing_record(eqn) -> CompilationRecord:
 class Reach(NamedTuple):
     """Everything downstream of a variable in the same step, whatever lies between."""
 
-    of: dict[Any, frozenset]  # variable -> sinks: ('op', index), ('group', index), ('out', None)
+    of: dict[Any, frozenset]  # variable -> sinks: ('op', index), ('links', position), ('group', index), ('out', None)
 
     def groups(self, var: Any) -> frozenset:
         return frozenset(i for kind, i in self.of.get(var, ()) if kind == "group")
 
     def ops(self, var: Any) -> frozenset:
         return frozenset(i for kind, i in self.of.get(var, ()) if kind == "op")
+
+    def links(self, var: Any) -> frozenset:
+        """Equations with links (see :mod:`.descent`), by position."""
+        return frozenset(i for kind, i in self.of.get(var, ()) if kind == "links")
 
 
 def analyse_reach(
@@ -169,6 +186,8 @@ def analyse_reach(
         sinks = frozenset().union(*(of.get(v, frozenset()) for v in eqn.outvars))
         if position in op_at:
             sinks |= {("op", op_at[position])}
+        if holds_link(eqn):
+            sinks |= {("links", position)}
         for var in eqn.invars:
             add(var, sinks)
     return Reach(of)

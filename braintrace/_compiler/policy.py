@@ -36,8 +36,8 @@ class ControlFlowPolicy:
         What to do with a marked operation, of a constant, that is left inside a loop or branch: refuse it, or leave it
         to plain JAX with a warning.
     scan_descent : {'auto', 'off'}
-        ``'auto'``: follow longer scans sub-step by sub-step too, if they carry the hidden state through plain
-        sub-steps. ``'off'``: refuse them.
+        ``'auto'``: follow longer scans in place, if they carry the hidden state forward from its value at the start
+        of the step: one relation for all sub-steps of an operation, for every learning rule. ``'off'``: refuse them.
     fixpoint_iteration_limit : int
         How many loops and branches may stand inside one another where they are unrolled or converted.
 

@@ -37,7 +37,7 @@ ELEMENTWISE = frozenset(
 )
 SCANS = frozenset(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"])
 REDUCTIONS = frozenset(["reduce_sum", "reduce_max", "reduce_min", "reduce_prod"])
-ENDS = frozenset(["stop_gradient"])
+ENDS = frozenset(["stop_gradient", "etp_link"])
 
 
 def own_label(shape: tuple[int, ...], axes: int) -> Label:

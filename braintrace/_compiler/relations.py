@@ -11,8 +11,10 @@ import numpy as np
 
 from .._jax import Literal, Var, eval_jaxpr, prune, sub_program
 from .._ops.primitive import ETPPrimitive
+from .._ops.stacked import StackedPrimitive
 from .._types import Path, path_str
 from .cut import Fold
+from .descent import holds_link
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flow import Flow, MarkedOp, Reach
 from .groups import HiddenGroup
@@ -56,6 +58,16 @@ class OperandProgram(NamedTuple):
         return dict(zip(self.leaves, bars))
 
 
+class _SubStep(NamedTuple):
+    """Stands for a variable of one sub-step."""
+
+    aval: jax.ShapeDtypeStruct
+
+    @classmethod
+    def of(cls, var: Any) -> _SubStep:
+        return cls(jax.ShapeDtypeStruct(var.aval.shape[1:], var.aval.dtype))
+
+
 class HiddenParamOpRelation(NamedTuple):
     """One operation whose trained operands come from parameters and whose output reaches a hidden group directly.
 
@@ -94,7 +106,7 @@ class HiddenParamOpRelation(NamedTuple):
     key: tuple[Path, int]
     primitive: ETPPrimitive
     x_var: Any | None
-    y_var: Var
+    y_var: Var | _SubStep
     hidden_groups: tuple[HiddenGroup, ...]
     connected_hidden_paths: tuple[Path, ...]
     eqn_params: dict[str, Any]
@@ -116,25 +128,47 @@ class HiddenParamOpRelation(NamedTuple):
         """Whether the trained operands are the same at every step while the parameters are."""
         return self.operand_program.inputs == self.operand_program.leaves
 
+    @property
+    def sub_steps(self) -> int | None:
+        """The number of sub-steps along a first axis of input and output, of an operation in a long loop."""
+        return self.y_var.aval.shape[0] if isinstance(self.primitive, StackedPrimitive) else None
+
+    @property
+    def one(self) -> HiddenParamOpRelation:
+        """The relation with the operation of one sub-step (itself, where there are none)."""
+        if not isinstance(self.primitive, StackedPrimitive):
+            return self
+        return self._replace(
+            primitive=self.primitive.one,
+            x_var=None if self.x_var is None else _SubStep.of(self.x_var),
+            y_var=_SubStep.of(self.y_var),
+            fixed_vars={i: _SubStep.of(v) for i, v in self.fixed_vars.items()},
+        )
+
     def fold(self, group: HiddenGroup) -> Fold | None:
         """Where the entries of an output with several for every position of a group act."""
         return group.cut.folds.get(self.op_index)
 
     def place(self, group: HiddenGroup, value: Any) -> Any:
-        """A value per position of a group, for every entry of the output (or of the group, where y is no larger)."""
+        """A value per position of a group, for every entry of the output (or of the group, where y is no larger).
+
+        All sub-steps have the same, so that there is no axis for them.
+        """
         fold = self.fold(group)
         return value if fold is None else fold.place(value)
 
     def shape_in(self, group: HiddenGroup) -> tuple[int, ...]:
-        """The shape that :meth:`place` gives."""
-        return group.varshape if self.fold(group) is None else self.y_var.aval.shape
+        """The shape that :meth:`place` gives, with sub-steps in front of it."""
+        front = () if self.sub_steps is None else (self.sub_steps,)
+        y = self.y_var.aval.shape
+        return (*front, *group.varshape) if self.fold(group) is None else y
 
     @property
     def x(self) -> Any | None:
         return self.x_var
 
     @property
-    def y(self) -> Var:
+    def y(self) -> Var | _SubStep:
         return self.y_var
 
     @property
@@ -258,7 +292,9 @@ def find_relations(
         direct = [p for p, labels in flow.into.items() if ("y", op.index) in labels]
         fed = sorted({group_of[p].index for p in direct})
         usable = [
-            i for i in fed if op.index in groups[i].cut.folds or _broadcastable(op.y.aval.shape, groups[i].varshape)
+            i
+            for i in fed
+            if op.index in groups[i].cut.folds or _broadcastable(op.y.aval.shape[op.front :], groups[i].varshape)
         ]
         for i in fed:
             if i not in usable:
@@ -275,8 +311,9 @@ def find_relations(
                     )
                 )
         used = tuple(groups[i] for i in usable)
-        through = [k for k in reach.ops(op.y) if k != op.index and _direct_groups(flow, group_of, k) & set(usable)]
-        relation = _relation(info, flow, op, program, paths, used, calls.setdefault(first, 0), bool(through))
+        others = [k for k in reach.ops(op.y) if k != op.index and _direct_groups(flow, group_of, k) & set(usable)]
+        through = bool(others or reach.links(op.y))
+        relation = _relation(info, flow, op, program, paths, used, calls.setdefault(first, 0), through)
         if not usable:
             plain.append(relation)
             if not fed:
@@ -392,7 +429,8 @@ def _direct_groups(flow, group_of, k) -> set[int]:
 
 
 def _excluded(info, name, path, op, flow, reach) -> CompilationRecord:
-    blocking = sorted(reach.ops(op.y) - {op.index})
+    linked = {v for position in reach.links(op.y) for v in info.jaxpr.eqns[position].invars}
+    blocking = sorted((reach.ops(op.y) | {o.index for o in flow.ops if o.y in linked}) - {op.index})
     if blocking and reach.groups(op.y):
         others = [flow.ops[k] for k in blocking]
         return CompilationRecord(
@@ -437,7 +475,7 @@ def _residual_free(info: ModuleInfo, flow: Flow, op: MarkedOp, groups: Sequence[
         differentiable = [v for v in eqn.outvars if jax.numpy.issubdtype(v.aval.dtype, jax.numpy.inexact)]
         if not differentiable or eqn.primitive.name == "stop_gradient":
             continue
-        if position not in inside:
+        if position not in inside or holds_link(eqn):
             return False
         for var in differentiable:
             if var in flow.members:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from .._jax import Literal, bind_equation, consts_of, eval_jaxpr, open_jaxpr, prune
 from .._types import Path
+from .descent import bind_without_links, holds_link, is_link
 from .flatten import is_marked
 from .flow import Flow, Reach
 from .groups import HiddenGroup
@@ -159,9 +160,13 @@ class _Worlds:
         ]
         self.leads_to = [downstream[g.index] | {g.index} for g in groups]
         self.op_world = {}
-        for position, i in self.operation_at.items():
-            fed = reach.groups(operations[i].y_var)
-            self.op_world[position] = _World(frozenset().union(*(self.leads_to[g] for g in fed)), None)
+        self.link_world = {}  # of loops with links, which read as operations do
+        for position, eqn in enumerate(self.eqns):
+            if position in self.operation_at or holds_link(eqn):
+                fed = frozenset().union(*map(reach.groups, eqn.outvars))
+                world = _World(frozenset().union(*(self.leads_to[g] for g in fed)), None)
+                loop = position not in self.operation_at and not is_link(eqn)
+                (self.link_world if loop else self.op_world)[position] = world
         self._find_dependence()
 
     def _is_var(self, path):
@@ -201,6 +206,15 @@ class _Worlds:
         bare_new = world.bare_new if world.bare_new in self.new_of[position] else None
         return _World(world.bare_old & self.old_of[position], bare_new)
 
+    def _linked(self, position, world, zeros):
+        """The world in which the links of an equation read its inputs, as operations do, if another than ``world``."""
+        linked = self.link_world.get(position)
+        if linked is None:
+            return None
+        asked, linked_key = self._key(position, world), self._key(position, linked)
+        felt = {self.group_of[p] for p in zeros.old} & (asked.bare_old ^ linked_key.bare_old)
+        return linked if felt or asked.bare_new != linked_key.bare_new else None
+
     def _needs(self, var, world):
         """(position, world) of the equation behind a variable, if any."""
         if isinstance(var, Literal) or var not in self.made_at:
@@ -233,7 +247,7 @@ class _Worlds:
         wanted = [*sinks, *(f for fs in frontiers for f in fs or ()), *(x for x in xs if x is not None)]
         wanted += [item for items in fixed for item in items.values()]
 
-        plan = self._plan(wanted, effects)
+        plan = self._plan(wanted, effects, zeros)
         values = self._evaluate(plan, invals, operands, zeros)
         read = lambda item: self._read(*item, values, invals, zeros)  # noqa: E731
         outs = []
@@ -265,7 +279,7 @@ class _Worlds:
         g = self.group_of[path]
         return _World(self.leads_to[g], g)
 
-    def _plan(self, wanted, effects):
+    def _plan(self, wanted, effects, zeros):
         plan: dict[int, dict[_World, _World]] = {}  # equation -> key -> world of its inputs
 
         def need_in(position, world):
@@ -285,8 +299,9 @@ class _Worlds:
             ask(var, world)
         for position in range(len(self.eqns) - 1, -1, -1):
             for world in plan.get(position, {}).values():
-                for var in self._inputs(position):
-                    ask(var, world)
+                for w in (world, self._linked(position, world, zeros)):
+                    for var in self._inputs(position) if w is not None else ():
+                        ask(var, w)
         return plan
 
     def _inputs(self, position):
@@ -308,9 +323,22 @@ class _Worlds:
                     outs = self._apply(position, world, values, invals, operands, zeros)
                 else:
                     args = [self._read(v, world, values, invals, zeros) for v in eqn.invars]
-                    outs = eqn.primitive.outputs(args, eqn.params) if is_marked(eqn) else bind_equation(eqn, args)
+                    linked = self._linked(position, world, zeros)
+                    if linked is not None:
+                        outs = self._bind_in_two(eqn, args, linked, values, invals, zeros)
+                    else:
+                        outs = eqn.primitive.outputs(args, eqn.params) if is_marked(eqn) else bind_equation(eqn, args)
                 values[position, key] = outs
         return values
+
+    def _bind_in_two(self, eqn, args, linked, values, invals, zeros):
+        """Links see one world, everything else in the equation another one."""
+        args_of_links = [self._read(v, linked, values, invals, zeros) for v in eqn.invars]
+        outs, own = bind_equation(eqn, args_of_links), bind_without_links(eqn, args_of_links)
+        return [
+            out + (value - same) if jnp.issubdtype(out.dtype, jnp.inexact) else out
+            for out, value, same in zip(outs, bind_without_links(eqn, args), own)
+        ]
 
     def _apply(self, position, world, values, invals, operands, zeros):
         eqn, i = self.eqns[position], self.operation_at[position]

@@ -148,11 +148,15 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
 
     def _trace_states(self):
         relations = self.graph.hidden_param_op_relations
-        with_batch = {g.index for r in relations if r.primitive.batched for g in r.hidden_groups}
-        batched = {pair_key(r, g.index) for r in relations for g in r.hidden_groups if g.index in with_batch}
-        batched |= {key for i, key in x_keys(self.graph).items() if relations[i].primitive.batched}
+        with_batch = {g.index for r in relations if r.one.primitive.batched for g in r.hidden_groups}
+        axis = {}
+        for i, r in enumerate(relations):
+            behind = int(r.sub_steps is not None)
+            axis |= {pair_key(r, g.index): behind for g in r.hidden_groups if g.index in with_batch}
+            if r.one.primitive.batched and r.x_var is not None:
+                axis[x_keys(self.graph)[i]] = behind
         for key, state in (*self.etrace_xs.items(), *self.etrace_dfs.items()):
-            yield state, key in batched
+            yield state, axis.get(key)
 
     def get_etrace_of(self, weight: brainstate.ParamState | Path) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """The traces of one parameter.

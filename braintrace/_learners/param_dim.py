@@ -112,7 +112,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
             # The structure is that of any step: varying entries may be read from anything.
             recursion = self._recursion(g, _Anything())
             self._factorised[key] = self._factorise(i, recursion)
-            zeros = param.init(r, self._metas[i], g, self._factorised[key], recursion.width, self.trace_dtype)
+            zeros = param.init(r.one, self._metas[i], g, self._factorised[key], recursion.width, self.trace_dtype)
             self._slot_traces[key] = EligibilityTrace(zeros)
 
     def _factorise(self, number, recursion) -> frozenset:
@@ -120,7 +120,8 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         rules = r.primitive.rules
         own_layout = any(rule is not None for rule in (rules.dt_to_t, rules.init_drtrl, rules.pp_x_repr))
         fixed_slope = set(r.linear_keys) == set(r.trainable_vars) and not r.fixed_vars and not own_layout
-        if r.x_var is None or not fixed_slope or self._overrides("_update_etrace_data"):
+        alone = r.x_var is None or r.sub_steps is not None
+        if alone or not fixed_slope or self._overrides("_update_etrace_data"):
             return frozenset()
         return param.factorised_slots(recursion, number)
 
@@ -132,20 +133,21 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
 
     def _dense(self, number, relation, group, key, operands) -> dict[str, jax.Array]:
         trace = self._slot_traces[key].value
-        of = (relation, self._metas[number], group, self._factorised[key])
+        of = (relation.one, self._metas[number], group, self._factorised[key])
         return param.dense(*of, trace, operands[number], group.num_state, self._front(number, group, key, trace))
 
     def _front(self, number, group, key, trace) -> tuple[int, ...]:
         """The mapped axis of a trace that is looked at from outside of ``jax.vmap``."""
         r = self.graph.hidden_param_op_relations[number]
-        one = param.init(r, self._metas[number], group, self._factorised[key], 1, None)
+        one = param.init(r.one, self._metas[number], group, self._factorised[key], 1, None)
         name = next(iter(trace))
         shape = trace[name][0].shape
         return shape[: len(shape) - one[name][0].ndim]
 
     def _trace_states(self):
         for i, r, g, key in self._pairs():
-            yield self._slot_traces[key], self._metas[i].lead > 0 or len(g.varshape) > r.y_var.aval.ndim
+            batched = self._metas[i].lead > 0 or len(g.varshape) > r.one.y_var.aval.ndim
+            yield self._slot_traces[key], 0 if batched else None
 
     def get_etrace_of(self, weight: brainstate.ParamState | Path) -> dict[str, dict[str, jax.Array]]:
         """The traces of one parameter.
@@ -205,7 +207,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         new = {}
         for i, r, g, key in self._pairs():
             recursion = self._recursion(g, record.varying[g.index])
-            of = (r, self._metas[i], g, self._factorised[key])
+            of = (r.one, self._metas[i], g, self._factorised[key])
             inputs = (record.x[i], operands[i], record.fixed[i])
             new[key] = param.update(*of, recursion, i, old_traces[key], *inputs)
         return new
@@ -221,7 +223,9 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
 
         def gradient(signals):
             found = [
-                param.contract(r, self._metas[number], g, self._factorised[key], traces[key], met[g.index], held, fixed)
+                param.contract(
+                    r.one, self._metas[number], g, self._factorised[key], traces[key], met[g.index], held, fixed
+                )
                 for (g, key), met in ((pair, self._met(signals)) for pair in pairs)
             ]
             return add(found)
@@ -286,7 +290,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
 
     def _pair_end(self, number, relation, group, key, trace, chunk, entry, front):
         coefficients, x, operands, fixed = chunk
-        of = (relation, self._metas[number], group)
+        of = (relation.one, self._metas[number], group)
         factorised = self._factorised[key]
         cotangent = coefficients.y[number]
         parts = []

@@ -137,19 +137,21 @@ class ETraceVjpAlgorithm(Recording):
             New size of the batch axis of those traces that have one.
         """
         del kwargs
-        for state, batched in self._trace_states():
+        for state, axis in self._trace_states():
 
-            def zeros(e, batched=batched):
-                resized = batched and batch_size is not None and e.ndim > 0
-                return jnp.zeros((batch_size, *e.shape[1:]) if resized else e.shape, e.dtype)
+            def zeros(e, axis=axis):
+                shape = list(e.shape)
+                if axis is not None and batch_size is not None and e.ndim > axis:
+                    shape[axis] = batch_size
+                return jnp.zeros(shape, e.dtype)
 
             state.value = jax.tree.map(zeros, state.value)
         self.running_index.value = jnp.zeros_like(self.running_index.value)
 
     # -- to be given by an engine -------------------------------------------------------------------------------
 
-    def _trace_states(self) -> Iterator[tuple[brainstate.State, bool]]:
-        """The states of traces, and whether their first axis is the batch."""
+    def _trace_states(self) -> Iterator[tuple[brainstate.State, int | None]]:
+        """The states of traces, and which of their axes is the batch."""
         raise NotImplementedError
 
     def _get_etrace_data(self) -> Any:
@@ -176,7 +178,7 @@ class ETraceVjpAlgorithm(Recording):
         """Refuse operations whose output has another shape than the hidden states that it drives."""
         for r in self.graph.hidden_param_op_relations:
             for g in r.hidden_groups:
-                y, shape = r.y_var.aval.shape, g.varshape
+                y, shape = r.one.y_var.aval.shape, g.varshape
                 fits = y == shape or r.fold(g) is not None
                 if not fits and not (r.x_var is None and jnp.broadcast_shapes(y, shape) == shape):
                     raise ValueError(

@@ -57,7 +57,7 @@ def init_io(graph: ETraceGraph) -> IOTrace:
             custom = r.primitive.rules.init_pp
             shape = (*r.shape_in(g), g.num_state)
             zeros = jnp.zeros(shape, r.y_var.aval.dtype)
-            if custom is not None and r.y_var.aval.shape == g.varshape:
+            if custom is not None and r.sub_steps is None and r.y_var.aval.shape == g.varshape:
                 zeros = custom(r.x_var, r.y_var, r.trainable_vars, g.num_state)
             dfs[pair_key(r, g.index)] = zeros
     return IOTrace(xs, dfs)

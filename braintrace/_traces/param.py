@@ -72,12 +72,17 @@ def factorised_slots(recursion: Recursion, number: int) -> frozenset:
 
 
 class ParamMeta(NamedTuple):
-    """Batch axes of a relation, where each trace entry acts, and the trace's shape per sample."""
+    """Batch axes of a relation, where each trace entry acts, and the trace's shape per sample.
+
+    A relation with sub-steps has the trace of one: they all add to it. Functions that take a relation beside this take
+    that of one sub-step.
+    """
 
     lead: int
     anchors: Mapping[str, Any]
     unshared: Any  # the operation with a weight entry for every position, where its own act on several; or None
     shapes: Mapping[str, tuple[int, ...]]
+    sub_steps: int | None = None  # axis of that size in front of the batch axes of inputs and of df
 
 
 def meta_of(relation: HiddenParamOpRelation) -> ParamMeta:
@@ -88,6 +93,10 @@ def meta_of(relation: HiddenParamOpRelation) -> ParamMeta:
     NotImplementedError
         If one weight entry acts on several positions of a sample, or an untrained operand has a batch axis.
     """
+    return _meta_of_one(relation.one)._replace(sub_steps=relation.sub_steps)
+
+
+def _meta_of_one(relation: HiddenParamOpRelation) -> ParamMeta:
     p, y = relation.primitive, relation.y_var.aval
     lead = p.lead(y, relation.eqn_params)
     weights = {k: _struct(v) for k, v in relation.trainable_vars.items()}
@@ -199,8 +208,11 @@ def instant(relation, meta, x, coefficient, operands, fixed, extra: int = 0, tim
     """``coefficient`` times the derivative of the output with respect to the weights, per sample.
 
     ``extra`` axes of mapped samples stand in front of the batch axes of the operation; with ``time`` another one in
-    front of these is summed over.
+    front of these is summed over, as are sub-steps, whose axis stands between mapped samples and batch.
     """
+    if meta.sub_steps is not None:
+        x, coefficient, fixed = jax.tree.map(lambda v: _first(v, extra, time), (x, coefficient, dict(fixed)))
+        return instant(relation, meta._replace(sub_steps=None), x, coefficient, operands, fixed, extra, True)
     if relation.x_var is None:
         return _instant_without_input(relation, meta, coefficient, operands, fixed, time)
     weights, constants = _own(meta, operands)
@@ -219,6 +231,14 @@ def instant(relation, meta, x, coefficient, operands, fixed, extra: int = 0, tim
     for _ in range(extra):
         of_sample = jax.vmap(of_sample, in_axes=axis)
     return of_sample(x, coefficient, dict(fixed))
+
+
+def _first(value, extra, time):
+    """The axis of sub-steps moved to the front, and merged with that of time."""
+    if not time:
+        return jnp.moveaxis(value, extra, 0)
+    value = jnp.moveaxis(value, 1 + extra, 1)
+    return value.reshape((-1, *value.shape[2:]))
 
 
 def _instant_without_input(relation, meta, coefficient, operands, fixed, time):
@@ -295,7 +315,8 @@ def update(
                 else:
                     terms.append(_times(relation, meta, d, _slot(trace, b), 0))
             if df is not None:
-                terms.append(instant(relation, meta, x, _full(relation, df, shape), operands, fixed))
+                whole = shape if meta.sub_steps is None else (meta.sub_steps, *shape)
+                terms.append(instant(relation, meta, x, _full(relation, df, whole), operands, fixed))
             value = add(terms) or dict.fromkeys(trace)
         kept = {k: spread(value[k], old[k].shape, old[k].dtype) for k in old}
         if all(d is None for d in row):

@@ -159,6 +159,8 @@ def contraction(
 
     ``bound``: ``x`` is the input itself, not a filtered representation of it.
     """
+    if operation.sub_steps is not None:
+        operation, axes = operation.one, axes + 1
     p, params = operation.primitive, operation.eqn_params
     offset = set() if fixed else set(operation.offset_keys)
     gradient = dict(p.summed_vjp(x, cotangent, operands, params, fixed, axes, bound)) if set(operands) - offset else {}
