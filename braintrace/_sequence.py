@@ -249,6 +249,7 @@ def _states_by_axis(module: Any, states: Any) -> Any:
 
 
 _FEW_CALLS, _MANY_CALLS = 32, 200  # fewer leave small products, more gain nothing
+_USUAL_CALLS = 1, 2, 5, 10, 20, 25, 50, 100, 200  # divide most sequences: memory is then the same for all of them
 _SMALL_BYTES = 2**26
 
 
@@ -357,7 +358,8 @@ class _Chunks:
         samples = math.prod(self.front) * (self.recorder.length or 1)
         few = min(_FEW_CALLS, max(1, _SMALL_BYTES // (record * samples)))
         most = min(_MANY_CALLS, max(few, held // (record * samples)))
-        even = (k for k in range(most, most // 2, -1) if calls % k == 0)  # leaves no shorter chunk to compile
+        usual = max(k for k in _USUAL_CALLS if k <= most)
+        even = (k for k in (usual, *range(most, most // 2, -1)) if calls % k == 0)  # leaves no shorter chunk to compile
         return next(even, most)
 
 

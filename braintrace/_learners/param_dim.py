@@ -11,7 +11,7 @@ import numpy as np
 
 from .._compiler.policy import ControlFlowPolicy
 from .._traces import param
-from .._traces.record import add, contraction, pair_key
+from .._traces.record import add, contraction
 from .._types import Path, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
@@ -106,14 +106,15 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         """Allocate zero traces, as new state objects; the step counter is not touched."""
         del args, kwargs
         self._check_output_shapes()
-        self._metas = tuple(param.meta_of(r) for r in self.graph.hidden_param_op_relations)
-        self._factorised, self._slot_traces = {}, {}
-        for i, r, g, key in self._pairs():
-            # The structure is that of any step: varying entries may be read from anything.
-            recursion = self._recursion(g, _Anything())
-            self._factorised[key] = self._factorise(i, recursion)
-            zeros = param.init(r.one, self._metas[i], g, self._factorised[key], recursion.width, self.trace_dtype)
-            self._slot_traces[key] = EligibilityTrace(zeros)
+        self._traced, self._slot_traces = [], {}
+        for i, r in enumerate(self.graph.hidden_param_op_relations):
+            meta = param.meta_of(r)
+            for g in r.hidden_groups:
+                # The structure is that of any step: varying entries may be read from anything.
+                recursion = self._recursion(g, _Anything())
+                pair = param.Pair(i, r, g, meta, self._factorise(i, recursion))
+                self._traced.append(pair)
+                self._slot_traces[pair.key] = EligibilityTrace(param.init(pair, recursion.width, self.trace_dtype))
 
     def _factorise(self, number, recursion) -> frozenset:
         r = self.graph.hidden_param_op_relations[number]
@@ -129,25 +130,23 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
     def etrace_bwg(self) -> dict[str, EligibilityTrace]:
         """Key -> trace, a dict of arrays with the hidden variables along a last axis; a view, made when it is read."""
         operands = self._static_operands()
-        return {key: EligibilityTrace(self._dense(i, r, g, key, operands)) for i, r, g, key in self._pairs()}
+        return {pair.key: EligibilityTrace(self._dense(pair, operands)) for pair in self._pairs()}
 
-    def _dense(self, number, relation, group, key, operands) -> dict[str, jax.Array]:
-        trace = self._slot_traces[key].value
-        of = (relation.one, self._metas[number], group, self._factorised[key])
-        return param.dense(*of, trace, operands[number], group.num_state, self._front(number, group, key, trace))
+    def _dense(self, pair, operands) -> dict[str, jax.Array]:
+        trace = self._slot_traces[pair.key].value
+        return param.dense(pair, trace, operands[pair.number], pair.group.num_state, self._front(pair, trace))
 
-    def _front(self, number, group, key, trace) -> tuple[int, ...]:
+    def _front(self, pair, trace) -> tuple[int, ...]:
         """The mapped axis of a trace that is looked at from outside of ``jax.vmap``."""
-        r = self.graph.hidden_param_op_relations[number]
-        one = param.init(r.one, self._metas[number], group, self._factorised[key], 1, None)
+        one = param.init(pair, 1, None)
         name = next(iter(trace))
         shape = trace[name][0].shape
         return shape[: len(shape) - one[name][0].ndim]
 
     def _trace_states(self):
-        for i, r, g, key in self._pairs():
-            batched = self._metas[i].lead > 0 or len(g.varshape) > r.one.y_var.aval.ndim
-            yield self._slot_traces[key], 0 if batched else None
+        for pair in self._pairs():
+            batched = pair.meta.lead > 0 or len(pair.group.varshape) > pair.meta.relation.y_var.aval.ndim
+            yield self._slot_traces[pair.key], 0 if batched else None
 
     def get_etrace_of(self, weight: brainstate.ParamState | Path) -> dict[str, dict[str, jax.Array]]:
         """The traces of one parameter.
@@ -168,9 +167,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         """
         path = self._path_of(weight)
         operands = self._static_operands()
-        found = {
-            key: self._dense(i, r, g, key, operands) for i, r, g, key in self._pairs() if path in r.parameter_paths
-        }
+        found = {p.key: self._dense(p, operands) for p in self._pairs() if path in p.relation.parameter_paths}
         if not found:
             raise ValueError(f"The parameter {path_str(path)!r} is trained by the current step alone: it has no trace.")
         return found
@@ -192,11 +189,8 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         config: Any = self.config
         return param.recursion_of(D, df, config.temporal_recursion, config.decay, config.kappa)
 
-    def _pairs(self):
-        """Relation number, relation, group and trace key."""
-        for i, r in enumerate(self.graph.hidden_param_op_relations):
-            for g in r.hidden_groups:
-                yield i, r, g, pair_key(r, g.index)
+    def _pairs(self) -> list[param.Pair]:
+        return self._traced if self.graph else []  # which raises before compilation
 
     def _trace_inputs(self, xs, record, operands):
         return record, operands
@@ -205,11 +199,10 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         del running_index, Ds, weight_vals, input_is_multi_step
         record, operands = xs_and_dfs[0]
         new = {}
-        for i, r, g, key in self._pairs():
-            recursion = self._recursion(g, record.varying[g.index])
-            of = (r.one, self._metas[i], g, self._factorised[key])
-            inputs = (record.x[i], operands[i], record.fixed[i])
-            new[key] = param.update(*of, recursion, i, old_traces[key], *inputs)
+        for pair in self._pairs():
+            recursion = self._recursion(pair.group, record.varying[pair.group.index])
+            inputs = [of[pair.number] for of in (record.x, operands, record.fixed)]
+            new[pair.key] = param.update(pair, recursion, old_traces[pair.key], *inputs)
         return new
 
     def _met(self, signals):
@@ -219,25 +212,20 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         return [[*([None] * len(slots)), *slots] for slots in signals]
 
     def _lift(self, number, traces, operands, fixed):
-        r = self.graph.hidden_param_op_relations[number]
-
         def gradient(signals):
-            found = [
-                param.contract(
-                    r.one, self._metas[number], g, self._factorised[key], traces[key], met[g.index], held, fixed
-                )
-                for (g, key), met in ((pair, self._met(signals)) for pair in pairs)
-            ]
-            return add(found)
+            met = self._met(signals)
+            return add([param.contract(p, traces[p.key], met[p.group.index], held, fixed) for p in pairs])
 
         held = jax.lax.stop_gradient(operands)
-        pairs = [(g, pair_key(r, g.index)) for g in r.hidden_groups]
-        groups = self.graph.hidden_groups
-        dtype = r.y_var.aval.dtype
-        own = {g.index for g in r.hidden_groups}
-        zeros = [[jnp.zeros(g.varshape, dtype) if g.index in own else None] * g.num_state for g in groups]
+        pairs = [p for p in self._pairs() if p.number == number]
+        own = {p.group.index for p in pairs}
+        relation = pairs[0].relation
+        dtype = relation.y_var.aval.dtype
+        zeros = [
+            [jnp.zeros(g.varshape, dtype) if g.index in own else None] * g.num_state for g in self.graph.hidden_groups
+        ]
         _, transpose = jax.vjp(gradient, zeros)
-        return transpose({k: operands[k] for k in r.trainable_vars})[0]
+        return transpose({k: operands[k] for k in relation.trainable_vars})[0]
 
     def _meet(self, number, traces, signals, steps):
         own = {g.index for g in self.graph.hidden_param_op_relations[number].hidden_groups}
@@ -262,46 +250,36 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         after, entry = self._met(after), self._met(entry)
         traces, gradients = dict(traces), {}
         for g in self.graph.hidden_groups:
-            pairs = [(i, r, key) for i, r, h, key in self._pairs() if h.index == g.index]
+            pairs = [p for p in self._pairs() if p.group.index == g.index]
             if pairs:
-                coefficients = self._coefficients(g, pairs, varying[g.index], after[g.index], front, length)
-                for i, r, key in pairs:
-                    x = emitted.x.get(self._source(i))
-                    chunk = coefficients, x, operands[i], emitted.fixed.get(i, {})
-                    traces[key], gradient = self._pair_end(i, r, g, key, traces[key], chunk, entry[g.index], front)
-                    gradients[i] = add([gradients.get(i), gradient])
+                coefficients = self._coefficients(pairs, varying[g.index], after[g.index], front, length)
+            for p in pairs:
+                inputs = emitted.x.get(self._source(p.number)), operands[p.number], emitted.fixed.get(p.number, {})
+                traces[p.key], gradient = self._pair_end(p, traces[p.key], coefficients, inputs, entry[g.index], front)
+                gradients[p.number] = add([gradients.get(p.number), gradient])
         return traces, gradients
 
-    def _coefficients(self, group, pairs, varying, signals, front, length):
-        relations = {i: r for i, r, _ in pairs}
-        width = len(signals)
-        factorised = frozenset.intersection(*(self._factorised[key] for *_, key in pairs))
-        kept = [a for a in range(width) if a not in factorised]
-        dtype = pairs[0][1].y_var.aval.dtype
-
+    def _coefficients(self, pairs, varying, signals, front, length):
         def of_sample(varying, signals):
-            read = lambda values: self._recursion(group, values)  # noqa: E731
-            return param.chunk_coefficients(read, varying, signals, relations, kept, group, dtype, length)
+            read = lambda values: self._recursion(pairs[0].group, values)  # noqa: E731
+            return param.chunk_coefficients(read, varying, signals, pairs, length)
 
         if front:
             out_axes = param.ChunkCoefficients(1, 1, 0, 0)
             of_sample = jax.vmap(of_sample, in_axes=1, out_axes=out_axes, axis_size=front[0])
         return of_sample(varying, signals)
 
-    def _pair_end(self, number, relation, group, key, trace, chunk, entry, front):
-        coefficients, x, operands, fixed = chunk
-        of = (relation.one, self._metas[number], group)
-        factorised = self._factorised[key]
-        cotangent = coefficients.y[number]
+    def _pair_end(self, pair, trace, coefficients, inputs, entry, front):
+        x, operands, fixed = inputs
+        cotangent = coefficients.y[pair.number]
         parts = []
         if cotangent is not None:
-            parts.append(contraction(relation, x, cotangent, operands, fixed, 1 + len(front)))
+            parts.append(contraction(pair.relation, x, cotangent, operands, fixed, 1 + len(front)))
         meets = [add([q, c]) for q, c in zip(entry, coefficients.entry)]
         at_entry = jax.tree.map(lambda v: v[0], fixed)
-        parts.append(param.contract(*of, factorised, trace, meets, operands, at_entry, len(front)))
-        recursion = self._recursion(group, _Anything())
-        trace = param.chunk_update(*of, factorised, recursion, number, trace, coefficients, x, operands, fixed, front)
-        return trace, add(parts)
+        parts.append(param.contract(pair, trace, meets, operands, at_entry, len(front)))
+        recursion = self._recursion(pair.group, _Anything())
+        return param.chunk_update(pair, recursion, trace, coefficients, *inputs, front), add(parts)
 
 
 ParamDimVjpAlgorithm._engine = ParamDimVjpAlgorithm

@@ -20,11 +20,11 @@ from .._compiler.positions import MANY, NONE, is_aligned, no_cut, own_label, pro
 from .._compiler.relations import HiddenParamOpRelation
 from .._jax import open_jaxpr
 from .._types import path_str
-from .record import Slots, add, contraction, placed, spread, unbroadcast, weighted_sum, x_aval
+from .record import Slots, add, contraction, pair_key, placed, spread, unbroadcast, weighted_sum, x_aval
 
 __all__ = [
-    "ChunkCoefficients", "ParamMeta", "Recursion", "SlotTrace", "chunk_coefficients", "chunk_update", "contract",
-    "dense", "factorised_slots", "init", "meta_of", "recursion_of", "update",
+    "ChunkCoefficients", "Pair", "ParamMeta", "Recursion", "SlotTrace", "chunk_coefficients", "chunk_update",
+    "contract", "dense", "factorised_slots", "init", "meta_of", "recursion_of", "update",
 ]  # fmt: skip
 
 SlotTrace = dict[str, list[jax.Array]]  # trained key -> one array per slot: (lead, weight shape), or a filtered input
@@ -72,12 +72,9 @@ def factorised_slots(recursion: Recursion, number: int) -> frozenset:
 
 
 class ParamMeta(NamedTuple):
-    """Batch axes of a relation, where each trace entry acts, and the trace's shape per sample.
+    """Batch axes of a relation, where each trace entry acts, and the trace's shape per sample."""
 
-    A relation with sub-steps has the trace of one: they all add to it. Functions that take a relation beside this take
-    that of one sub-step.
-    """
-
+    relation: HiddenParamOpRelation  # of one sub-step: all sub-steps add to one trace
     lead: int
     anchors: Mapping[str, Any]
     unshared: Any  # the operation with a weight entry for every position, where its own act on several; or None
@@ -96,6 +93,20 @@ def meta_of(relation: HiddenParamOpRelation) -> ParamMeta:
     return _meta_of_one(relation.one)._replace(sub_steps=relation.sub_steps)
 
 
+class Pair(NamedTuple):
+    """A relation and one of its groups, which have a trace of their own."""
+
+    number: int  # of the relation
+    relation: HiddenParamOpRelation
+    group: HiddenGroup
+    meta: ParamMeta
+    factorised: frozenset  # slots
+
+    @property
+    def key(self) -> str:
+        return pair_key(self.relation, self.group.index)
+
+
 def _meta_of_one(relation: HiddenParamOpRelation) -> ParamMeta:
     p, y = relation.primitive, relation.y_var.aval
     lead = p.lead(y, relation.eqn_params)
@@ -109,27 +120,28 @@ def _meta_of_one(relation: HiddenParamOpRelation) -> ParamMeta:
         )
     if relation.x_var is None:
         # Without an entry of its own for every position, the trace is that of the output, and an anchor says so.
-        return ParamMeta(lead, dict.fromkeys(weights, None if _pointwise(relation) else ()), None, shapes)
+        return ParamMeta(relation, lead, dict.fromkeys(weights, None if _pointwise(relation) else ()), None, shapes)
     x = jax.ShapeDtypeStruct(relation.x_var.aval.shape[lead:], relation.x_var.aval.dtype)
     one_y = jax.ShapeDtypeStruct(y.shape[lead:], y.dtype)
     unshared = None if p.rules.unshare is None else p.rules.unshare(x, one_y, weights, relation.eqn_params)
     if unshared is not None:
         own = jax.eval_shape(unshared.expand, weights)
         shapes, weights = {k: own[k].shape for k in weights}, own
-    meta = ParamMeta(lead, {}, unshared, shapes)
+    meta = ParamMeta(relation, lead, {}, unshared, shapes)
     if p.rules.dt_to_t is not None:
         return meta._replace(anchors=dict.fromkeys(weights))
     if p.rules.anchors is not None:
         return meta._replace(anchors=p.rules.anchors(one_y, weights, relation.eqn_params))
-    return meta._replace(anchors=_find_anchors(relation, meta, x, one_y, weights, fixed, where))
+    return meta._replace(anchors=_find_anchors(meta, x, one_y, weights, fixed, where))
 
 
-def _find_anchors(relation, meta, x, y, weights, fixed, where) -> dict[str, Any]:
+def _find_anchors(meta, x, y, weights, fixed, where) -> dict[str, Any]:
     def derivative(x, cotangent, weights, constants, fixed):
-        return jax.vjp(lambda w: _sample(relation, meta, x, w | constants, fixed), weights)[1](cotangent)[0]
+        return jax.vjp(lambda w: _sample(meta, x, w | constants, fixed), weights)[1](cotangent)[0]
 
-    constants = {k: w for k, w in weights.items() if k not in relation.trainable_vars}
-    weights = {k: weights[k] for k in relation.trainable_vars}
+    trained = meta.relation.trainable_vars
+    constants = {k: w for k, w in weights.items() if k not in trained}
+    weights = {k: weights[k] for k in trained}
     jaxpr = open_jaxpr(jax.make_jaxpr(derivative)(x, y, weights, constants, fixed))
     env = {jaxpr.invars[1]: {("y", 0): own_label(y.shape, len(y.shape))}}
     propagate(jaxpr.eqns, env, no_cut)
@@ -170,10 +182,9 @@ def _pointwise(relation: HiddenParamOpRelation) -> bool:
     return w.shape == y.shape and (label is None or is_aligned(label, w.shape))
 
 
-def init(
-    relation: HiddenParamOpRelation, meta: ParamMeta, group: HiddenGroup, factorised: frozenset, width: int, dtype: Any
-) -> SlotTrace:
-    """Zero traces of one relation and group."""
+def init(pair: Pair, width: int, dtype: Any) -> SlotTrace:
+    """Zero traces."""
+    meta, group, relation = pair.meta, pair.group, pair.meta.relation
     custom = relation.primitive.rules.init_drtrl
     own = custom and custom(relation.x_var, relation.y_var, relation.trainable_vars, group.num_state)
     y, whole = relation.y_var.aval, relation.shape_in(group)
@@ -184,15 +195,16 @@ def init(
         full = whole if relation.x_var is None else (*batch, *meta.shapes[k])
         if own:
             full, kept = own[k].shape[:-1], own[k].dtype
-        filtered = () if k in relation.offset_keys else x_aval(relation).shape if factorised else None
-        trace[k] = [jnp.zeros(filtered if a in factorised else full, kept) for a in range(width)]
+        filtered = () if k in relation.offset_keys else x_aval(relation).shape if pair.factorised else None
+        trace[k] = [jnp.zeros(filtered if a in pair.factorised else full, kept) for a in range(width)]
     return trace
 
 
 # -- one entry of the recursion ---------------------------------------------------------------------------------------
 
 
-def _sample(relation, meta, x, weights, fixed):
+def _sample(meta, x, weights, fixed):
+    relation = meta.relation
     if meta.unshared is not None:
         return meta.unshared.impl(x, weights)
     return relation.primitive.apply_sample(x, weights, relation.eqn_params, fixed)
@@ -204,7 +216,7 @@ def _own(meta: ParamMeta, operands):
     return {k: own[k] for k in operands}, {k: w for k, w in own.items() if k not in operands}
 
 
-def instant(relation, meta, x, coefficient, operands, fixed, extra: int = 0, time: bool = False) -> dict[str, Any]:
+def instant(meta, x, coefficient, operands, fixed, extra: int = 0, time: bool = False) -> dict[str, jax.Array]:
     """``coefficient`` times the derivative of the output with respect to the weights, per sample.
 
     ``extra`` axes of mapped samples stand in front of the batch axes of the operation; with ``time`` another one in
@@ -212,14 +224,14 @@ def instant(relation, meta, x, coefficient, operands, fixed, extra: int = 0, tim
     """
     if meta.sub_steps is not None:
         x, coefficient, fixed = jax.tree.map(lambda v: _first(v, extra, time), (x, coefficient, dict(fixed)))
-        return instant(relation, meta._replace(sub_steps=None), x, coefficient, operands, fixed, extra, True)
-    if relation.x_var is None:
-        return _instant_without_input(relation, meta, coefficient, operands, fixed, time)
+        return instant(meta._replace(sub_steps=None), x, coefficient, operands, fixed, extra, True)
+    if meta.relation.x_var is None:
+        return _instant_without_input(meta, coefficient, operands, fixed, time)
     weights, constants = _own(meta, operands)
 
     def of_sample(x, coefficient, fixed):
         def apply(weights):
-            one = lambda x, fixed: _sample(relation, meta, x, weights | constants, fixed)  # noqa: E731
+            one = lambda x, fixed: _sample(meta, x, weights | constants, fixed)  # noqa: E731
             return (jax.vmap(one) if time else one)(x, fixed)
 
         y, pull = jax.vjp(apply, weights)
@@ -241,7 +253,8 @@ def _first(value, extra, time):
     return value.reshape((-1, *value.shape[2:]))
 
 
-def _instant_without_input(relation, meta, coefficient, operands, fixed, time):
+def _instant_without_input(meta, coefficient, operands, fixed, time):
+    relation = meta.relation
     (key,) = relation.trainable_vars
     total = coefficient.sum(0) if time else coefficient
     if meta.anchors[key] is not None:  # the trace is that of the output
@@ -252,20 +265,22 @@ def _instant_without_input(relation, meta, coefficient, operands, fixed, time):
     return {key: total * slope[key]}
 
 
-def _times(relation, meta, coefficient: Any, trace: Mapping[str, jax.Array], extra: int) -> dict[str, jax.Array]:
+def _times(meta, coefficient: Any, trace: Mapping[str, jax.Array], extra: int) -> dict[str, jax.Array]:
     """A coefficient (a number, or an array over positions) times the trace entries of its positions."""
+    relation = meta.relation
     if jnp.ndim(coefficient) == 0 or relation.x_var is None:
         return {k: coefficient * e for k, e in trace.items()}
     lead = meta.lead + extra
     return relation.primitive.spread_signal(coefficient, trace, relation.eqn_params, meta.anchors, lead)
 
 
-def _outer(relation, meta, filtered, coefficient, operands, extra) -> dict[str, jax.Array]:
+def _outer(meta, filtered, coefficient, operands, extra) -> dict[str, jax.Array]:
     """A factorised slot, spread over positions: filtered input times coefficient."""
+    relation = meta.relation
     x = next((filtered[k] for k in filtered if k not in relation.offset_keys), None)
     if x is None:  # offsets alone: any input will do
         x = jnp.zeros((*coefficient.shape[:extra], *x_aval(relation).shape), x_aval(relation).dtype)
-    out = instant(relation, meta, x, coefficient, operands, {}, extra)
+    out = instant(meta, x, coefficient, operands, {}, extra)
     for k in relation.offset_keys:
         count = filtered[k].reshape(filtered[k].shape + (1,) * (out[k].ndim - filtered[k].ndim))
         out[k] = count * out[k]
@@ -284,23 +299,20 @@ def _full(relation, entry, shape):
 
 
 def update(
-    relation: HiddenParamOpRelation,
-    meta: ParamMeta,
-    group: HiddenGroup,
-    factorised: frozenset,
+    pair: Pair,
     recursion: Recursion,
-    number: int,
     trace: SlotTrace,
     x: Any,
     operands: Mapping[str, jax.Array],
     fixed: Mapping[int, Any],
 ) -> SlotTrace:
-    r"""One step of one relation and group: :math:`\epsilon \leftarrow D \epsilon + \mathrm{df} \otimes x`."""
+    r"""One step: :math:`\epsilon \leftarrow D \epsilon + \mathrm{df} \otimes x`."""
     new: list[dict[str, jax.Array]] = []
-    shape = relation.shape_in(group)
-    for a, (row, df) in enumerate(zip(recursion.D, recursion.df[number])):
-        old, row = _slot(trace, a), placed(relation, group, row)
-        if a in factorised:
+    meta, relation = pair.meta, pair.meta.relation
+    shape = relation.shape_in(pair.group)
+    for a, (row, df) in enumerate(zip(recursion.D, recursion.df[pair.number])):
+        old, row = _slot(trace, a), placed(relation, pair.group, row)
+        if a in pair.factorised:
             source = relation.primitive.x_repr(x, operands)
             inputs = {k: 1.0 if k in relation.offset_keys else source for k in trace}
             value = {k: weighted_sum([*zip(row, slots), (df, inputs[k])]) for k, slots in trace.items()}
@@ -309,14 +321,13 @@ def update(
             for b, d in enumerate(row):
                 if d is None:
                     continue
-                if b in factorised:
-                    spread_d = _full(relation, d, shape)
-                    terms.append(_outer(relation, meta, _slot(trace, b), spread_d, operands, 0))
+                if b in pair.factorised:
+                    terms.append(_outer(meta, _slot(trace, b), _full(relation, d, shape), operands, 0))
                 else:
-                    terms.append(_times(relation, meta, d, _slot(trace, b), 0))
+                    terms.append(_times(meta, d, _slot(trace, b), 0))
             if df is not None:
-                whole = shape if meta.sub_steps is None else (meta.sub_steps, *shape)
-                terms.append(instant(relation, meta, x, _full(relation, df, whole), operands, fixed))
+                whole = pair.relation.shape_in(pair.group)
+                terms.append(instant(meta, x, _full(relation, df, whole), operands, fixed))
             value = add(terms) or dict.fromkeys(trace)
         kept = {k: spread(value[k], old[k].shape, old[k].dtype) for k in old}
         if all(d is None for d in row):
@@ -327,10 +338,7 @@ def update(
 
 
 def contract(
-    relation: HiddenParamOpRelation,
-    meta: ParamMeta,
-    group: HiddenGroup,
-    factorised: frozenset,
+    pair: Pair,
     trace: SlotTrace,
     signals: Slots,
     operands: Mapping[str, jax.Array],
@@ -339,18 +347,19 @@ def contract(
 ) -> dict[str, jax.Array] | None:
     """``sum_a <signal_a, trace_a>`` over samples and positions, shaped like the weights."""
     terms, whole = [], []
-    for a, signal in enumerate(placed(relation, group, signals)):
+    relation = pair.meta.relation
+    for a, signal in enumerate(placed(relation, pair.group, signals)):
         if signal is None:
             continue
         slot = _slot(trace, a)
         slot = {k: e.astype(jnp.result_type(e.dtype, signal.dtype)) for k, e in slot.items()}
-        if a in factorised:
+        if a in pair.factorised:
             terms.append(_contract_factorised(relation, slot, signal, operands, extra))
         else:
-            whole.append(_over_samples(relation, meta, signal, slot, extra))
+            whole.append(_over_samples(pair.meta, signal, slot, extra))
     total = add(whole)
     if total is not None:
-        terms.append(_to_weights(relation, meta, total, operands, fixed))
+        terms.append(_to_weights(pair.meta, total, operands, fixed))
     return add(terms)
 
 
@@ -364,15 +373,15 @@ def _contract_factorised(relation, filtered, signal, operands, extra):
     return out
 
 
-def _over_samples(relation, meta, signal, slot, extra) -> dict[str, jax.Array]:
+def _over_samples(meta, signal, slot, extra) -> dict[str, jax.Array]:
     """A signal times the trace entries of its positions, summed over samples: by products, where XLA's sum is slow."""
-    lead = meta.lead + extra
+    relation, lead = meta.relation, meta.lead + extra
     if relation.x_var is None:
         return {k: signal * e for k, e in slot.items()}
     if lead:
-        return {k: _sum(v, lead) for k, v in _times(relation, meta, signal, slot, extra).items()}
+        return {k: _sum(v, lead) for k, v in _times(meta, signal, slot, extra).items()}
     if relation.primitive.rules.dt_to_t is not None or any(a is not None for a in meta.anchors.values()):
-        return _times(relation, meta, signal, slot, extra)
+        return _times(meta, signal, slot, extra)
     # A product over no axis: mapped and transposed by jax.vmap and jax.grad, it sums over the mapped samples.
     units = tuple(range(signal.ndim))
     out = {}
@@ -394,8 +403,9 @@ def _sum(value, axes):
     return sum(odd, value[0])
 
 
-def _to_weights(relation, meta, total, operands, fixed):
+def _to_weights(meta, total, operands, fixed):
     """Pull trace-shaped gradients back to the operation's weights."""
+    relation = meta.relation
     avals = {k: v.aval for k, v in relation.trainable_vars.items()}
     if relation.x_var is None and meta.anchors[next(iter(avals))] is not None:
         y = relation.y_var.aval
@@ -409,14 +419,15 @@ def _to_weights(relation, meta, total, operands, fixed):
     return {k: out[k].astype(avals[k].dtype) for k in avals}
 
 
-def dense(relation, meta, group, factorised, trace: SlotTrace, operands, width: int, front: tuple[int, ...]):
+def dense(pair: Pair, trace: SlotTrace, operands, width: int, front: tuple[int, ...]) -> dict[str, jax.Array]:
     """The trace as arrays with the slots along a last axis."""
+    relation = pair.meta.relation
     slots = []
     for a in range(width):
         slot = _slot(trace, a)
-        if a in factorised:
-            ones = _full(relation, 1.0, (*front, *relation.shape_in(group)))
-            whole = _outer(relation, meta, slot, ones, operands, len(front))
+        if a in pair.factorised:
+            ones = _full(relation, 1.0, (*front, *relation.shape_in(pair.group)))
+            whole = _outer(pair.meta, slot, ones, operands, len(front))
             slot = {k: whole[k].astype(slot[k].dtype) for k in slot}
         slots.append(slot)
     return {k: jnp.stack([slot[k] for slot in slots], -1) for k in trace}
@@ -444,19 +455,18 @@ def chunk_coefficients(
     read: Any,
     varying: Any,
     signals: Slots,
-    relations: Mapping[int, HiddenParamOpRelation],
-    kept: Sequence[int],
-    group: HiddenGroup,
-    dtype: Any,
+    pairs: Sequence[Pair],
     length: int,
 ) -> ChunkCoefficients:
-    """Everything that a chunk needs beside the inputs, for one group and one sample.
+    """Everything that a chunk needs beside the inputs, for the pairs of one group and for one sample.
 
-    ``read(varying entries of one step) -> Recursion``; ``signals``: per slot ``(K, *V)`` or ``None``; ``kept``: slots
-    whose traces are arrays.
+    ``read(varying entries of one step) -> Recursion``; ``signals``: per slot ``(K, *V)`` or ``None``.
     """
+    group, dtype = pairs[0].group, pairs[0].relation.y_var.aval.dtype
+    relations = {p.number: p.relation for p in pairs}
     structure = read(jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), varying))
     n = structure.width
+    kept = [a for a in range(n) if not all(a in p.factorised for p in pairs)]
     has = [[e is not None for e in row] for row in structure.D]
     felt = _closure({a for a in range(n) if signals[a] is not None}, has)
     backward = {b for b in range(n) if any(has[a][b] for a in felt)}
@@ -502,12 +512,8 @@ def _closure(start: set[int], has: Sequence[Sequence[bool]]) -> list[int]:
 
 
 def chunk_update(
-    relation: HiddenParamOpRelation,
-    meta: ParamMeta,
-    group: HiddenGroup,
-    factorised: frozenset,
+    pair: Pair,
     recursion: Recursion,
-    number: int,
     trace: SlotTrace,
     coefficients: ChunkCoefficients,
     xs: Any,
@@ -516,40 +522,40 @@ def chunk_update(
     front: tuple[int, ...],
 ) -> SlotTrace:
     """Traces after a chunk with inputs ``xs`` of shape ``(K, *front, ...)``."""
-    extra = len(front)
     new = []
-    powers = _powers(recursion, number, factorised, jax.tree.leaves(xs)[0].shape[0]) if factorised else None
+    powers = _powers(pair, recursion, jax.tree.leaves(xs)[0].shape[0]) if pair.factorised else None
     for a in range(recursion.width):
         old = _slot(trace, a)
-        if a in factorised:
-            value = _filtered(relation, a, factorised, powers, trace, xs, operands)
+        if a in pair.factorised:
+            value = _filtered(pair, a, powers, trace, xs, operands)
         else:
-            links = placed(relation, group, coefficients.M[a]), coefficients.u[number][a]
-            value = add(_chunk_terms(relation, meta, factorised, trace, *links, xs, operands, fixed, extra))
+            row = placed(pair.meta.relation, pair.group, coefficients.M[a])
+            u = coefficients.u[pair.number][a]
+            value = add(_chunk_terms(pair, trace, row, u, xs, operands, fixed, len(front)))
         value = value or dict.fromkeys(trace)
         new.append({k: spread(value[k], old[k].shape, old[k].dtype) for k in old})
     return {k: [slot[k] for slot in new] for k in trace}
 
 
-def _chunk_terms(relation, meta, factorised, trace, row, u, xs, operands, fixed, extra):
+def _chunk_terms(pair, trace, row, u, xs, operands, fixed, extra):
     terms = []
     for b, m in enumerate(row):
         if m is None:
             continue
-        if b in factorised:
-            terms.append(_outer(relation, meta, _slot(trace, b), m, operands, extra))
+        if b in pair.factorised:
+            terms.append(_outer(pair.meta, _slot(trace, b), m, operands, extra))
         else:
-            terms.append(_times(relation, meta, m, _slot(trace, b), extra))
+            terms.append(_times(pair.meta, m, _slot(trace, b), extra))
     if u is not None:
-        terms.append(instant(relation, meta, xs, u, operands, fixed, extra, time=True))
+        terms.append(instant(pair.meta, xs, u, operands, fixed, extra, time=True))
     return terms
 
 
-def _powers(recursion, number, factorised, length):
+def _powers(pair, recursion, length):
     """Weights of the K inputs and of the old slots in the new factorised slots, as numbers."""
-    slots = sorted(factorised)
+    slots = sorted(pair.factorised)
     D = np.array([[recursion.D[a][b] or 0.0 for b in slots] for a in slots], np.float64)
-    df = np.array([recursion.df[number][a] or 0.0 for a in slots], np.float64)
+    df = np.array([recursion.df[pair.number][a] or 0.0 for a in slots], np.float64)
     M, inputs = np.eye(len(slots)), np.zeros((length, len(slots)))
     for t in range(length - 1, -1, -1):
         inputs[t] = M @ df
@@ -557,11 +563,11 @@ def _powers(recursion, number, factorised, length):
     return {a: (dict(zip(slots, M[k])), inputs[:, k]) for k, a in enumerate(slots)}
 
 
-def _filtered(relation, a, factorised, powers, trace, xs, operands):
+def _filtered(pair, a, powers, trace, xs, operands):
     old, weights = powers[a]
-    out = {}
+    relation, out = pair.meta.relation, {}
     for k, slots in trace.items():
-        carried = weighted_sum([(float(old[b]), slots[b]) for b in sorted(factorised)])
+        carried = weighted_sum([(float(old[b]), slots[b]) for b in sorted(pair.factorised)])
         if k in relation.offset_keys:
             new = float(weights.sum())
         else:
