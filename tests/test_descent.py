@@ -139,6 +139,10 @@ CELLS = {
     ),
     "neurons": (lambda: Cell(Spiking()), X(2)),
     "sparse": (lambda: Cell(Driven(sparse_layer(), (3,))), X(2)),
+    "noise": (
+        lambda: Cell(braintrace.nn.MinimalRNNCell(2, 3), lambda x, i: x * jnp.cos(i) + 0.3 * brainstate.random.rand(2)),
+        X(2),
+    ),
     "positions mixed": (lambda: Cell(Driven(braintrace.nn.Linear(2, 3), (3,), less_its_mean)), X(2)),
 }
 MODELS = {name: (lambda drive=drive: Loop(drive), X(2)) for name, (drive, _) in DRIVES.items()} | CELLS
@@ -156,6 +160,7 @@ def gradients(model, rule, mode, policy, in_chunks, length=None):
     brainstate.random.seed(1)
     run = braintrace.compile(make(), kind, xs[0], batch_size=batch, vmap=vmap, control_flow=policy, **options)
     learner = run.module if vmap else run
+    brainstate.random.seed(2)
     if in_chunks:
         return run.etrace_grad(xs, step_fn=lambda x: loss(run(x)), trace_chunk=3), learner
     one = brainstate.transform.jit(lambda x: grad(lambda: loss(run(x)), learner.param_states)())
@@ -169,6 +174,7 @@ def backprop(model, mode, length=None):
     brainstate.random.seed(1)
     model = make()
     brainstate.nn.init_all_states(model, batch_size=batch)
+    brainstate.random.seed(2)
     whole = lambda: for_loop(lambda x: loss(model(x)), xs).mean()  # noqa: E731
     return grad(whole, model.states(ParamState), check_states=False)()
 

@@ -416,10 +416,9 @@ def _mixed_axes(old_labels, y_labels, y_shapes, varshape) -> tuple[int, ...]:
 
 def _constant(closed, inputs, whole: bool) -> Entry | None:
     """The entry if its value can be known now; ``whole``: as an array even if all of it is one number."""
-    dummies = [np.zeros(v.aval.shape, v.aval.dtype) for v in inputs]
     try:
         with jax.ensure_compile_time_eval():
-            value = np.asarray(eval_jaxpr(closed, *dummies)[0])
+            value = np.asarray(eval_jaxpr(closed, *[None] * len(inputs))[0])  # none of them is read
     except Exception:  # a constant of the model is itself traced (compilation inside jit)
         return None
     if not np.any(value):
