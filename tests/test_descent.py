@@ -250,6 +250,7 @@ def test_a_relation_says_how_many_sub_steps_it_has():
     for r in learner.graph.hidden_param_op_relations:
         assert (r.sub_steps, r.y.aval.shape, r.one.y.aval.shape) == (LENGTH, (LENGTH, 3), (3,))
         assert r.path_classification == {("h",): "mixed", ("c",): "mixed"}
+    assert f"etp_mv x {LENGTH}" in learner.report.to_str() and f"etp_mv x {LENGTH}" in learner.report.to_mermaid()
     (record,) = learner.graph.explain(kind="scan_descent_applied")
     assert f"of length {LENGTH}" in record.message
 

@@ -35,7 +35,7 @@ def mermaid(graph: ETraceGraph) -> str:
 
 def _name(graph: ETraceGraph, flow: Flow, op: Any) -> str:
     paths = dict.fromkeys(map(path_str, operand_program(graph.module_info, flow, op)[1].values()))
-    return _quoted("<br/>".join([*(paths or ["constant"]), op.primitive.name]))
+    return _quoted("<br/>".join([*(paths or ["constant"]), op.title]))
 
 
 def _quoted(text: str) -> str:

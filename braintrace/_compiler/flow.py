@@ -18,7 +18,7 @@ from .flatten import LOOPS, equations_within, is_marked
 from .module_info import ModuleInfo, known_constants
 from .positions import Label, Labels, mixes, own_label, propagate, transfer
 
-__all__ = ["Flow", "MarkedOp", "Reach", "analyse_flow", "analyse_reach", "y_label"]
+__all__ = ["Flow", "MarkedOp", "Reach", "analyse_flow", "analyse_reach", "title_of", "y_label"]
 
 MIXING = frozenset(["dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"])
 
@@ -49,9 +49,18 @@ class MarkedOp(NamedTuple):
         return int(isinstance(self.primitive, StackedPrimitive))
 
     @property
+    def title(self) -> str:
+        return title_of(self.primitive, self.y)
+
+    @property
     def operands(self) -> dict[str, Any]:
         """Trained operands by key."""
         return {k: self.eqn.invars[i] for k, i in self.primitive.trainables(self.eqn.params).items()}
+
+
+def title_of(primitive: ETPPrimitive, y: Any) -> str:
+    """The name of an operation, and how many sub-steps of it there are."""
+    return f"{primitive.name} x {y.aval.shape[0]}" if isinstance(primitive, StackedPrimitive) else primitive.name
 
 
 def y_label(shape: tuple[int, ...], front: int) -> Label:

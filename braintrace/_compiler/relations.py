@@ -16,7 +16,7 @@ from .._types import Path, path_str
 from .cut import Fold
 from .descent import holds_link
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
-from .flow import Flow, MarkedOp, Reach
+from .flow import Flow, MarkedOp, Reach, title_of
 from .groups import HiddenGroup
 from .module_info import ModuleInfo
 
@@ -134,6 +134,11 @@ class HiddenParamOpRelation(NamedTuple):
         return self.y_var.aval.shape[0] if isinstance(self.primitive, StackedPrimitive) else None
 
     @property
+    def title(self) -> str:
+        """The name of the operation, and how many sub-steps of it there are."""
+        return title_of(self.primitive, self.y_var)
+
+    @property
     def one(self) -> HiddenParamOpRelation:
         """The relation with the operation of one sub-step (itself, where there are none)."""
         if not isinstance(self.primitive, StackedPrimitive):
@@ -180,7 +185,7 @@ class HiddenParamOpRelation(NamedTuple):
 
     def __repr__(self) -> str:
         groups = [g.index for g in self.hidden_groups]
-        return f"HiddenParamOpRelation({path_str(self.path)!r}, {self.primitive.name}, groups={groups})"
+        return f"HiddenParamOpRelation({path_str(self.path)!r}, {self.title}, groups={groups})"
 
 
 def operand_program(info: ModuleInfo, flow: Flow, op: MarkedOp) -> tuple[OperandProgram | None, dict[str, Path], str]:

@@ -79,7 +79,7 @@ class CompilationReport:
 
     def _trained(self) -> list[tuple[Path, list[int], str]]:
         return [
-            (path, [g.index for g in r.hidden_groups], r.primitive.name)
+            (path, [g.index for g in r.hidden_groups], r.title)
             for r in self.graph.hidden_param_op_relations
             for path in (
                 *r.trainable_paths.values(),
