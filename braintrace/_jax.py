@@ -19,7 +19,7 @@ from jax.interpreters import partial_eval as pe
 __all__ = [
     'ClosedJaxpr', 'Jaxpr', 'Literal', 'Primitive', 'Var', 'at_source', 'bind_equation', 'call_body', 'close',
     'consts_of', 'define_primitive', 'eval_jaxpr', 'is_jit', 'is_remat', 'is_tracer', 'open_jaxpr', 'prune',
-    'source_line', 'sub_jaxprs', 'sub_program', 'trace_context',
+    'source_line', 'structs', 'sub_jaxprs', 'sub_program', 'trace_context',
 ]  # fmt: skip
 
 JIT_NAMES = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call", "custom_lin_call", "xla_call"})
@@ -35,6 +35,11 @@ def open_jaxpr(jaxpr: Any) -> Any:
 
 def consts_of(jaxpr: Any) -> Sequence[Any]:
     return tuple(getattr(jaxpr, "consts", ()))
+
+
+def structs(variables: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of variables."""
+    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables]
 
 
 def eval_jaxpr(jaxpr: Any, *args: Any) -> list[Any]:
@@ -122,7 +127,7 @@ def sub_program(closed: Any, invars: Sequence[Any], outvars: Sequence[Any], eqns
             env.update(zip(eqn.outvars, outs))
         return [env[v] for v in outvars]
 
-    return jax.make_jaxpr(run)(*[jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in invars])
+    return jax.make_jaxpr(run)(*structs(invars))
 
 
 def source_line(eqn: Any) -> str:

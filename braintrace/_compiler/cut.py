@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._jax import Literal, Var, eval_jaxpr, open_jaxpr, prune
+from .._jax import Literal, Var, eval_jaxpr, open_jaxpr, prune, structs
 from .._types import Path
 from .descent import bind_without_links
 from .flatten import is_marked
@@ -124,8 +124,7 @@ class Transition:
     @functools.cached_property
     def program(self) -> Any:
         """``(old values, inputs) -> new values`` as a closed jaxpr."""
-        shape_of = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)  # noqa: E731
-        return jax.make_jaxpr(self.run)([shape_of(v) for v in self.part.olds], [shape_of(v) for v in self.inputs])
+        return jax.make_jaxpr(self.run)(structs(self.part.olds), structs(self.inputs))
 
     def run(self, olds: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
         ys = dict(zip(self.part.ys, inputs))
@@ -232,8 +231,7 @@ def differentiate_cut(
             out.append(_row(new, pull, component, slots, part.fronts, y_shapes, varshape, mixed, folds))
         return [(r.D, r.df) for r in out]
 
-    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inputs]
-    closed, out_shape = jax.make_jaxpr(rows, return_shape=True)(*shapes)
+    closed, out_shape = jax.make_jaxpr(rows, return_shape=True)(*structs(inputs))
     flat, tree = jax.tree.flatten(out_shape)
     # Of a, D or df, and b or the operation: df has the axis of sub-steps, whatever its values are.
     paths = [path for path, _ in jax.tree.leaves_with_path(out_shape)]

@@ -30,6 +30,7 @@ from .._jax import (
     define_primitive,
     eval_jaxpr,
     open_jaxpr,
+    structs,
     sub_jaxprs,
 )
 from .._ops.primitive import ETPPrimitive
@@ -96,10 +97,9 @@ def bind_without_links(eqn: Any, values: Sequence[Any]) -> list[Any]:
             env.update(zip(e.outvars, bind_without_links(e, [_read(env, v) for v in e.invars])))
         return [_read(env, v) for v in open_jaxpr(body).outvars]
 
-    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in open_jaxpr(body).invars]
     n = eqn.params["num_consts"]
     m = n + eqn.params["num_carry"]
-    closed = jax.make_jaxpr(run)(*avals)
+    closed = jax.make_jaxpr(run)(*structs(open_jaxpr(body).invars))
 
     def sub_step(carry, xs):
         outs = eval_jaxpr(closed, *values[:n], *carry, *xs)

@@ -32,6 +32,7 @@ from .._jax import (
     open_jaxpr,
     prune,
     source_line,
+    structs,
     sub_jaxprs,
 )
 from .._ops.primitive import ETPPrimitive
@@ -80,7 +81,7 @@ def flatten(
     ``origins`` tells what each input is, ``hidden_out`` which outputs are new hidden values.
     """
     jaxpr = open_jaxpr(closed)
-    avals = _structs(jaxpr.invars)
+    avals = structs(jaxpr.invars)
     first_state = len(jaxpr.invars) - (len(jaxpr.outvars) - num_out)
     flattener = _Flattener(policy)
 
@@ -325,7 +326,7 @@ class _Flattener:
         def run(*values):
             return self.run(body, values, origins, hidden, None, frame.depth + 1)[0]
 
-        opened = jax.make_jaxpr(run)(*_structs(open_jaxpr(body).invars))
+        opened = jax.make_jaxpr(run)(*structs(open_jaxpr(body).invars))
         return Descent(eqn, opened, [o.live for o in origins], [bool(o.weights) for o in origins])
 
     def in_place(self, eqn, frame, descent):
@@ -460,10 +461,6 @@ class _Flattener:
         self.note(kind, "ERROR", eqn, message, weight_path, primitive)
         emit(self.records)
         raise NotImplementedError(message)
-
-
-def _structs(variables) -> list[jax.ShapeDtypeStruct]:
-    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables]
 
 
 def _at(eqn) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._jax import Literal, bind_equation, call_body, consts_of, is_jit, is_remat, is_tracer, open_jaxpr
+from .._jax import Literal, bind_equation, call_body, consts_of, is_jit, is_remat, is_tracer, open_jaxpr, structs
 
 __all__ = [
     "MANY", "NONE", "Label", "Labels", "combine", "dependence", "is_aligned", "mixes", "no_cut", "own_label",
@@ -227,10 +227,6 @@ def _differentiable(aval) -> bool:
     return jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact)
 
 
-def _structs(variables):
-    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables]
-
-
 def _by_jvp(eqn, inputs):
     active = [i for i, labels in enumerate(inputs) if labels and _differentiable(eqn.invars[i].aval)]
 
@@ -243,7 +239,7 @@ def _by_jvp(eqn, inputs):
 
         return jax.jvp(f, [primals[i] for i in active], tangents)[1]
 
-    jaxpr = open_jaxpr(jax.make_jaxpr(jvp)(_structs(eqn.invars), _structs([eqn.invars[i] for i in active])))
+    jaxpr = open_jaxpr(jax.make_jaxpr(jvp)(structs(eqn.invars), structs([eqn.invars[i] for i in active])))
     env = {v: inputs[i] for i, v in zip(active, jaxpr.invars[len(eqn.invars) :])}
     propagate(jaxpr.eqns, env, no_cut, None, True)
     return [{} if isinstance(v, Literal) else env.get(v, {}) for v in jaxpr.outvars]
@@ -263,7 +259,7 @@ def _by_vjp(eqn, inputs):
 
         return jax.vjp(f, *[primals[i] for i in active])[1](cotangents)
 
-    jaxpr = open_jaxpr(jax.make_jaxpr(vjp)(_structs(eqn.invars), _structs(outs)))
+    jaxpr = open_jaxpr(jax.make_jaxpr(vjp)(structs(eqn.invars), structs(outs)))
     env = {v: {j: own_label(v.aval.shape, len(v.aval.shape))} for j, v in enumerate(jaxpr.invars[len(eqn.invars) :])}
     propagate(jaxpr.eqns, env, no_cut, None, True)
     result: list[Labels] = [{} for _ in eqn.outvars]
