@@ -37,6 +37,8 @@ from ._learners.parts import KappaFilter as KappaFilter
 from ._learners.rules import D_RTRL as D_RTRL
 from ._learners.rules import EProp as EProp
 from ._learners.rules import OSTLFeedforward as OSTLFeedforward
+from ._learners.rules import OSTLRecurrent as OSTLRecurrent
+from ._learners.rules import SnAp as SnAp
 from ._learners.rules import ThreeFactor as ThreeFactor
 from ._learners.vjp import ETraceVjpAlgorithm as ETraceVjpAlgorithm
 from ._ops import ETPPrimitive as ETPPrimitive
@@ -89,9 +91,11 @@ __all__ = [
     "MultiStepData",
     "NotSupportedError",
     "OSTLFeedforward",
+    "OSTLRecurrent",
     "ParamDimVjpAlgorithm",
     "SequenceDriverMixin",
     "SingleStepData",
+    "SnAp",
     "ThreeFactor",
     "__version__",
     "__version_info__",

@@ -13,7 +13,7 @@ from ._learners.base import ETraceAlgorithm
 from ._learners.config import ETraceConfig
 from ._learners.io_dim import IODimVjpAlgorithm, pp_prop
 from ._learners.param_dim import ParamDimVjpAlgorithm
-from ._learners.rules import D_RTRL, EProp, OSTLFeedforward, ThreeFactor
+from ._learners.rules import D_RTRL, EProp, OSTLFeedforward, OSTLRecurrent, ThreeFactor
 from ._learners.vjp import ETraceVjpAlgorithm
 from ._sequence import ETraceVmap
 from ._types import CompilationError, head
@@ -24,6 +24,7 @@ NAMES: dict[str, type[ETraceAlgorithm]] = {
     "pp_prop": pp_prop,
     "es_d_rtrl": pp_prop,
     "esd_rtrl": pp_prop,
+    "ostl_recurrent": OSTLRecurrent,
     "ostl_feedforward": OSTLFeedforward,
     "d_rtrl": D_RTRL,
     "eprop": EProp,

@@ -916,12 +916,25 @@ def test_an_executor_says_what_it_takes():
         lambda cell, **options: braintrace.ETraceVjpGraphExecutor(cell, **options),
     ],
 )
-@pytest.mark.parametrize("options", [dict(include_recurrent_mixing=True), dict(sparse_n=2)])
-def test_only_the_diagonal_scope(make, options):
-    (name,) = options
-    with pytest.raises(NotImplementedError, match=f"{name}={options[name]}.*diagonal"):
-        make(lstm_graph()[0], **options)
-    make(lstm_graph()[0], include_recurrent_mixing=False, sparse_n=None, snap_max_jacobian_elements=1)
+@pytest.mark.parametrize("name", ["sparse_n", "snap_max_jacobian_elements"])
+def test_numbers_of_a_scope(make, name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        make(lstm_graph()[0], **{name: 0})
+    with pytest.raises(TypeError, match=f"{name} must be an int of at least 1, got 2.0"):
+        make(lstm_graph()[0], **{name: 2.0})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scopes():
+    widths = {}
+    for name, options in {"coupled": {"include_recurrent_mixing": True}, "neighbours": {"sparse_n": 2}}.items():
+        groups, _ = braintrace.find_hidden_groups_from_module(lstm_graph()[0], X, **options)
+        (group,) = braintrace.compile_etrace_graph(lstm_graph()[0], X, **options).hidden_groups
+        assert [g.hidden_paths for g in groups] == [group.hidden_paths]
+        assert not group.is_diagonal_recurrence
+        widths[name] = group.trace_state_width
+    assert widths == {"coupled": 2, "neighbours": 2 * lstm_graph()[0].out_size[-1]}
+    assert lstm_graph()[1].hidden_groups[0].is_diagonal_recurrence
 
 
 def test_keyword_arguments_of_a_model():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,11 +21,14 @@ from .._jax import Literal, Var, eval_jaxpr, open_jaxpr, prune, structs
 from .._types import Path
 from .descent import bind_without_links
 from .flatten import is_marked
-from .flow import Flow, y_label
+from .flow import Flow, through_operation, y_label
 from .module_info import ModuleInfo, known_constants
 from .positions import MANY, NONE, Label, combine, is_aligned, no_cut, own_label, propagate, unaligned_axes
+from .scope import DIAGONAL, Neighbourhood, Scope
 
-__all__ = ["Cut", "Entry", "Fold", "Slice", "Transition", "differentiate_cut", "slice_group"]
+__all__ = [
+    "Cut", "Entry", "Fold", "Slice", "Transition", "differentiate_cut", "mixed_axes", "slice_group", "slice_labels",
+]  # fmt: skip
 
 
 class Entry(NamedTuple):
@@ -67,7 +70,10 @@ class Fold(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """The program F of a group."""
+    """The program F of a group.
+
+    In a scope that sees the recurrent mixing, F passes through the operations that read its hidden values.
+    """
 
     positions: tuple[int, ...]  # of its equations in the step
     olds: tuple[Var, ...]  # old values of the members
@@ -76,6 +82,8 @@ class Slice(NamedTuple):
     externals: tuple[Any, ...]  # everything else that F reads
     constants: dict[Any, Any]  # known values among what it reads
     news: tuple[Any, ...]  # new values of the members
+    passed: frozenset = frozenset()  # operations that F passes through, transparent ones apart
+    mixing: bool = False  # whether F passes through what mixes positions
 
 
 class Cut(NamedTuple):
@@ -95,6 +103,8 @@ class Cut(NamedTuple):
         Operations from which every path within F is position by position.
     folds : dict
         Operation index -> :class:`Fold`, for outputs with several entries for every position (fused gates).
+    values : tuple of Entry
+        One per variable of ``inputs``, in the scope ``'full'``.
     """
 
     D: tuple[tuple[Entry, ...], ...]
@@ -103,6 +113,7 @@ class Cut(NamedTuple):
     program: Any
     aligned: frozenset
     folds: dict[int, Fold]
+    values: tuple[Entry, ...] = ()
 
     def varying(self, values: Sequence[Any]) -> list[Any]:
         return eval_jaxpr(self.program, *values)
@@ -131,8 +142,8 @@ class Transition:
         return evaluate_slice(self.info.jaxpr.eqns, self.part, olds, ys, inputs[len(ys) :])
 
 
-def slice_group(info: ModuleInfo, flow: Flow, paths: Sequence[Path]) -> Slice:
-    """Collect F backward from the new values."""
+def slice_group(info: ModuleInfo, flow: Flow, paths: Sequence[Path], mixing: bool = False) -> Slice:
+    """Collect F backward from the new values; with ``mixing``, through what mixes positions too."""
     own = set(paths)
     eqns = info.jaxpr.eqns
     made_at = {v: i for i, e in enumerate(eqns) for v in e.outvars}
@@ -145,12 +156,18 @@ def slice_group(info: ModuleInfo, flow: Flow, paths: Sequence[Path]) -> Slice:
     fronts: dict[int, int] = {}
     externals: dict[Any, None] = {}
     inside: set[int] = set()
+    passed: set[int] = set()
 
     def belongs(var):
         labels = flow.labels.get(var, {})
-        if any(s[0] == "new" and s[1] in own and not is_aligned(lab, shapes[s[1]]) for s, lab in labels.items()):
+        moved = lambda s, lab: s[0] == "new" and s[1] in own and not is_aligned(lab, shapes[s[1]])  # noqa: E731
+        if not mixing and any(moved(s, lab) for s, lab in labels.items()):
             return False
         return any(s[0] == "y" or s[1] in own for s in labels)
+
+    def passes(op):
+        read = [s for v in op.eqn.invars if not isinstance(v, Literal) for s in flow.labels.get(v, {})]
+        return mixing and any(s[0] != "y" and s[1] in own for s in read)
 
     pending = [v for v in news if not isinstance(v, Literal)]
     seen = set()
@@ -166,7 +183,9 @@ def slice_group(info: ModuleInfo, flow: Flow, paths: Sequence[Path]) -> Slice:
         if op is not None:
             ys[op.index], fronts[op.index] = var, op.front
             if not op.primitive.gradient_enabled:
-                continue
+                if not passes(op):
+                    continue
+                passed.add(op.index)
         elif var not in made_at or not (is_member or (var not in member_of and belongs(var))):
             externals[var] = None
             continue
@@ -175,25 +194,44 @@ def slice_group(info: ModuleInfo, flow: Flow, paths: Sequence[Path]) -> Slice:
     values = known_constants(info)
     constants = {v: values[v] for v in externals if v in values}
     varying = tuple(v for v in externals if v not in constants)
-    return Slice(tuple(sorted(inside)), olds, dict(sorted(ys.items())), fronts, varying, constants, news)
+    return Slice(
+        tuple(sorted(inside)),
+        olds,
+        dict(sorted(ys.items())),
+        fronts,
+        varying,
+        constants,
+        news,
+        frozenset(passed),
+        mixing,
+    )
 
 
 def evaluate_slice(eqns: Sequence[Any], part: Slice, olds, ys, externals) -> list[Any]:
-    """New values of F; transparent operations inside F add their held-fixed value's perturbation, links are cut."""
+    """New values of F; operations inside F add their held-fixed value's perturbation, links are cut."""
     env = part.constants | dict(zip(part.externals, externals)) | dict(zip(part.olds, olds))
     env |= {part.ys[k]: y for k, y in ys.items()}
-    read = lambda v: v.val if isinstance(v, Literal) else env[v]  # noqa: E731
     op_index = {v: k for k, v in part.ys.items()}
+    # An operation that F passes through holds the other operations fixed, but for what they do to hidden values.
+    held = {part.ys[k]: jax.lax.stop_gradient(y) for k, y in ys.items()} if part.passed else {}
+    read = lambda v: v.val if isinstance(v, Literal) else env[v]  # noqa: E731
+    read_held = lambda v: read(v) if isinstance(v, Literal) or v not in held else held[v]  # noqa: E731
     for position in part.positions:
         eqn = eqns[position]
-        values = [read(v) for v in eqn.invars]
         if is_marked(eqn):
-            outs = eqn.primitive.outputs(values, eqn.params)
             y = eqn.outvars[eqn.primitive.y_index]
-            held = ys[op_index[y]]
-            outs[eqn.primitive.y_index] += held - jax.lax.stop_gradient(held)
+            number = op_index[y]
+            values = [(read_held if number in part.passed else read)(v) for v in eqn.invars]
+            outs = eqn.primitive.outputs(values, eqn.params)
+            if part.passed:
+                held[y] = outs[eqn.primitive.y_index]
+            given = ys[number]
+            outs[eqn.primitive.y_index] += given - jax.lax.stop_gradient(given)
         else:
-            outs = bind_without_links(eqn, values)
+            outs = bind_without_links(eqn, [read(v) for v in eqn.invars])
+            if any(not isinstance(v, Literal) and v in held for v in eqn.invars):
+                own = bind_without_links(eqn, [read_held(v) for v in eqn.invars])
+                held.update((v, o) for v, o in zip(eqn.outvars, own) if v not in part.news)
         env.update(zip(eqn.outvars, outs))
     return [jnp.asarray(read(v)) for v in part.news]
 
@@ -203,10 +241,16 @@ def differentiate_cut(
     part: Slice,
     varshape: tuple[int, ...],
     slots: Sequence[tuple[int, int | None]],
+    scope: Scope = DIAGONAL,
+    neighbourhood: Neighbourhood | None = None,
 ) -> Cut:
-    """Build the program for D and df and classify every entry."""
+    """Build the program for D and df and classify every entry.
+
+    With a ``neighbourhood`` the entries of D have two axes of neighbours in front of those of the positions. In the
+    scope ``'full'`` there is no D; the program gives what F reads instead.
+    """
     eqns = info.jaxpr.eqns
-    labels, y_labels = _slice_labels(eqns, part, varshape)
+    labels, y_labels = slice_labels(eqns, part, varshape)
     inputs = (*part.olds, *part.ys.values(), *part.externals)
     num_old, num_y = len(part.olds), len(part.ys)
     keys = list(part.ys)
@@ -214,6 +258,7 @@ def differentiate_cut(
     inexact = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in part.news]
     folds = _folds(eqns, part, varshape, slots, inexact)
     by_position = [{k: lab for k, lab in labels_of.items() if k not in folds} for labels_of in y_labels]
+    whole = scope.kind == "full"
 
     def rows(*values):
         olds, ys, ext = values[:num_old], values[num_old : num_old + num_y], values[num_old + num_y :]
@@ -227,27 +272,35 @@ def differentiate_cut(
                 return evaluate_slice(eqns, part, olds, dict(zip(keys, ys)), ext)[a]
 
             new, pull = jax.vjp(new_value, list(olds), list(ys))
-            mixed = _mixed_axes(labels[a], by_position[a], y_shapes, varshape)
-            out.append(_row(new, pull, component, slots, part.fronts, y_shapes, varshape, mixed, folds))
-        return [(r.D, r.df) for r in out]
+            mixed = mixed_axes({} if whole else labels[a], by_position[a], y_shapes, varshape)
+            if neighbourhood is not None and mixed:
+                mixed = neighbourhood.axes
+            out.append(
+                _row(new, pull, component, slots, part.fronts, y_shapes, varshape, mixed, folds, neighbourhood, scope)
+            )
+        nothing = [None] * len(slots)
+        return [(nothing if whole else r.D, r.df) for r in out], list(values) if whole else []
 
     closed, out_shape = jax.make_jaxpr(rows, return_shape=True)(*structs(inputs))
     flat, tree = jax.tree.flatten(out_shape)
-    # Of a, D or df, and b or the operation: df has the axis of sub-steps, whatever its values are.
-    paths = [path for path, _ in jax.tree.leaves_with_path(out_shape)]
-    in_sub_steps = [bool(part.fronts.get(getattr(path[2], "key", -1))) for path in paths]
+    # Arrays even where all of it is one number: df has the axis of sub-steps, D that of neighbours.
+    paths = [path[1:] for path, _ in jax.tree.leaves_with_path(out_shape)]
+    keep_shape = [
+        len(path) == 3 and (neighbourhood is not None and path[1].idx == 0 or _in_sub_steps(path[2], part.fronts))
+        for path in paths
+    ]
     entries: list[Entry] = []
     varying: list[int] = []
     for i in range(len(flat)):
         only, reads = prune(closed, [j == i for j in range(len(flat))])
-        entry = None if any(reads) else _constant(only, inputs, in_sub_steps[i])
+        entry = None if any(reads) else _constant(only, inputs, keep_shape[i])
         if entry is None:
             entry = Entry("varying", slot=len(varying))
             varying.append(i)
         entries.append(entry)
     program, _ = prune(closed, [i in set(varying) for i in range(len(flat))])
     zero = Entry("zero")
-    result = jax.tree.unflatten(tree, entries)
+    result, values = jax.tree.unflatten(tree, entries)
     D = tuple(tuple(zero if e is None else e for e in row) for row, _ in result)
     df = {k: tuple(row.get(k, zero) for _, row in result) for k in keys}
     aligned = frozenset(
@@ -255,7 +308,11 @@ def differentiate_cut(
         for k in keys
         if all(k not in by_position[a] or not _y_mixed(y_labels[a][k], y_shapes[k], varshape) for a, _ in slots)
     )
-    return Cut(D, df, inputs, program, aligned, folds)
+    return Cut(D, df, inputs, program, aligned, folds, tuple(values))
+
+
+def _in_sub_steps(key: Any, fronts: Mapping[int, int]) -> bool:
+    return bool(fronts.get(getattr(key, "key", -1)))
 
 
 def _y_shapes(part: Slice) -> dict[int, tuple[int, ...]]:
@@ -319,7 +376,7 @@ class _Row(NamedTuple):
     df: dict[int, Any]
 
 
-def _row(new, pull, component, slots, fronts, y_shapes, varshape, mixed, folds) -> _Row:
+def _row(new, pull, component, slots, fronts, y_shapes, varshape, mixed, folds, neighbourhood, scope) -> _Row:
     keys = list(y_shapes)
 
     def cotangents(seed):
@@ -332,6 +389,8 @@ def _row(new, pull, component, slots, fronts, y_shapes, varshape, mixed, folds) 
     ones = jnp.ones(varshape, new.dtype)
     if not mixed:
         D, df = cotangents(ones)
+        if neighbourhood is not None:
+            D = jax.tree.map(neighbourhood.each_its_own, D)
         return _Row(list(D), dict(zip(keys, df)))
 
     sizes = [varshape[k] for k in mixed]
@@ -350,16 +409,18 @@ def _row(new, pull, component, slots, fronts, y_shapes, varshape, mixed, folds) 
             return cotangent
 
         olds, ys = cotangents(seed)
-        return [None if o is None else own_position(o, varshape) for o in olds], [
-            y if k in folds else own_position(y, y_shapes[k], fronts[k]) for k, y in zip(keys, ys)
-        ]
+        if neighbourhood is None:
+            olds = [None if o is None else own_position(o, varshape) for o in olds]
+        return olds, [y if k in folds else own_position(y, y_shapes[k], fronts[k]) for k, y in zip(keys, ys)]
 
     def whole(stacked, front=0):
         axes = [front + k for k in mixed]
         return jnp.moveaxis(stacked.reshape(*sizes, *stacked.shape[1:]), range(len(mixed)), axes)
 
-    D, df = jax.vmap(at)(picks)
-    D = jax.tree.map(whole, D)
+    # As many positions at once as the cotangents of all of them stay below the ceiling.
+    at_once = max(1, scope.ceiling // max(1, math.prod(varshape)))
+    D, df = jax.vmap(at)(picks) if len(picks) <= at_once else jax.lax.map(at, picks, batch_size=at_once)
+    D = jax.tree.map(whole if neighbourhood is None else neighbourhood.blocks, D)
     found = {k: whole(y, fronts[k]) for k, y in zip(keys, df)}
     if folds:
         # Every entry acts on one position, so that one pass from all positions gives all of them.
@@ -367,20 +428,26 @@ def _row(new, pull, component, slots, fronts, y_shapes, varshape, mixed, folds) 
     return _Row(list(D), found)
 
 
-def _slice_labels(eqns, part, varshape):
+def slice_labels(eqns, part, varshape):
     """For each new value: its labels by old value, and by operation output."""
     env = {v: {("old", i): own_label(v.aval.shape, len(varshape))} for i, v in enumerate(part.olds)}
     env |= {v: {("y", k): y_label(v.aval.shape, part.fronts[k])} for k, v in part.ys.items()}
     op_index = {v: k for k, v in part.ys.items()}
 
-    def transparent(eqn, inputs):
+    def through(eqn, inputs):
         if not is_marked(eqn):
             return None
         y = eqn.outvars[eqn.primitive.y_index]
-        own = {("y", op_index[y]): y_label(y.aval.shape, part.fronts[op_index[y]])}
-        return [(inputs[eqn.primitive.x_index] | own) if v is y else {} for v in eqn.outvars]
+        number = op_index[y]
+        if number in part.passed:
+            known = through_operation(eqn, inputs, part.constants)
+        else:
+            known = inputs[eqn.primitive.x_index]
+        return [
+            (known | {("y", number): y_label(y.aval.shape, part.fronts[number])}) if v is y else {} for v in eqn.outvars
+        ]
 
-    propagate([eqns[p] for p in part.positions], env, transparent, part.constants)
+    propagate([eqns[p] for p in part.positions], env, through, part.constants)
     by_old, by_y = [], []
     for new in part.news:
         labels = {} if isinstance(new, Literal) else env.get(new, {})
@@ -403,7 +470,7 @@ def _y_mixed(label: Label, y_shape: tuple[int, ...], varshape: tuple[int, ...]) 
     return (*range(lead), *bad)
 
 
-def _mixed_axes(old_labels, y_labels, y_shapes, varshape) -> tuple[int, ...]:
+def mixed_axes(old_labels, y_labels, y_shapes, varshape) -> tuple[int, ...]:
     axes: set[int] = set()
     for label in old_labels.values():
         axes.update(unaligned_axes(label, varshape))

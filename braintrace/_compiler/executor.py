@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from brainstate.util import FlattedDict
 
 from .._types import MultiStepData, Path, SingleStepData
-from .graph import SNAP_CEILING, ETraceGraph, check_scope, compile_etrace_graph
+from .graph import ETraceGraph, compile_in_scope
 from .policy import ControlFlowPolicy
 from .report import CompilationReport
+from .scope import CEILING, scope_of
 
 __all__ = ["ETraceGraphExecutor", "ETraceVjpGraphExecutor"]
 
@@ -25,7 +26,7 @@ class ETraceGraphExecutor:
     model : brainstate.nn.Module
         The model; its ``update`` is one time step.
     include_recurrent_mixing, sparse_n, snap_max_jacobian_elements
-        Of wider scopes; only the diagonal one (``False`` and ``None``) is available.
+        As for :func:`compile_etrace_graph`.
     control_flow : ControlFlowPolicy, optional
         What to do with loops and branches.
 
@@ -33,8 +34,8 @@ class ETraceGraphExecutor:
     ------
     TypeError
         If ``model`` is no ``brainstate.nn.Module``, or ``control_flow`` no ``ControlFlowPolicy``.
-    NotImplementedError
-        For another scope than the diagonal one.
+    ValueError
+        If ``sparse_n`` or ``snap_max_jacobian_elements`` is below 1.
 
     Examples
     --------
@@ -54,14 +55,14 @@ class ETraceGraphExecutor:
         model: brainstate.nn.Module,
         include_recurrent_mixing: bool = False,
         sparse_n: int | None = None,
-        snap_max_jacobian_elements: int = SNAP_CEILING,
+        snap_max_jacobian_elements: int = CEILING,
         control_flow: ControlFlowPolicy | None = None,
     ):
         if not isinstance(model, brainstate.nn.Module):
             raise TypeError(f"The model must be a brainstate.nn.Module, got {type(model).__name__}.")
         if not isinstance(control_flow, (ControlFlowPolicy, type(None))):
             raise TypeError(f"control_flow must be a ControlFlowPolicy or None, got {type(control_flow).__name__}.")
-        check_scope(include_recurrent_mixing, sparse_n)
+        self._scope = scope_of(include_recurrent_mixing, sparse_n, snap_max_jacobian_elements)
         self.model = model
         self.include_recurrent_mixing = include_recurrent_mixing
         self.sparse_n = sparse_n
@@ -95,15 +96,7 @@ class ETraceGraphExecutor:
 
     def compile_graph(self, *args: Any) -> None:
         """Trace the model once."""
-        self._graph = compile_etrace_graph(
-            self.model,
-            *args,
-            include_hidden_perturb=self._needs_perturbation,
-            include_recurrent_mixing=self.include_recurrent_mixing,
-            sparse_n=self.sparse_n,
-            snap_max_jacobian_elements=self.snap_max_jacobian_elements,
-            control_flow=self.control_flow,
-        )
+        self._graph = compile_in_scope(self.model, args, self._scope, self._needs_perturbation, self.control_flow)
 
     def show_graph(self, verbose: bool = True, return_msg: bool = False) -> str | None:
         """Print the report; return it if asked."""
@@ -124,14 +117,12 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
     include_recurrent_mixing, sparse_n, snap_max_jacobian_elements, control_flow
         As for :class:`ETraceGraphExecutor`.
     full_jacobian : bool
-        Of wider scopes; only ``False`` is available.
+        Whether groups give their whole Jacobian, as a product with tangents, instead of its blocks per position.
 
     Raises
     ------
     ValueError
-        If ``vjp_method`` is another string.
-    NotImplementedError
-        For another scope than the diagonal one.
+        If ``vjp_method`` is another string, ``sparse_n`` or ``snap_max_jacobian_elements`` below 1.
 
     Examples
     --------
@@ -151,7 +142,7 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
         vjp_method: str = "single-step",
         include_recurrent_mixing: bool = False,
         sparse_n: int | None = None,
-        snap_max_jacobian_elements: int = SNAP_CEILING,
+        snap_max_jacobian_elements: int = CEILING,
         control_flow: ControlFlowPolicy | None = None,
         full_jacobian: bool = False,
     ):
@@ -159,7 +150,7 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
         if vjp_method not in ("single-step", "multi-step"):
             raise ValueError(f"vjp_method must be 'single-step' or 'multi-step', got {vjp_method!r}.")
         if full_jacobian:
-            raise NotImplementedError("full_jacobian=True: only the diagonal scope is available. Pass False.")
+            self._scope = scope_of(True, None, snap_max_jacobian_elements, full=True)
         self.vjp_method = vjp_method
         self.full_jacobian = full_jacobian
         self._needs_perturbation = self.is_single_step_vjp
@@ -270,10 +261,7 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
 
     def _transitions(self, record):
         traced = {g.index for r in self.graph.hidden_param_op_relations for g in r.hidden_groups}
-        return [
-            g.dense([[e.read(record.varying[g.index]) for e in row] for row in g.cut.D]) if g.index in traced else None
-            for g in self.graph.hidden_groups
-        ]
+        return [g.dense_D(record.varying[g.index]) if g.index in traced else None for g in self.graph.hidden_groups]
 
     def _window(self, over_time, leaves, values, stepper, trace):
         zeros = self.graph.tape.zeros().new

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import brainstate
@@ -16,9 +16,9 @@ from .descent import holds_link
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flatten import LOOPS, equations_within, is_marked
 from .module_info import ModuleInfo, known_constants
-from .positions import Label, Labels, mixes, own_label, propagate, transfer
+from .positions import NONE, Label, Labels, mixes, own_label, propagate, transfer
 
-__all__ = ["Flow", "MarkedOp", "Reach", "analyse_flow", "analyse_reach", "title_of", "y_label"]
+__all__ = ["Flow", "MarkedOp", "Reach", "analyse_flow", "analyse_reach", "through_operation", "title_of", "y_label"]
 
 MIXING = frozenset(["dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"])
 
@@ -68,6 +68,25 @@ def y_label(shape: tuple[int, ...], front: int) -> Label:
     return tuple(np.broadcast_to(ids, shape) for ids in own_label(shape[front:], len(shape) - front))
 
 
+def through_operation(eqn: Any, inputs: list[Labels], constants: Mapping[Any, Any]) -> Labels:
+    """Labels of an operation's output by what reaches its operands; its samples stay apart."""
+    p, y = eqn.primitive, eqn.outvars[eqn.primitive.y_index]
+    labels = transfer(eqn, inputs, constants)[p.y_index]
+    if p.x_index is None:
+        return labels
+    own = own_label(y.aval.shape, p.lead(y.aval, eqn.params))
+    for source, read in inputs[p.x_index].items():
+        label = labels.get(source)
+        if label is None or sum(source in of for of in inputs) > 1:
+            continue
+        x = own_label(read[0].shape, len(own) - 1)
+        apart = [k for k in range(1, len(own)) if np.all((read[k] == x[k]) | (read[k] == NONE))]
+        labels[source] = tuple(
+            np.where(label[0] == NONE, NONE, own[k]) if k in apart else c for k, c in enumerate(label)
+        )
+    return labels
+
+
 class Flow(NamedTuple):
     """Sources are ``('old', path)``, ``('new', path)`` and ``('y', operation index)``."""
 
@@ -78,8 +97,11 @@ class Flow(NamedTuple):
     diagnostics: tuple[CompilationRecord, ...] = ()
 
 
-def analyse_flow(info: ModuleInfo) -> Flow:
-    """Label every variable; marked operations and products of hidden values end the labels of what they read."""
+def analyse_flow(info: ModuleInfo, mixing: bool = False) -> Flow:
+    """Label every variable; marked operations and products of hidden values end the labels of what they read.
+
+    With ``mixing`` neither of them does.
+    """
     eqns = info.jaxpr.eqns
     ops = [MarkedOp(i, p, e) for i, (p, e) in enumerate((p, e) for p, e in enumerate(eqns) if is_marked(e))]
     op_at = {op.position: op for op in ops}
@@ -109,9 +131,11 @@ def analyse_flow(info: ModuleInfo) -> Flow:
                 x = op.x
                 if x in label_in and x.aval.shape == op.y.aval.shape:
                     through = dict(label_in[x])
+            if mixing:
+                through = through_operation(eqn, inputs, constants)
             own = {("y", op.index): y_label(op.y.aval.shape, op.front)}
             return [(through | own) if v is op.y else {} for v in eqn.outvars]
-        of_hidden = any(s[0] in ("old", "new") for lab in inputs for s in lab)
+        of_hidden = not mixing and any(s[0] in ("old", "new") for lab in inputs for s in lab)
         if eqn.primitive.name in MIXING and of_hidden:
             return [{} for _ in eqn.outvars]
         if eqn.primitive.name in LOOPS and of_hidden:

@@ -10,22 +10,23 @@ import brainstate
 from .._jax import Literal
 from .._types import Path
 from .cut import Transition, differentiate_cut, slice_group
+from .descent import holds_link
 from .diagnostics import CompilationRecord, DiagnosticKind, emit
 from .flow import Flow, Reach, analyse_flow, analyse_reach
 from .groups import HiddenGroup, partition, slots_of
 from .module_info import ModuleInfo, extract_module_info
+from .neighbours import find_neighbourhood
 from .perturbation import HiddenPerturbation, add_hidden_perturbation_from_minfo
 from .policy import ControlFlowPolicy
 from .relations import HiddenParamOpRelation, find_relations
+from .scope import CEILING, Scope, scope_of
 from .tape import Tape, build_tape
 
 __all__ = [
-    "SNAP_CEILING", "ETraceGraph", "check_scope", "compile_etrace_graph", "find_hidden_groups_from_minfo",
+    "ETraceGraph", "compile_etrace_graph", "compile_in_scope", "find_hidden_groups_from_minfo",
     "find_hidden_groups_from_module", "find_hidden_param_op_relations_from_minfo",
     "find_hidden_param_op_relations_from_module",
 ]  # fmt: skip
-
-SNAP_CEILING = 16777216
 
 
 class ETraceGraph(NamedTuple):
@@ -90,7 +91,7 @@ def compile_etrace_graph(
     include_hidden_perturb: bool = True,
     include_recurrent_mixing: bool = False,
     sparse_n: int | None = None,
-    snap_max_jacobian_elements: int = SNAP_CEILING,
+    snap_max_jacobian_elements: int = CEILING,
     control_flow: ControlFlowPolicy | None = None,
 ) -> ETraceGraph:
     """Trace one step of a model with initialised states and find what can be trained online.
@@ -103,8 +104,12 @@ def compile_etrace_graph(
         Example arguments of one step.
     include_hidden_perturb : bool
         Whether :attr:`ETraceGraph.hidden_perturb` is made.
-    include_recurrent_mixing, sparse_n, snap_max_jacobian_elements
-        Of wider scopes; only the diagonal one (``False`` and ``None``) is available.
+    include_recurrent_mixing : bool
+        Whether the transition Jacobians of groups contain the recurrent mixing of positions.
+    sparse_n : int, optional
+        The order of the neighbourhood whose positions a trace follows; ``None`` for each position alone.
+    snap_max_jacobian_elements : int
+        The most elements that the Jacobian of a group may have between neighbours.
     control_flow : ControlFlowPolicy, optional
         What to do with loops and branches.
 
@@ -119,7 +124,9 @@ def compile_etrace_graph(
     ValueError
         If a state changes its unit or shape within the step.
     NotImplementedError
-        If a parameter or a marked operation is used where no trace can follow it, or for a scope other than diagonal.
+        If a parameter or a marked operation is used where no trace can follow it.
+    NotSupportedError
+        If the Jacobian between neighbours is larger than ``snap_max_jacobian_elements``.
     CompilationError
         If loops and branches are nested deeper than the policy allows.
 
@@ -132,11 +139,21 @@ def compile_etrace_graph(
     >>> [r.path for r in graph.hidden_param_op_relations]
     [('Wz', 'weight'), ('Wh', 'weight')]
     """
-    check_scope(include_recurrent_mixing, sparse_n)
-    del snap_max_jacobian_elements  # of scopes that see the recurrent mixing
+    scope = scope_of(include_recurrent_mixing, sparse_n, snap_max_jacobian_elements)
+    return compile_in_scope(model, args, scope, include_hidden_perturb, control_flow)
+
+
+def compile_in_scope(
+    model: brainstate.nn.Module,
+    args: tuple[Any, ...],
+    scope: Scope,
+    include_hidden_perturb: bool,
+    control_flow: ControlFlowPolicy | None,
+) -> ETraceGraph:
+    """:func:`compile_etrace_graph` for any scope."""
     info = extract_module_info(model, *args, control_flow=control_flow)
     flow = analyse_flow(info)
-    groups, group_of, merged = _groups(info, flow)
+    groups, group_of, merged = _groups(info, flow, scope)
     reach = _reach(info, flow, group_of)
     relations, plain, found = find_relations(info, flow, reach, groups)
     tape = build_tape(info, flow, reach, groups, (*relations, *plain))
@@ -146,29 +163,37 @@ def compile_etrace_graph(
     return ETraceGraph(info, groups, group_of, relations, plain, perturbation, tape, diagnostics)
 
 
-def check_scope(include_recurrent_mixing: bool, sparse_n: int | None) -> None:
-    """Refuse the scopes that see the mixing of positions."""
-    if include_recurrent_mixing or sparse_n is not None:
-        raise NotImplementedError(
-            f"include_recurrent_mixing={include_recurrent_mixing!r}, sparse_n={sparse_n!r}: only the diagonal scope is "
-            "available. Pass False and None."
-        )
-
-
-def _groups(info: ModuleInfo, flow: Flow) -> tuple[list[HiddenGroup], dict[Path, HiddenGroup], list[CompilationRecord]]:
-    partitioned, merged = partition(info, flow)
+def _groups(
+    info: ModuleInfo, flow: Flow, scope: Scope
+) -> tuple[list[HiddenGroup], dict[Path, HiddenGroup], list[CompilationRecord]]:
+    if scope.mixing:
+        _refuse_long_loops(info, flow)
+        flow = analyse_flow(info, mixing=True)
+    partitioned, records = partition(info, flow, scope.mixing)
     states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
     groups = []
     for index, paths in enumerate(partitioned):
         members = tuple(states[p] for p in paths)
         varshape, slots = tuple(members[0].varshape), slots_of(members)
-        part = slice_group(info, flow, paths)
-        cut = differentiate_cut(info, part, varshape, slots)
+        part = slice_group(info, flow, paths, scope.mixing)
+        snap = None
+        if scope.kind == "sparse_n":
+            snap, record = find_neighbourhood(info, flow, part, paths, varshape, len(slots), scope)
+            records.extend(record)
+        cut = differentiate_cut(info, part, varshape, slots, scope, snap)
         transition = Transition(info, part)
-        groups.append(
-            HiddenGroup(index, paths, members, varshape, len(slots), cut, frozenset(part.positions), transition)
+        inside = frozenset(part.positions)
+        groups.append(HiddenGroup(index, paths, members, varshape, len(slots), cut, inside, transition, snap))
+    return groups, {p: g for g in groups for p in g.hidden_paths}, records
+
+
+def _refuse_long_loops(info: ModuleInfo, flow: Flow) -> None:
+    if any(op.front for op in flow.ops) or any(holds_link(e) for e in info.jaxpr.eqns):
+        raise NotImplementedError(
+            "A scope that sees the recurrent mixing cannot look into a long loop of the step: how the positions mix "
+            "over its sub-steps is not followed. Use a rule of the diagonal scope (D_RTRL, pp_prop), or raise "
+            "ControlFlowPolicy(scan_unroll_limit=...) so that the loop is unrolled."
         )
-    return groups, {p: g for g in groups for p in g.hidden_paths}, merged
 
 
 def _reach(info: ModuleInfo, flow: Flow, group_of: Mapping[Path, HiddenGroup]) -> Reach:
@@ -183,7 +208,7 @@ def find_hidden_groups_from_minfo(
     minfo: ModuleInfo,
     include_recurrent_mixing: bool = False,
     sparse_n: int | None = None,
-    snap_max_jacobian_elements: int = SNAP_CEILING,
+    snap_max_jacobian_elements: int = CEILING,
 ) -> tuple[list[HiddenGroup], dict[Path, HiddenGroup]]:
     """The hidden groups of a traced model.
 
@@ -202,8 +227,8 @@ def find_hidden_groups_from_minfo(
 
     Raises
     ------
-    NotImplementedError
-        For another scope than the diagonal one.
+    NotSupportedError
+        As :func:`compile_etrace_graph`.
 
     Examples
     --------
@@ -214,9 +239,8 @@ def find_hidden_groups_from_minfo(
     >>> groups
     [HiddenGroup(index=0, members=['h', 'c'], varshape=(3,), S=2)]
     """
-    check_scope(include_recurrent_mixing, sparse_n)
-    del snap_max_jacobian_elements
-    return _groups(minfo, analyse_flow(minfo))[:2]
+    scope = scope_of(include_recurrent_mixing, sparse_n, snap_max_jacobian_elements)
+    return _groups(minfo, analyse_flow(minfo), scope)[:2]
 
 
 def find_hidden_groups_from_module(
@@ -224,7 +248,7 @@ def find_hidden_groups_from_module(
     *args: Any,
     include_recurrent_mixing: bool = False,
     sparse_n: int | None = None,
-    snap_max_jacobian_elements: int = SNAP_CEILING,
+    snap_max_jacobian_elements: int = CEILING,
     **kwargs: Any,
 ) -> tuple[list[HiddenGroup], dict[Path, HiddenGroup]]:
     """:func:`extract_module_info`, then :func:`find_hidden_groups_from_minfo`.

@@ -16,6 +16,7 @@ from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flow import Flow
 from .module_info import ModuleInfo
 from .positions import touches_own_position
+from .scope import Neighbourhood
 
 __all__ = ["HiddenGroup", "partition", "slots_of"]
 
@@ -40,6 +41,8 @@ class HiddenGroup(NamedTuple):
         Numbers of the equations between old values, operation outputs and new values.
     program : Transition
         Those equations as a program.
+    snap : Neighbourhood or None
+        The positions that each position influences, in the scope ``'sparse_n'``.
     """
 
     index: int  # type: ignore[assignment]
@@ -50,6 +53,7 @@ class HiddenGroup(NamedTuple):
     cut: Cut
     inside: frozenset
     program: Transition
+    snap: Neighbourhood | None = None
 
     @property
     def name(self) -> str:
@@ -57,15 +61,13 @@ class HiddenGroup(NamedTuple):
 
     @property
     def trace_state_width(self) -> int:
-        return self.num_state
-
-    @property
-    def snap(self) -> None:
-        return None
+        """Entries of a trace per weight: S, times the number of neighbours where there are some."""
+        return self.num_state * (1 if self.snap is None else self.snap.num_neighbour)
 
     @property
     def is_diagonal_recurrence(self) -> bool:
-        return True
+        """Whether D leaves out the recurrent mixing between positions."""
+        return not self.program.part.mixing
 
     @property
     def transition_jaxpr(self) -> Any:
@@ -91,10 +93,12 @@ class HiddenGroup(NamedTuple):
         return self.program.run(hidden_vals, input_vals)
 
     def diagonal_jacobian(self, hidden_vals: Sequence[Any], input_vals: Sequence[Any]) -> jax.Array:
-        """D per position, shape ``V + (S, S)``; arguments as for :meth:`transition`."""
+        """D per position, shape ``V + (S, S)``; arguments as for :meth:`transition`.
+
+        With neighbours, ``V + (M, M)`` with M = :attr:`trace_state_width`, neighbours in front of hidden variables.
+        """
         self._check_values(hidden_vals, input_vals)
-        varying = self.cut.varying([*hidden_vals, *input_vals])
-        return self.dense([[e.read(varying) for e in row] for row in self.cut.D])
+        return self.dense_D(self.cut.varying([*hidden_vals, *input_vals]))
 
     def full_jacobian(self, hidden_vals: Sequence[Any], input_vals: Sequence[Any]) -> jax.Array:
         """Derivative of every new value by every old one, shape ``V + (S,) + V + (S,)``; arguments as before."""
@@ -104,6 +108,17 @@ class HiddenGroup(NamedTuple):
             return self.concat_hidden(self.program.run(self.split_hidden(packed), input_vals))
 
         return jax.jacrev(new_values)(self.concat_hidden(hidden_vals))
+
+    def dense_D(self, varying: Sequence[Any]) -> jax.Array:
+        """D as one array, from its varying entries."""
+        D = [[e.read(varying) for e in row] for row in self.cut.D]
+        if self.snap is None:
+            return self.dense(D)
+        shape = (self.snap.num_neighbour,) * 2 + self.varshape
+        blocks = [[jnp.broadcast_to(0.0 if d is None else d, shape) for d in row] for row in D]
+        stacked = jnp.stack([jnp.stack(row, 1) for row in blocks], 1)  # neighbour, a, b, neighbour, V
+        stacked = jnp.moveaxis(stacked, (0, 1, 3, 2), (-4, -3, -2, -1))
+        return stacked.reshape(*self.varshape, self.trace_state_width, self.trace_state_width)
 
     def dense(self, entries: Any) -> jax.Array:
         """Nested lists of entries (arrays, numbers, ``None`` for zero) as one array with trailing axes."""
@@ -177,8 +192,19 @@ def slots_of(states: Iterable[brainstate.HiddenState]) -> list[tuple[int, int | 
     return out
 
 
-def partition(info: ModuleInfo, flow: Flow) -> tuple[list[tuple[Path, ...]], list[CompilationRecord]]:
-    """Connected components of the position-wise links, in state order."""
+def _listed_apart(a: Path, b: Path) -> bool:
+    """Whether two paths first differ in the number of an entry of a list."""
+    first = next(((x, y) for x, y in zip(a, b) if x != y), (None, None))
+    return all(isinstance(x, int) for x in first)
+
+
+def partition(
+    info: ModuleInfo, flow: Flow, mixing: bool = False
+) -> tuple[list[tuple[Path, ...]], list[CompilationRecord]]:
+    """Connected components of the position-wise links, in state order; with ``mixing``, of all links.
+
+    Links that mix positions do not join entries of one list: layers of a stack stay apart.
+    """
     hidden = info.states_of(brainstate.HiddenState)
     parent = {p: p for p in hidden}
 
@@ -193,7 +219,7 @@ def partition(info: ModuleInfo, flow: Flow) -> tuple[list[tuple[Path, ...]], lis
         for (kind, source), label in labels.items():
             if kind == "y" or source == target or tuple(hidden[source].varshape) != shape:
                 continue
-            if touches_own_position(label, shape):
+            if touches_own_position(label, shape) or (mixing and not _listed_apart(target, source)):
                 a, b = sorted((root(target), root(source)), key=order.__getitem__)
                 parent[b] = a
     components: dict[Path, list[Path]] = {}
@@ -204,8 +230,8 @@ def partition(info: ModuleInfo, flow: Flow) -> tuple[list[tuple[Path, ...]], lis
         CompilationRecord(
             DiagnosticKind.HIDDEN_GROUP_MERGED,
             DiagnosticLevel.INFO,
-            f"{len(paths)} hidden states of shape {tuple(hidden[paths[0]].varshape)} reach each other position by "
-            f"position and form one group: {', '.join(map(path_str, paths))}.",
+            f"{len(paths)} hidden states of shape {tuple(hidden[paths[0]].varshape)} reach each other "
+            f"{'' if mixing else 'position by position '}and form one group: {', '.join(map(path_str, paths))}.",
             hidden_paths=paths,
         )
         for paths in groups

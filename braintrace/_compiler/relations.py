@@ -16,6 +16,7 @@ from .._types import Path, path_str
 from .cut import Fold
 from .descent import holds_link
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
+from .flatten import is_marked
 from .flow import Flow, MarkedOp, Reach, title_of
 from .groups import HiddenGroup
 from .module_info import ModuleInfo
@@ -480,7 +481,8 @@ def _residual_free(info: ModuleInfo, flow: Flow, op: MarkedOp, groups: Sequence[
         differentiable = [v for v in eqn.outvars if jax.numpy.issubdtype(v.aval.dtype, jax.numpy.inexact)]
         if not differentiable or eqn.primitive.name == "stop_gradient":
             continue
-        if position not in inside or holds_link(eqn):
+        through = is_marked(eqn) and not eqn.primitive.gradient_enabled
+        if position not in inside or holds_link(eqn) or through:
             return False
         for var in differentiable:
             if var in flow.members:

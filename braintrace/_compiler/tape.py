@@ -159,14 +159,17 @@ class _Worlds:
             for g in groups
         ]
         self.leads_to = [downstream[g.index] | {g.index} for g in groups]
-        self.op_world = {}
+        # Operations that a group's F passes through are like its other equations.
+        self.passed = {flow.ops[k].position for g in groups for k in g.program.part.passed}
+        self.x_world = {}
         self.link_world = {}  # of loops with links, which read as operations do
         for position, eqn in enumerate(self.eqns):
             if position in self.operation_at or holds_link(eqn):
                 fed = frozenset().union(*map(reach.groups, eqn.outvars))
                 world = _World(frozenset().union(*(self.leads_to[g] for g in fed)), None)
                 loop = position not in self.operation_at and not is_link(eqn)
-                (self.link_world if loop else self.op_world)[position] = world
+                (self.link_world if loop else self.x_world)[position] = world
+        self.op_world = {p: w for p, w in self.x_world.items() if p not in self.passed}
         self._find_dependence()
 
     def _is_var(self, path):
@@ -185,7 +188,7 @@ class _Worlds:
             for v in eqn.outvars:
                 if v in self.owner:
                     new[v], old[v] = frozenset([self.group_of[self.owner[v]]]), frozenset()
-                elif i in self.operation_at:
+                elif i in self.operation_at and i not in self.passed:
                     new[v], old[v] = frozenset(), frozenset()
                 else:
                     new[v], old[v] = self.new_of[i], self.old_of[i]
@@ -237,11 +240,11 @@ class _Worlds:
             for g in self.groups
         ]
         xs = [
-            None if r.x_var is None else (r.x_var, self.op_world[self.flow.ops[r.op_index].position])
+            None if r.x_var is None else (r.x_var, self.x_world[self.flow.ops[r.op_index].position])
             for r in self.operations
         ]
         fixed = [
-            {i: (v, self.op_world[self.flow.ops[r.op_index].position]) for i, v in r.fixed_vars.items()}
+            {i: (v, self.x_world[self.flow.ops[r.op_index].position]) for i, v in r.fixed_vars.items()}
             for r in self.operations
         ]
         wanted = [*sinks, *(f for fs in frontiers for f in fs or ()), *(x for x in xs if x is not None)]

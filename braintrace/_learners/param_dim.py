@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._compiler.policy import ControlFlowPolicy
+from .._compiler.scope import CEILING
 from .._traces import param
 from .._traces.record import add, contraction
 from .._types import Path, path_str
@@ -51,6 +52,8 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         The rule as coordinates, with ``trace_factorization='per_param'``.
     random_feedback_key : int or JAX key, optional
         Of the fixed feedback matrices of ``learning_signal='random_feedback'``.
+    snap_max_jacobian_elements : int
+        See :class:`ETraceVjpAlgorithm`.
 
     Attributes
     ----------
@@ -92,10 +95,11 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         control_flow: ControlFlowPolicy | None = None,
         config: ETraceConfig | None = None,
         random_feedback_key: jax.Array | int | None = None,
+        snap_max_jacobian_elements: int = CEILING,
         **legacy: Any,
     ):
         legacy_options(legacy)
-        super().__init__(model, name, vjp_method, control_flow, config, random_feedback_key)
+        super().__init__(model, name, vjp_method, control_flow, config, random_feedback_key, snap_max_jacobian_elements)
         self.fast_solve = bool(fast_solve)
         self.chunked_trace = bool(chunked_trace)
         self.trace_dtype = None if trace_dtype is None else jnp.dtype(trace_dtype)
@@ -106,6 +110,8 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         """Allocate zero traces, as new state objects; the step counter is not touched."""
         del args, kwargs
         self._check_output_shapes()
+        if self.config.recurrence_scope == "sparse_n":
+            self._check_anchors()
         self._traced, self._slot_traces = [], {}
         for i, r in enumerate(self.graph.hidden_param_op_relations):
             meta = param.meta_of(r)
@@ -116,13 +122,29 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
                 self._traced.append(pair)
                 self._slot_traces[pair.key] = EligibilityTrace(param.init(pair, recursion.width, self.trace_dtype))
 
+    def _check_anchors(self) -> None:
+        """Refuse operations whose trace entries are not known to belong to one position each."""
+        for r in self.graph.hidden_param_op_relations:
+            rule = r.primitive.rules.snap_anchor
+            if rule is None or not rule(r.eqn_params):
+                raise NotImplementedError(
+                    f"{r.primitive.name} at {path_str(r.path)!r} does not say that every weight belongs to one "
+                    "position, which SnAp needs. Register the rule snap_anchor=lambda params: True on the operation "
+                    "if each of its weights acts on one entry of the output, or use another rule."
+                )
+
+    def _can_record(self) -> bool:
+        """Traces of neighbours advance step by step: between steps they are mixed, not scaled."""
+        return super()._can_record() and all(g.snap is None for g in self.graph.hidden_groups)
+
     def _factorise(self, number, recursion) -> frozenset:
         r = self.graph.hidden_param_op_relations[number]
         rules = r.primitive.rules
         own_layout = any(rule is not None for rule in (rules.dt_to_t, rules.init_drtrl, rules.pp_x_repr))
         fixed_slope = set(r.linear_keys) == set(r.trainable_vars) and not r.fixed_vars and not own_layout
         alone = r.x_var is None or r.sub_steps is not None
-        if alone or not fixed_slope or self._overrides("_update_etrace_data"):
+        followed = any(g.snap is not None for g in r.hidden_groups)
+        if alone or followed or not fixed_slope or self._overrides("_update_etrace_data"):
             return frozenset()
         return param.factorised_slots(recursion, number)
 

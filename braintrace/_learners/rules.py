@@ -9,12 +9,13 @@ import brainstate
 import jax
 
 from .._compiler.policy import ControlFlowPolicy
+from .._compiler.scope import CEILING
 from .config import ETraceConfig
 from .io_dim import pp_prop
 from .param_dim import ParamDimVjpAlgorithm
 from .vjp import legacy_options
 
-__all__ = ["D_RTRL", "EProp", "OSTLFeedforward", "ThreeFactor"]
+__all__ = ["D_RTRL", "EProp", "OSTLFeedforward", "OSTLRecurrent", "SnAp", "ThreeFactor"]
 
 
 class D_RTRL(ParamDimVjpAlgorithm):
@@ -131,6 +132,132 @@ class OSTLFeedforward(pp_prop):
 
     def __init__(self, model: brainstate.nn.Module, decay_or_rank: Any = 1e-6, name: str | None = None, **kwargs: Any):
         super().__init__(model, decay_or_rank, name, **kwargs)
+
+
+class OSTLRecurrent(ParamDimVjpAlgorithm):
+    r"""D_RTRL whose transition Jacobian contains the recurrent weights (OSTL with recurrence).
+
+    :math:`D` is the block on the diagonal of the whole Jacobian :math:`\partial h^t / \partial h^{t-1}`, recurrent
+    operations included, where :class:`D_RTRL` holds their outputs fixed. Takes the arguments of
+    :class:`ParamDimVjpAlgorithm`.
+
+    Raises
+    ------
+    NotImplementedError
+        By ``compile_graph``, for a model with a long loop that is not unrolled.
+
+    References
+    ----------
+    .. [1] T. Bohnstingl et al., "Online spatio-temporal learning in deep neural networks", IEEE Transactions on Neural
+       Networks and Learning Systems 34, 2023.
+
+    Examples
+    --------
+    >>> import braintrace, jax.numpy as jnp
+    >>> learner = braintrace.compile(braintrace.nn.GRUCell(2, 3), 'ostl_recurrent', jnp.zeros(2))
+    >>> learner.regime, learner.config.recurrence_scope
+    ('with-H', 'coupled')
+    """
+
+    __module__ = "braintrace"
+
+    _default_config = ETraceConfig(recurrence_scope="coupled")
+    regime = "with-H"
+
+
+class SnAp(ParamDimVjpAlgorithm):
+    r"""Traces that follow a weight's influence to the positions within n steps (sparse n-step approximation, SnAp-n).
+
+    A weight that acts on position p keeps, for every position q that p influences within n - 1 steps, the sensitivity
+    of the hidden variables of q:
+
+    .. math::
+
+        \epsilon^t_{q} = \sum_{q'} J^t_{q q'} \epsilon^{t-1}_{q'} + [q = p]\, \mathrm{df}^t \otimes x^t, \qquad
+        \nabla_\theta \mathrel{+}= \sum_q \langle L^t_q, \epsilon^t_q \rangle,
+
+    with q, q' among these positions and the whole Jacobian :math:`J = \partial h^t / \partial h^{t-1}` of the hidden
+    group, recurrent weights included. With ``n=1`` this is :class:`OSTLRecurrent`; where the neighbourhood holds every
+    position, and the operation acts position by position on one group, it is back-propagation through time.
+
+    Which position influences which is read off a single recurrent product: of a dense one, each influences all; of a
+    sparse one, p influences q where an entry (p, q) is stored. For any other recurrence each position is taken to
+    influence every other.
+
+    Parameters
+    ----------
+    model : brainstate.nn.Module
+    n : int
+        The order, at least 1.
+    name, vjp_method, fast_solve, **kwargs
+        As for :class:`ParamDimVjpAlgorithm`.
+    snap_max_jacobian_elements : int
+        The most elements that the Jacobian of a group may have between neighbours: positions times (neighbours times
+        hidden variables) squared.
+
+    Attributes
+    ----------
+    n : int
+
+    Raises
+    ------
+    TypeError
+        If ``n`` is no int, or ``config`` is given.
+    ValueError
+        If ``n`` is less than 1.
+    NotSupportedError
+        By ``compile_graph``, if the Jacobian would be larger.
+    NotImplementedError
+        By ``compile_graph``, for an operation that does not register ``snap_anchor``, or a long loop that is not
+        unrolled.
+
+    References
+    ----------
+    .. [1] J. Menick et al., "A practical sparse approximation for real time recurrent learning", International
+       Conference on Learning Representations, 2021.
+
+    Examples
+    --------
+    >>> import brainstate, braintrace, jax.numpy as jnp
+    >>> cell = braintrace.nn.ValinaRNNCell(2, 3)
+    >>> _ = brainstate.nn.init_all_states(cell)
+    >>> learner = braintrace.SnAp(cell, n=2)
+    >>> with warnings.catch_warnings(action='ignore'):
+    ...     learner.compile_graph(jnp.zeros(2))
+    >>> learner.graph.hidden_groups[0].snap.num_neighbour
+    3
+    """
+
+    __module__ = "braintrace"
+
+    def __init__(
+        self,
+        model: brainstate.nn.Module,
+        n: int = 2,
+        name: str | None = None,
+        vjp_method: str = "single-step",
+        fast_solve: bool = True,
+        snap_max_jacobian_elements: int = CEILING,
+        **kwargs: Any,
+    ):
+        if "config" in kwargs:
+            raise TypeError("SnAp takes no config: n is its coordinate.")
+        config = ETraceConfig(recurrence_scope="sparse_n", sparse_n=n)
+        super().__init__(
+            model,
+            name,
+            vjp_method,
+            fast_solve,
+            config=config,
+            snap_max_jacobian_elements=snap_max_jacobian_elements,
+            **kwargs,
+        )
+        self.n = int(n)
+
+    def init_etrace_state(self, *args: Any, **kwargs: Any) -> None:
+        """Allocate zero traces, as new state objects; the step counter is not touched."""
+        self._check_anchors()
+        super().init_etrace_state(*args, **kwargs)
 
 
 class ThreeFactor(ParamDimVjpAlgorithm):

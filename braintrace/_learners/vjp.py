@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from .._compiler.executor import ETraceVjpGraphExecutor
 from .._compiler.policy import ControlFlowPolicy
+from .._compiler.scope import CEILING
 from .._compiler.tape import TapeRecord
 from .._jax import is_tracer, trace_context
 from .._traces.record import Slots, instantaneous, spread
@@ -40,10 +41,6 @@ def _check_config(config: Any, own: ETraceConfig) -> ETraceConfig:
             f"config has trace_factorization={config.trace_factorization!r}, this learner's engine is "
             f"{own.trace_factorization!r}. Use the learner of that engine, or braintrace.compile(model, config, ...)."
         )
-    if config.recurrence_scope != "diagonal":
-        raise NotImplementedError(f"recurrence_scope={config.recurrence_scope!r} is not available; use 'diagonal'.")
-    if config.learning_signal == "bootstrapped":
-        raise NotImplementedError("learning_signal='bootstrapped' needs a rule that estimates future losses.")
     return config
 
 
@@ -67,6 +64,9 @@ class ETraceVjpAlgorithm(Recording):
         The rule as coordinates; by default the class's own.
     random_feedback_key : int or JAX key, optional
         Of the fixed feedback matrices of ``learning_signal='random_feedback'``.
+    snap_max_jacobian_elements : int
+        The most elements that the Jacobian between neighbours may have, in the scope ``'sparse_n'``; in every scope,
+        how many elements of a Jacobian are computed at once.
 
     Raises
     ------
@@ -89,9 +89,19 @@ class ETraceVjpAlgorithm(Recording):
         control_flow: ControlFlowPolicy | None = None,
         config: ETraceConfig | None = None,
         random_feedback_key: jax.Array | int | None = None,
+        snap_max_jacobian_elements: int = CEILING,
     ):
-        super().__init__(model, ETraceVjpGraphExecutor(model, vjp_method, control_flow=control_flow), name=name)
         self._config = self._default_config if config is None else _check_config(config, self._default_config)
+        executor = ETraceVjpGraphExecutor(
+            model,
+            vjp_method,
+            self._config.include_recurrent_mixing,
+            self._config.sparse_n,
+            snap_max_jacobian_elements,
+            control_flow,
+            full_jacobian=self._config.trace_factorization == "random_projection",
+        )
+        super().__init__(model, executor, name=name)
         if self._config.learning_signal == "random_feedback" and random_feedback_key is None:
             raise ValueError("learning_signal='random_feedback' needs random_feedback_key, an int or a JAX key.")
         if self._config.learning_signal == "modulatory" and vjp_method != "single-step":

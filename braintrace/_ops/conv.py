@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .linear import Hook, apply_hook, array_operand, rank_of, weight_and_bias, with_units
-from .primitive import ETPPrimitive, Unshared
+from .primitive import ETPPrimitive, Unshared, anchored
 
 __all__ = ["conv", "etp_conv_p", "etp_conv_v_p"]
 
@@ -109,7 +109,7 @@ def _anchors(y_aval, weight_avals, params):
 etp_conv_p = ETPPrimitive("etp_conv", _conv_impl, batched=True, trainables=weight_and_bias)
 etp_conv_v_p = ETPPrimitive("etp_conv", _conv_impl, trainables=weight_and_bias, batched_twin=etp_conv_p)
 for _p in (etp_conv_p, etp_conv_v_p):
-    _p.register_etp_rules(unshare=_unshare, anchors=_anchors)
+    _p.register_etp_rules(unshare=_unshare, anchors=_anchors, snap_anchor=anchored)
 
 
 def _batch_first(spec: Sequence[int]) -> tuple[int, ...]:

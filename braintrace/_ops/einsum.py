@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .linear import Hook, apply_hook, array_operand, with_units
-from .primitive import ETPPrimitive, Unshared
+from .primitive import ETPPrimitive, Unshared, anchored
 
 __all__ = ["einsum", "etp_einsum_p"]
 
@@ -96,7 +96,7 @@ def _anchors(y_aval, weight_avals, params):
 
 
 etp_einsum_p = ETPPrimitive("etp_einsum", _einsum_impl, batched=True)
-etp_einsum_p.register_etp_rules(unshare=_unshare, anchors=_anchors)
+etp_einsum_p.register_etp_rules(unshare=_unshare, anchors=_anchors, snap_anchor=anchored)
 
 
 def einsum(equation: str, x: Any, weight: Any, *, weight_fn: Hook = None) -> Any:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from .linear import Hook, apply_hook, array_operand
-from .primitive import ETPPrimitive
+from .primitive import ETPPrimitive, anchored
 
 __all__ = ["embedding", "etp_emb_p", "etp_emb_v_p", "lookup"]
 
@@ -43,7 +43,7 @@ def _feature_ndim(params: Mapping[str, Any]) -> int:
 etp_emb_p = ETPPrimitive("etp_emb", _embedding_impl, batched=True, sample_ndim=_feature_ndim)
 etp_emb_v_p = ETPPrimitive("etp_emb_v", _embedding_impl, batched_twin=etp_emb_p)
 for _p in (etp_emb_p, etp_emb_v_p):
-    _p.register_etp_rules(pp_x_repr=_one_hot, anchors=_anchors)
+    _p.register_etp_rules(pp_x_repr=_one_hot, anchors=_anchors, snap_anchor=anchored)
 
 
 def lookup(indices: Any, weight: Any, weight_fn: Hook = None) -> Any:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .primitive import ETPPrimitive
+from .primitive import ETPPrimitive, anchored
 
 __all__ = [
     "Hook", "apply_hook", "array_operand", "dense", "etp_gmm_p", "etp_gmv_p", "etp_mm_p", "etp_mv_p", "grouped",
@@ -67,10 +67,15 @@ def _last_axes(y_aval, weight_avals, params):
     return dict.fromkeys(weight_avals)
 
 
+def _every_pair(params, size):
+    del params
+    return np.ones((size, size), bool)
+
+
 etp_mm_p = ETPPrimitive("etp_mm", _dense_impl, batched=True, trainables=weight_and_bias, sample_ndim=1)
 etp_mv_p = ETPPrimitive("etp_mv", _dense_impl, trainables=weight_and_bias, batched_twin=etp_mm_p)
 for _p in (etp_mm_p, etp_mv_p):
-    _p.register_etp_rules(anchors=_last_axes)
+    _p.register_etp_rules(anchors=_last_axes, snap_anchor=anchored, snap_adjacency=_every_pair)
 
 
 def dense(x: Any, weight: Any, bias: Any = None, *, weight_fn: Hook = None, bias_fn: Hook = None) -> Any:
@@ -144,7 +149,7 @@ def _grouped_anchors(y_aval, weight_avals, params):
 etp_gmm_p = ETPPrimitive("etp_gmm", _grouped_impl, batched=True, trainables=weight_and_bias, sample_ndim=2)
 etp_gmv_p = ETPPrimitive("etp_gmv", _grouped_impl, trainables=weight_and_bias, batched_twin=etp_gmm_p)
 for _p in (etp_gmm_p, etp_gmv_p):
-    _p.register_etp_rules(anchors=_grouped_anchors)
+    _p.register_etp_rules(anchors=_grouped_anchors, snap_anchor=anchored)
 
 
 def grouped(x: Any, weight: Any, bias: Any = None, *, weight_fn: Hook = None, bias_fn: Hook = None) -> Any:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .linear import Hook, apply_hook, array_operand, rank_of, with_units
-from .primitive import ETPPrimitive, Unshared
+from .primitive import ETPPrimitive, Unshared, anchored
 
 __all__ = ["etp_lora_mm_p", "etp_lora_mv_p", "lora_matmul", "low_rank"]
 
@@ -54,7 +54,7 @@ def _anchors(y_aval, weight_avals, params):
 etp_lora_mm_p = ETPPrimitive("etp_lora_mm", _lora_impl, batched=True, trainables=_trainables, sample_ndim=1)
 etp_lora_mv_p = ETPPrimitive("etp_lora_mv", _lora_impl, trainables=_trainables, batched_twin=etp_lora_mm_p)
 for _p in (etp_lora_mm_p, etp_lora_mv_p):
-    _p.register_etp_rules(unshare=_unshare, anchors=_anchors)
+    _p.register_etp_rules(unshare=_unshare, anchors=_anchors, snap_anchor=anchored)
 
 
 def low_rank(

@@ -8,7 +8,7 @@ import brainunit as u
 import jax.numpy as jnp
 
 from .linear import Hook, array_operand
-from .primitive import ETPPrimitive
+from .primitive import ETPPrimitive, anchored
 
 __all__ = ["element_wise", "etp_elemwise_p"]
 
@@ -19,6 +19,7 @@ def _element_wise_impl(weight, *, weight_fn):
 
 
 etp_elemwise_p = ETPPrimitive("etp_elemwise", _element_wise_impl, trainables=lambda params: {"weight": 0}, x_index=None)
+etp_elemwise_p.register_etp_rules(snap_anchor=anchored)
 
 
 def element_wise(weight: Any, fn: Hook = None, *, weight_fn: Hook = None) -> Any:

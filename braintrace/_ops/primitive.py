@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from .._jax import Primitive, define_primitive
 
-__all__ = ["ETPPrimitive", "Unshared", "register_primitive"]
+__all__ = ["ETPPrimitive", "Unshared", "anchored", "register_primitive"]
 
 Weights = Mapping[str, jax.Array]
 Anchors = Mapping[str, Any]  # key -> index into the output positions that gives every weight entry its own, or None
@@ -67,6 +67,12 @@ class Rules:
 def _only_weight(params: Mapping[str, Any]) -> dict[str, int]:
     del params
     return {"weight": 1}
+
+
+def anchored(params: Mapping[str, Any]) -> bool:
+    """The rule ``snap_anchor`` of operations whose every (unshared) weight entry acts on one output position."""
+    del params
+    return True
 
 
 class ETPPrimitive(Primitive):

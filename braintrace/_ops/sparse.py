@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .linear import Hook, apply_hook, array_operand, rank_of, weight_and_bias, with_units
-from .primitive import ETPPrimitive, Unshared
+from .primitive import ETPPrimitive, Unshared, anchored
 
 __all__ = ["Pattern", "etp_sp_mm_p", "etp_sp_mv_p", "pattern_of", "sparse_matmul", "sparse_product"]
 
@@ -244,10 +244,17 @@ def _anchors(y_aval, weight_avals: Mapping[str, Any], params):
     return anchors
 
 
+def _stored_pairs(params, size):
+    pattern = params["sparse_mat"]
+    pairs = np.zeros((size, size), bool)
+    pairs[pattern.cols, pattern.rows] = True
+    return pairs
+
+
 etp_sp_mm_p = ETPPrimitive("etp_sp_mm", _sparse_impl, batched=True, trainables=weight_and_bias, sample_ndim=1)
 etp_sp_mv_p = ETPPrimitive("etp_sp_mv", _sparse_impl, trainables=weight_and_bias, batched_twin=etp_sp_mm_p)
 for _p in (etp_sp_mm_p, etp_sp_mv_p):
-    _p.register_etp_rules(unshare=_unshare, anchors=_anchors)
+    _p.register_etp_rules(unshare=_unshare, anchors=_anchors, snap_anchor=anchored, snap_adjacency=_stored_pairs)
 
 
 def sparse_product(

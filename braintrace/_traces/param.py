@@ -4,6 +4,7 @@ Pure functions of traces and records; arrays have no units. A trace is kept per 
 A slot whose coefficients in D and df are numbers, the same at every position and step, is kept *factorised*: its trace
 is the product of a filtered input with ones, so that only the filtered input is stored. A trace filter doubles the
 slots: the filtered trace obeys :math:`\bar\epsilon \leftarrow \kappa\bar\epsilon + D\epsilon + \mathrm{df} \otimes x`.
+Where the trace of a weight follows the neighbours of its position, they are the last axis of every slot.
 """
 
 from __future__ import annotations
@@ -196,7 +197,8 @@ def init(pair: Pair, width: int, dtype: Any) -> SlotTrace:
         if own:
             full, kept = own[k].shape[:-1], own[k].dtype
         filtered = () if k in relation.offset_keys else x_aval(relation).shape if pair.factorised else None
-        trace[k] = [jnp.zeros(filtered if a in pair.factorised else full, kept) for a in range(width)]
+        behind = () if group.snap is None else (group.snap.num_neighbour,)
+        trace[k] = [jnp.zeros(filtered if a in pair.factorised else (*full, *behind), kept) for a in range(width)]
     return trace
 
 
@@ -274,6 +276,11 @@ def _times(meta, coefficient: Any, trace: Mapping[str, jax.Array], extra: int) -
     return relation.primitive.spread_signal(coefficient, trace, relation.eqn_params, meta.anchors, lead)
 
 
+def _broadcasts(meta) -> bool:
+    """Whether the position of every trace entry is that of its last axes."""
+    return meta.relation.primitive.rules.dt_to_t is None and all(a is None for a in meta.anchors.values())
+
+
 def _outer(meta, filtered, coefficient, operands, extra) -> dict[str, jax.Array]:
     """A factorised slot, spread over positions: filtered input times coefficient."""
     relation = meta.relation
@@ -324,10 +331,11 @@ def update(
                 if b in pair.factorised:
                     terms.append(_outer(meta, _slot(trace, b), _full(relation, d, shape), operands, 0))
                 else:
-                    terms.append(_times(meta, d, _slot(trace, b), 0))
+                    terms.append(_carried(pair, d, _slot(trace, b)))
             if df is not None:
                 whole = pair.relation.shape_in(pair.group)
-                terms.append(instant(meta, x, _full(relation, df, whole), operands, fixed))
+                now = instant(meta, x, _full(relation, df, whole), operands, fixed)
+                terms.append(now if pair.group.snap is None else _of_itself(pair.group.snap, now))
             value = add(terms) or dict.fromkeys(trace)
         kept = {k: spread(value[k], old[k].shape, old[k].dtype) for k in old}
         if all(d is None for d in row):
@@ -335,6 +343,35 @@ def update(
             kept = {k: jnp.where(False, old[k], kept[k]) for k in old}
         new.append(kept)
     return {k: [slot[k] for slot in new] for k in trace}
+
+
+def _carried(pair, d, slot) -> dict[str, jax.Array]:
+    """An entry of D times a slot; between neighbours, a small matrix times a vector for every trace entry."""
+    if pair.group.snap is None or jnp.ndim(d) == 0:
+        return _times(pair.meta, d, slot, 0)
+    if _broadcasts(pair.meta):
+        return {k: _batched_product(d, e, pair.meta.lead) for k, e in slot.items()}
+
+    def to_one(row):
+        terms = jax.vmap(lambda c, e: _times(pair.meta, c, e, 0), in_axes=(0, -1))(row, slot)
+        return {k: v.sum(0) for k, v in terms.items()}
+
+    return jax.vmap(to_one, out_axes=-1)(d)
+
+
+def _batched_product(d, entry, lead):
+    """``d``: two axes of neighbours, then positions; ``entry``: ``lead`` batch axes, any, the other positions, one of
+    neighbours."""
+    i, j, *positions = range(d.ndim)
+    batch, units = positions[:lead], positions[lead:]
+    own = list(range(d.ndim, d.ndim + entry.ndim - 1 - len(positions)))
+    return jnp.einsum(d, (i, j, *positions), entry, (*batch, *own, *units, j), (*batch, *own, *units, i))
+
+
+def _of_itself(snap, now):
+    """What a weight does at its own position, which is the first of its neighbours."""
+    first = np.arange(snap.num_neighbour) == 0
+    return {k: v[..., None] * first for k, v in now.items()}
 
 
 def contract(
@@ -347,7 +384,9 @@ def contract(
 ) -> dict[str, jax.Array] | None:
     """``sum_a <signal_a, trace_a>`` over samples and positions, shaped like the weights."""
     terms, whole = [], []
-    relation = pair.meta.relation
+    relation, snap = pair.meta.relation, pair.group.snap
+    if snap is not None:
+        signals = [None if s is None else snap.gather(s) for s in signals]
     for a, signal in enumerate(placed(relation, pair.group, signals)):
         if signal is None:
             continue
@@ -355,6 +394,9 @@ def contract(
         slot = {k: e.astype(jnp.result_type(e.dtype, signal.dtype)) for k, e in slot.items()}
         if a in pair.factorised:
             terms.append(_contract_factorised(relation, slot, signal, operands, extra))
+        elif snap is not None:
+            met = jax.vmap(lambda s, e: _over_samples(pair.meta, s, e, extra), in_axes=(0, -1))(signal, slot)
+            whole.append({k: v.sum(0) for k, v in met.items()})
         else:
             whole.append(_over_samples(pair.meta, signal, slot, extra))
     total = add(whole)
@@ -380,7 +422,7 @@ def _over_samples(meta, signal, slot, extra) -> dict[str, jax.Array]:
         return {k: signal * e for k, e in slot.items()}
     if lead:
         return {k: _sum(v, lead) for k, v in _times(meta, signal, slot, extra).items()}
-    if relation.primitive.rules.dt_to_t is not None or any(a is not None for a in meta.anchors.values()):
+    if not _broadcasts(meta):
         return _times(meta, signal, slot, extra)
     # A product over no axis: mapped and transposed by jax.vmap and jax.grad, it sums over the mapped samples.
     units = tuple(range(signal.ndim))
@@ -420,7 +462,7 @@ def _to_weights(meta, total, operands, fixed):
 
 
 def dense(pair: Pair, trace: SlotTrace, operands, width: int, front: tuple[int, ...]) -> dict[str, jax.Array]:
-    """The trace as arrays with the slots along a last axis."""
+    """The trace as arrays with the slots along a last axis; neighbours come before the slots of each."""
     relation = pair.meta.relation
     slots = []
     for a in range(width):
@@ -430,7 +472,8 @@ def dense(pair: Pair, trace: SlotTrace, operands, width: int, front: tuple[int, 
             whole = _outer(pair.meta, slot, ones, operands, len(front))
             slot = {k: whole[k].astype(slot[k].dtype) for k in slot}
         slots.append(slot)
-    return {k: jnp.stack([slot[k] for slot in slots], -1) for k in trace}
+    stacked = {k: jnp.stack([slot[k] for slot in slots], -1) for k in trace}
+    return stacked if pair.group.snap is None else {k: v.reshape(*v.shape[:-2], -1) for k, v in stacked.items()}
 
 
 # -- a chunk of K steps -----------------------------------------------------------------------------------------------

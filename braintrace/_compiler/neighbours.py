@@ -1,0 +1,108 @@
+"""Which positions of a group influence which, one step later."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax.numpy import inexact, issubdtype
+
+from .._jax import Literal
+from .._types import NotSupportedError, Path, path_str
+from .cut import Slice, mixed_axes, slice_labels
+from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
+from .flow import Flow, MarkedOp
+from .module_info import ModuleInfo
+from .positions import unaligned_axes
+from .scope import Neighbourhood, Scope, neighbourhood
+
+__all__ = ["find_neighbourhood"]
+
+
+def find_neighbourhood(
+    info: ModuleInfo,
+    flow: Flow,
+    part: Slice,
+    paths: Sequence[Path],
+    varshape: tuple[int, ...],
+    num_state: int,
+    scope: Scope,
+) -> tuple[Neighbourhood, list[CompilationRecord]]:
+    """The neighbourhoods of a group's positions, and what there is to say about them.
+
+    Raises
+    ------
+    NotSupportedError
+        If the Jacobian between neighbours has more elements than the scope's ceiling.
+    """
+    eqns = info.jaxpr.eqns
+    by_old, _ = slice_labels(eqns, part, varshape)
+    floating = [labels for labels, v in zip(by_old, part.news) if issubdtype(v.aval.dtype, inexact)]
+    axes = tuple(sorted({k for labels in floating for k in mixed_axes(labels, {}, {}, varshape)}))
+    names = ", ".join(map(path_str, paths))
+    records = []
+
+    def tell(kind, level, message):
+        records.append(CompilationRecord(kind, level, message, hidden_paths=tuple(paths)))
+
+    if not axes:
+        axes = (len(varshape) - 1,) if varshape else ()
+        found = neighbourhood(np.eye(math.prod(varshape[-1:]), dtype=bool), axes, varshape, scope.order)
+        tell(
+            DiagnosticKind.SNAP_PATTERN_DEGENERATE,
+            DiagnosticLevel.INFO,
+            f"The positions of {names} do not influence each other within the group: traces have no neighbours.",
+        )
+    else:
+        influence = _influence(eqns, flow, part, varshape, axes)
+        found = neighbourhood(influence, axes, varshape, scope.order)
+        if found.conservative:
+            tell(
+                DiagnosticKind.SNAP_PATTERN_CONSERVATIVE,
+                DiagnosticLevel.WARNING,
+                f"How the positions of {names} influence each other is not that of a single recurrent product with a "
+                "known pattern: every position is taken as the neighbour of every other.",
+            )
+    elements = found.num_position * (found.num_neighbour * num_state) ** 2
+    if elements > scope.ceiling:
+        raise NotSupportedError(
+            f"The Jacobian of {names} between neighbours has {elements} elements ({found.num_position} positions with "
+            f"{found.num_neighbour} neighbours and {num_state} hidden variables), more than "
+            f"snap_max_jacobian_elements={scope.ceiling}. Pass a smaller n, a sparser recurrent matrix, or a larger "
+            "snap_max_jacobian_elements."
+        )
+    return found, records
+
+
+def _influence(eqns, flow: Flow, part: Slice, varshape, axes) -> np.ndarray | None:
+    """``[p, q]``: p influences q; ``None`` unless one operation on the last axis does all of the mixing."""
+    if len(part.passed) != 1 or axes != (len(varshape) - 1,):
+        return None
+    op = flow.ops[next(iter(part.passed))]
+    if op.x is None or op.x.aval.shape != varshape or op.y.aval.shape != varshape or _steers(flow, op):
+        return None
+    # Without passing through the operation, it stands as the identity: all else must be position by position.
+    by_old, by_y = slice_labels(eqns, part._replace(passed=frozenset()), varshape)
+    if any(unaligned_axes(label, varshape) for labels in by_old for label in labels.values()):
+        return None
+    if any(op.index in labels and unaligned_axes(labels[op.index], varshape) for labels in by_y):
+        return None
+    rule = op.primitive.rules.snap_adjacency
+    pattern: Any = None if rule is None else rule(op.eqn.params, varshape[-1])
+    if pattern is None:
+        return None
+    pattern = np.asarray(pattern, bool)
+    if pattern.shape != (varshape[-1],) * 2:
+        raise ValueError(
+            f"The rule snap_adjacency of {op.primitive.name} must return an array of shape {(varshape[-1],) * 2}, got "
+            f"{pattern.shape}."
+        )
+    return pattern.T
+
+
+def _steers(flow: Flow, op: MarkedOp) -> bool:
+    """Whether hidden values reach another operand than the input."""
+    others = [v for i, v in enumerate(op.eqn.invars) if i != op.primitive.x_index and not isinstance(v, Literal)]
+    return any(s[0] != "y" for v in others for s in flow.labels.get(v, {}))

@@ -1,0 +1,139 @@
+"""How much of the mixing between positions a group's transition Jacobian sees."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["CEILING", "DIAGONAL", "Neighbourhood", "Scope", "neighbourhood", "scope_of"]
+
+CEILING = 16777216
+
+
+class Scope(NamedTuple):
+    """One of four kinds of transition Jacobian.
+
+    ``'diagonal'``: per position, with every operation's output and every other mixing of positions held fixed.
+    ``'coupled'``: per position, the blocks on the diagonal of the whole Jacobian, recurrent weights included.
+    ``'sparse_n'``: the blocks between all pairs of positions within the ``order``-step neighbourhood of a position.
+    ``'full'``: the whole Jacobian, as a product with tangents.
+
+    ``ceiling`` bounds the number of elements that are computed at once.
+    """
+
+    kind: str = "diagonal"
+    order: int = 1
+    ceiling: int = CEILING
+
+    @property
+    def mixing(self) -> bool:
+        return self.kind != "diagonal"
+
+
+DIAGONAL = Scope()
+
+
+def scope_of(include_recurrent_mixing: bool, sparse_n: int | None, ceiling: int, full: bool = False) -> Scope:
+    """The scope that the arguments of executors and compiler functions name.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``sparse_n`` or ``ceiling`` is no int of at least 1.
+    """
+    for name, value in (("sparse_n", sparse_n), ("snap_max_jacobian_elements", ceiling)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be an int of at least 1, got {value!r}.")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value!r}.")
+    if full:
+        return Scope("full", ceiling=int(ceiling))
+    if sparse_n is not None and sparse_n > 1:
+        return Scope("sparse_n", int(sparse_n), int(ceiling))
+    return Scope("coupled" if include_recurrent_mixing or sparse_n == 1 else "diagonal", ceiling=int(ceiling))
+
+
+class Neighbourhood(NamedTuple):
+    """The positions that each position influences within some steps, itself first.
+
+    Positions are those along ``axes`` of the group's shape, flattened; along the other axes nothing mixes.
+
+    Attributes
+    ----------
+    axes : tuple of int
+    varshape : tuple of int
+        The shape of the group.
+    neighbours, valid : array, shape (num_position, num_neighbour)
+        Numbers of positions, and which of them are more than padding.
+    conservative : bool
+        Whether nothing was known of the coupling, so that every position is a neighbour of every other.
+    """
+
+    axes: tuple[int, ...]
+    varshape: tuple[int, ...]
+    neighbours: np.ndarray
+    valid: np.ndarray
+    conservative: bool
+
+    @property
+    def num_position(self) -> int:
+        return self.neighbours.shape[0]
+
+    @property
+    def num_neighbour(self) -> int:
+        return self.neighbours.shape[1]
+
+    def blocks(self, rows: Any) -> Any:
+        """Rows of a Jacobian, one per position, ``(num_position, *V)`` -> two axes of neighbours, then ``V``."""
+        full = jnp.moveaxis(self._flat(rows), 0, -2)
+        valid = self.valid[:, :, None] & self.valid[:, None, :]
+        return self._unflat(full[..., self.neighbours[:, :, None], self.neighbours[:, None, :]] * valid, 2)
+
+    def each_its_own(self, diagonal: Any) -> Any:
+        """The blocks of a Jacobian without mixing, from its entries per position."""
+        shape = (self.num_neighbour, self.num_neighbour, *(1,) * len(self.varshape))
+        return self.gather(diagonal)[:, None] * jnp.eye(self.num_neighbour, dtype=diagonal.dtype).reshape(shape)
+
+    def gather(self, values: Any) -> Any:
+        """Values per position, ``V`` -> an axis of neighbours, then ``V``; zero for padding."""
+        return self._unflat(self._flat(values)[..., self.neighbours] * self.valid, 1)
+
+    def _flat(self, values):
+        """The axes of positions behind all others, as one."""
+        first = values.ndim - len(self.varshape)
+        behind = range(-len(self.axes), 0)
+        moved = jnp.moveaxis(values, [first + k for k in self.axes], behind)
+        return moved.reshape(*moved.shape[: values.ndim - len(self.axes)], self.num_position)
+
+    def _unflat(self, values, number):
+        """The axes of positions back in their places, and the ``number`` axes of neighbours behind them in front."""
+        lead, behind = values.shape[: -1 - number], values.shape[values.ndim - number :]
+        whole = values.reshape(*lead, *(self.varshape[k] for k in self.axes), *behind)
+        whole = jnp.moveaxis(whole, range(len(lead), len(self.varshape)), self.axes)
+        return jnp.moveaxis(whole, range(-number, 0), range(number))
+
+
+def neighbourhood(
+    adjacency: np.ndarray | None, axes: tuple[int, ...], varshape: tuple[int, ...], order: int
+) -> Neighbourhood:
+    """From ``adjacency[p, q]``, whether p influences q in one step (``None``: every q), to that of several steps."""
+    number = math.prod(varshape[k] for k in axes)
+    if adjacency is None:
+        reached = np.ones((number, number), bool)
+    else:
+        one, reached = adjacency.astype(np.int64), np.eye(number, dtype=bool)
+        for _ in range(order - 1):
+            reached = reached | (reached.astype(np.int64) @ one > 0)
+    width = int(reached.sum(1).max())
+    neighbours, valid = np.zeros((number, width), np.int64), np.zeros((number, width), bool)
+    for p in range(number):
+        others = np.flatnonzero(reached[p])
+        found = [p, *others[others != p]]
+        neighbours[p, : len(found)], valid[p, : len(found)] = found, True
+    return Neighbourhood(axes, varshape, neighbours, valid, adjacency is None)
