@@ -34,6 +34,8 @@ from ._learners.param_dim import ParamDimVjpAlgorithm as ParamDimVjpAlgorithm
 from ._learners.parts import FixedRandomFeedback as FixedRandomFeedback
 from ._learners.parts import GradExpon as GradExpon
 from ._learners.parts import KappaFilter as KappaFilter
+from ._learners.projection import UORO as UORO
+from ._learners.projection import RandomProjectionVjpAlgorithm as RandomProjectionVjpAlgorithm
 from ._learners.rules import D_RTRL as D_RTRL
 from ._learners.rules import EProp as EProp
 from ._learners.rules import OSTLFeedforward as OSTLFeedforward
@@ -93,10 +95,12 @@ __all__ = [
     "OSTLFeedforward",
     "OSTLRecurrent",
     "ParamDimVjpAlgorithm",
+    "RandomProjectionVjpAlgorithm",
     "SequenceDriverMixin",
     "SingleStepData",
     "SnAp",
     "ThreeFactor",
+    "UORO",
     "__version__",
     "__version_info__",
     "add_hidden_perturbation_from_minfo",

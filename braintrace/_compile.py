@@ -13,6 +13,7 @@ from ._learners.base import ETraceAlgorithm
 from ._learners.config import ETraceConfig
 from ._learners.io_dim import IODimVjpAlgorithm, pp_prop
 from ._learners.param_dim import ParamDimVjpAlgorithm
+from ._learners.projection import UORO, RandomProjectionVjpAlgorithm
 from ._learners.rules import D_RTRL, EProp, OSTLFeedforward, OSTLRecurrent, ThreeFactor
 from ._learners.vjp import ETraceVjpAlgorithm
 from ._sequence import ETraceVmap
@@ -29,6 +30,7 @@ NAMES: dict[str, type[ETraceAlgorithm]] = {
     "d_rtrl": D_RTRL,
     "eprop": EProp,
     "e_prop": EProp,
+    "uoro": UORO,
     "three_factor": ThreeFactor,
 }
 
@@ -36,6 +38,7 @@ NAMES: dict[str, type[ETraceAlgorithm]] = {
 ENGINES: dict[str, type[ETraceAlgorithm]] = {
     "io_factorized": IODimVjpAlgorithm,
     "per_param": ParamDimVjpAlgorithm,
+    "random_projection": RandomProjectionVjpAlgorithm,
 }
 
 
@@ -143,8 +146,6 @@ def _first_sample(inputs: tuple[Any, ...], batch_size: int | None) -> Any:
 
 def _find(algorithm: Any) -> type[ETraceAlgorithm]:
     if isinstance(algorithm, ETraceConfig):
-        if algorithm.trace_factorization not in ENGINES:
-            raise NotImplementedError(f"There is no engine for trace_factorization={algorithm.trace_factorization!r}.")
         return ENGINES[algorithm.trace_factorization]
     if isinstance(algorithm, str):
         name = algorithm.strip().lower()

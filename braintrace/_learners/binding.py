@@ -110,6 +110,22 @@ class Binding(ETraceAlgorithm):
     def _operands(self, invals: list[Any]) -> list[dict[str, jax.Array]]:
         return [r.operand_program.operands(invals) for r in self.graph.operations]
 
+    def _leaf_gradients(
+        self, gradients: dict[int, dict[str, jax.Array]], invals: Sequence[Any]
+    ) -> dict[int, jax.Array]:
+        """Gradients of operations' operands -> those of the parameter leaves, by number among the step's inputs."""
+        leaves: dict[int, jax.Array] = {}
+        for i, gradient in gradients.items():
+            if gradient:
+                for n, g in self.graph.operations[i].operand_program.pull_back(invals, gradient).items():
+                    leaves[n] = leaves[n] + g if n in leaves else g
+        return leaves
+
+    def _leaf_numbers(self, path: Path) -> list[int]:
+        """Where the leaves of a state are among the step's inputs."""
+        info = self.graph.module_info
+        return [info.in_tree.num_leaves + n for n in info.state_leaves[info.compiled_state_paths.index(path)]]
+
     def _read_record(self, record: TapeRecord, operands: list[dict[str, jax.Array]]) -> tuple[Any, Any, Any]:
         """Inputs by x-key, df by key, and D per group."""
         xs = {}

@@ -214,7 +214,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
     def _pairs(self) -> list[param.Pair]:
         return self._traced if self.graph else []  # which raises before compilation
 
-    def _trace_inputs(self, xs, record, operands):
+    def _trace_inputs(self, xs, record, operands, invals):
         return record, operands
 
     def _update_etrace_data(self, running_index, old_traces, xs_and_dfs, Ds, weight_vals, input_is_multi_step):

@@ -122,7 +122,7 @@ class Recording(Binding):
 
         def step(carry, leaves):
             hidden, others = carry
-            out, new, record, _ = self._plain_step(leaves, values._replace(hidden=hidden, others=others))
+            out, new, record, *_ = self._plain_step(leaves, values._replace(hidden=hidden, others=others))
             return (new.hidden, new.others), (out, record)
 
         (hidden, others), (out, record) = self._over_time(step, (hidden, values.others), over_time, length, leaves)
@@ -205,13 +205,5 @@ class Recording(Binding):
 
     def _parameter_gradients(self, gradients: dict[int, dict[str, jax.Array]]) -> dict[Path, Any]:
         """Gradients of operands -> path -> gradients of the parameter's leaves, ``None`` where there is none."""
-        invals = self._static_invals()
-        leaves: dict[int, jax.Array] = {}
-        for i, gradient in gradients.items():
-            if gradient:
-                for n, g in self.graph.operations[i].operand_program.pull_back(invals, gradient).items():
-                    leaves[n] = leaves[n] + g if n in leaves else g
-        info = self.graph.module_info
-        numbers = dict(zip(info.compiled_state_paths, info.state_leaves))
-        first = info.in_tree.num_leaves
-        return {p: [leaves.get(first + n) for n in numbers[p]] for p in self.param_states}
+        leaves = self._leaf_gradients(gradients, self._static_invals())
+        return {p: [leaves.get(n) for n in self._leaf_numbers(p)] for p in self.param_states}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import brainstate
@@ -198,9 +198,9 @@ class ETraceVjpAlgorithm(Recording):
                         "shape of the states."
                     )
 
-    def _trace_inputs(self, xs: dict[str, Any], record: TapeRecord, operands: Any) -> Any:
+    def _trace_inputs(self, xs: dict[str, Any], record: TapeRecord, operands: Any, invals: list[Any]) -> Any:
         """What of a step's inputs the trace update takes: by default their linear representations, by x-key."""
-        del record, operands
+        del record, operands, invals
         return xs
 
     def _lift(self, number: int, traces: Any, operands: dict[str, jax.Array], fixed: Any) -> Any:
@@ -210,6 +210,17 @@ class ETraceVjpAlgorithm(Recording):
     def _meet(self, number: int, traces: Any, signals: list[Slots], steps: jax.Array) -> Any | None:
         """Cotangents of :meth:`_lift` for signals that meet traces of that many steps; ``None`` if there are none."""
         raise NotImplementedError
+
+    def _lifts(
+        self, numbers: Iterable[int], traces: Any, operands: Sequence[Any], fixed: Sequence[Any], weights: list[Any]
+    ) -> Any:
+        """What carries the cotangents of :meth:`_meets` to the parameters: by default, :meth:`_lift` per relation."""
+        del weights
+        return {i: self._lift(i, traces, operands[i], fixed[i]) for i in numbers}
+
+    def _meets(self, numbers: Iterable[int], traces: Any, signals: list[Slots], steps: jax.Array) -> Any:
+        """Cotangents of :meth:`_lifts`."""
+        return {i: self._meet(i, traces, signals, steps) for i in numbers}
 
     # -- hooks with a default -----------------------------------------------------------------------------------
 
@@ -321,12 +332,12 @@ class ETraceVjpAlgorithm(Recording):
             return (*no_window_gradient((out, new)), traces)
         if not (any(map(is_tracer, jax.tree.leaves(values.weights))) or self._overrides("_solve_weight_gradients")):
             # Nothing differentiates this call in a parameter.
-            out, new, record, operands = self._plain_step(leaves, values)
-            return out, new, self._advance(traces, index, record, operands, values.weights)
+            out, new, record, operands, invals = self._plain_step(leaves, values)
+            return out, new, self._advance(traces, index, record, operands, invals, values.weights)
         held = jax.lax.stop_gradient(self._invals(leaves, values))
         held_operands = self._operands(held)
         record = self.graph.tape.record(held, held_operands)
-        after = self._advance(traces, index, record, held_operands, values.weights)
+        after = self._advance(traces, index, record, held_operands, held, values.weights)
         values = self._hooked(values, after, index + 1)
         invals = self._invals(leaves, values)
         operands = self._operands(invals)
@@ -344,8 +355,8 @@ class ETraceVjpAlgorithm(Recording):
 
         def step(carry, leaves):
             hidden, others, traces, index = carry
-            out, new, record, operands = self._plain_step(leaves, values._replace(hidden=hidden, others=others))
-            traces = self._advance(traces, index, record, jax.lax.stop_gradient(operands), weights)
+            out, new, record, *read = self._plain_step(leaves, values._replace(hidden=hidden, others=others))
+            traces = self._advance(traces, index, record, *jax.lax.stop_gradient(read), weights)
             return (new.hidden, new.others, traces, index + 1), out
 
         start = (values.hidden, values.others, traces, index)
@@ -353,11 +364,11 @@ class ETraceVjpAlgorithm(Recording):
         return out, values._replace(hidden=hidden, others=others), traces
 
     def _plain_step(self, leaves, values):
-        """The model's step with trained operands as they are, what it leaves for the traces, and these operands."""
+        """The model's step with trained operands as they are, what it leaves for the traces, and what it read."""
         invals = self._invals(leaves, values)
         operands = self._operands(invals)
         outs, record = self.graph.tape(invals, operands, self.graph.tape.zeros())
-        return *self._outvals(outs), record, operands
+        return *self._outvals(outs), record, operands, invals
 
     @staticmethod
     def _over_time(step, start, over_time, length, leaves):
@@ -371,9 +382,9 @@ class ETraceVjpAlgorithm(Recording):
 
         return jax.lax.scan(body, start, [x for x, m in zip(leaves, over_time) if m], length=length)
 
-    def _advance(self, traces, index, record, operands, weights):
+    def _advance(self, traces, index, record, operands, invals, weights):
         xs, dfs, Ds = self._read_record(record, operands)
-        inputs = self._trace_inputs(xs, record, operands)
+        inputs = self._trace_inputs(xs, record, operands, invals)
         weights = self._weight_dict(jax.lax.stop_gradient(weights))
         return self._update_etrace_data(index, traces, (inputs, dfs), Ds, weights, False)
 
@@ -386,28 +397,24 @@ class ETraceVjpAlgorithm(Recording):
     def _credited_zeros(self, traces, after, index, record, leaves, operands, weights, aux):
         zeros = self.graph.tape.zeros()
         _, dfs, _ = self._read_record(record, operands)
-        lifted = {}
-        for i, r in enumerate(self.graph.hidden_param_op_relations):
-            lifted[i] = {"now": self._lift(i, after, operands[i], record.fixed[i])}
-            if any(p in zeros.old for g in r.hidden_groups for p in g.hidden_paths):
-                lifted[i]["before"] = self._lift(i, traces, operands[i], record.fixed[i])
-            if i in zeros.y:
-                lifted[i]["beside"] = r.primitive.apply(record.x[i], operands[i], r.eqn_params, record.fixed[i])
-        own = zeros._replace(y={i: z for i, z in zeros.y.items() if i in lifted})
+        relations = self.graph.hidden_param_op_relations
+        every = range(len(relations))
+        read = [i for i in every if any(p in zeros.old for g in relations[i].hidden_groups for p in g.hidden_paths)]
+        apply = lambda i, r: r.primitive.apply(record.x[i], operands[i], r.eqn_params, record.fixed[i])  # noqa: E731
+        lifted = {
+            "now": self._lifts(every, after, operands, record.fixed, weights),
+            "before": self._lifts(read, traces, operands, record.fixed, weights) if read else {},
+            "beside": {i: apply(i, r) for i, r in enumerate(relations) if i in zeros.y},
+        }
+        own = zeros._replace(y={i: z for i, z in zeros.y.items() if i in lifted["beside"]})
 
         def reverse(held, bars):
             traces, after, index, dfs, leaves, aux = held
             bars = self._bars(bars.new, bars.old, bars.y, dfs, leaves, aux)
             return {
-                i: {
-                    name: bars.beside[i]
-                    if name == "beside"
-                    else self._meet(i, after, bars.new, index + 1)
-                    if name == "now"
-                    else self._meet(i, traces, bars.old, index)
-                    for name in parts
-                }
-                for i, parts in lifted.items()
+                "now": self._meets(every, after, bars.new, index + 1),
+                "before": self._meets(read, traces, bars.old, index) if read else {},
+                "beside": {i: bars.beside[i] for i in lifted["beside"]},
             }
 
         held = jax.lax.stop_gradient((traces, after, index, dfs, leaves, aux))
@@ -422,14 +429,13 @@ class ETraceVjpAlgorithm(Recording):
         invals = self._invals(now, values)
         operands = self._operands(invals)
         fixed = self.graph.tape.record(*jax.lax.stop_gradient((invals, operands))).fixed
-        number = range(len(self.graph.hidden_param_op_relations))
-        lifted = {i: self._lift(i, traces, operands[i], fixed[i]) for i in number}
+        every = range(len(self.graph.hidden_param_op_relations))
+        lifted = self._lifts(every, traces, operands, fixed, values.weights)
         zeros = self._hidden_zeros()
 
         def reverse(held, bars):
             traces, index, leaves, aux = held
-            signals = self._changed(self._slots(bars), (leaves, aux))
-            return {i: self._meet(i, traces, signals, index) for i in number}
+            return self._meets(every, traces, self._changed(self._slots(bars), (leaves, aux)), index)
 
         zeros = credit(reverse, zeros, lifted, jax.lax.stop_gradient((traces, index, now, aux)), None)
         return self._shifted(values.hidden, zeros)

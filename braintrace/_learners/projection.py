@@ -1,0 +1,324 @@
+"""UORO: a random projection in the place of traces per parameter."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import brainstate
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._compiler.policy import ControlFlowPolicy
+from .._compiler.scope import CEILING
+from .._traces import projection
+from .._traces.projection import Projection
+from .._types import Path, path_str
+from .base import EligibilityTrace
+from .config import ETraceConfig
+from .vjp import ETraceVjpAlgorithm, legacy_options
+
+__all__ = ["UORO", "RandomProjectionVjpAlgorithm"]
+
+
+class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
+    r"""Online learning with memory of the size of states and parameters, by an unbiased random estimate (UORO).
+
+    The derivative of a hidden group by all parameters that drive it is estimated by one outer product
+    :math:`\tilde s \otimes \tilde\theta`. With random signs :math:`\nu`, the whole Jacobian
+    :math:`J = \partial h^t / \partial h^{t-1}` of the group (recurrent weights included) and :math:`J_f`, the
+    derivative of the new values by the parameters within the step,
+
+    .. math::
+
+        \tilde s \leftarrow \rho_0 J \tilde s + \rho_1 \nu, \qquad
+        \tilde\theta \leftarrow \tilde\theta / \rho_0 + \nu^\top J_f / \rho_1, \qquad
+        \nabla_\theta \mathrel{+}= (L \cdot \tilde s)\, \tilde\theta,
+
+    .. math::
+
+        \rho_0 = \sqrt{(\|\tilde\theta\| + \varepsilon) / (\|J \tilde s\| + \varepsilon)}, \qquad
+        \rho_1 = \sqrt{(\|\nu^\top J_f\| + \varepsilon) / (\|\nu\| + \varepsilon)}.
+
+    The expectation over :math:`\nu` is real-time recurrent learning within the group; a single estimate is noisy. With
+    ``vjp_method='multi-step'`` the credit within a call is exact, and only what comes from before it is estimated.
+
+    Parameters
+    ----------
+    model : brainstate.nn.Module
+        The model; its ``update`` is one time step.
+    name : str, optional
+    vjp_method : {'single-step', 'multi-step'}
+        See :class:`ETraceVjpAlgorithm`.
+    fast_solve : bool
+        Accepted for scripts; results do not depend on it.
+    control_flow : ControlFlowPolicy, optional
+        What to do with the loops and branches of the step.
+    config : ETraceConfig, optional
+        The rule as coordinates, with ``trace_factorization='random_projection'``.
+    projection_key : int or JAX key
+        Of the random signs; a reset learner draws the same ones again.
+    projection_eps : float
+        :math:`\varepsilon`, above 0.
+    random_feedback_key : int or JAX key, optional
+        Of the fixed feedback matrices of ``learning_signal='random_feedback'``.
+    snap_max_jacobian_elements : int
+        Accepted for scripts: the Jacobian is never formed.
+
+    Attributes
+    ----------
+    etrace_s : dict
+        Group index -> :class:`EligibilityTrace`, shape ``V + (S,)``.
+    etrace_theta : dict
+        (group index, parameter path) -> :class:`EligibilityTrace` like the parameter.
+    projection_rng, projection_step : brainstate.ShortTermState
+        The key of the random signs, and how often they were drawn since the last reset.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For arguments that do not fit; the message names them.
+    NotImplementedError
+        By ``compile_graph``, for a model with a long loop that is not unrolled.
+
+    References
+    ----------
+    .. [1] C. Tallec and Y. Ollivier, "Unbiased online recurrent optimization", International Conference on Learning
+       Representations, 2018.
+
+    Examples
+    --------
+    >>> import braintrace, jax.numpy as jnp
+    >>> learner = braintrace.compile(braintrace.nn.GRUCell(2, 3), 'uoro', jnp.zeros(2))
+    >>> grads = learner.etrace_grad(jnp.ones((10, 2)), step_fn=lambda x: (learner(x) ** 2).sum())
+    >>> grads['Wz', 'weight']['weight'].shape
+    (5, 3)
+    """
+
+    __module__ = "braintrace"
+
+    _default_config = ETraceConfig("random_projection", recurrence_scope="coupled")
+
+    def __init__(
+        self,
+        model: brainstate.nn.Module,
+        name: str | None = None,
+        vjp_method: str = "multi-step",
+        fast_solve: bool = True,
+        control_flow: ControlFlowPolicy | None = None,
+        config: ETraceConfig | None = None,
+        projection_key: jax.Array | int = 42,
+        projection_eps: float = 1e-12,
+        random_feedback_key: jax.Array | int | None = None,
+        snap_max_jacobian_elements: int = CEILING,
+        **legacy: Any,
+    ):
+        legacy_options(legacy)
+        super().__init__(model, name, vjp_method, control_flow, config, random_feedback_key, snap_max_jacobian_elements)
+        self.fast_solve = bool(fast_solve)
+        if isinstance(projection_eps, bool) or not isinstance(projection_eps, numbers.Real):
+            raise TypeError(f"projection_eps must be a number above 0, got {projection_eps!r}.")
+        if not np.float32(projection_eps) > 0:
+            raise ValueError(f"projection_eps must be above 0, also in float32, got {projection_eps!r}.")
+        self.projection_eps = float(projection_eps)
+        self.projection_key: Any = projection_key
+
+    def init_etrace_state(self, *args: Any, **kwargs: Any) -> None:
+        """Allocate zero projections, as new state objects; the step counter is not touched."""
+        del args, kwargs
+        self._check_output_shapes()
+        states, thetas = {}, {}
+        for g in self._projected_groups():
+            dtype = jnp.result_type(*(v.aval.dtype for v in g.program.part.news))
+            states[g.index] = EligibilityTrace(jnp.zeros((*g.varshape, g.num_state), dtype))
+            for path in self._paths_of(g.index):
+                zeros = jax.tree.map(jnp.zeros_like, self.param_states[path].value)
+                thetas[g.index, path] = EligibilityTrace(zeros)
+        self.etrace_s, self.etrace_theta = states, thetas
+        self.projection_rng = brainstate.ShortTermState(self._first_key())
+        self.projection_step = brainstate.ShortTermState(jnp.asarray(0, jnp.int32))
+
+    def _first_key(self) -> jax.Array:
+        """As plain numbers, which every transformation maps."""
+        key: Any = self.projection_key
+        if isinstance(key, numbers.Integral) and not isinstance(key, bool):
+            return jax.random.key_data(jax.random.key(int(key)))
+        if hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            return jax.random.key_data(key)
+        if jnp.shape(key) == (2,) and jnp.result_type(key) == jnp.uint32:
+            return jnp.asarray(key)
+        raise TypeError(f"projection_key must be an int or a JAX key, got {key!r}.")
+
+    def reset_state(self, batch_size: int | None = None, **kwargs: Any) -> None:
+        """Zero the projections and the step counter, and begin the stream of random signs anew.
+
+        Parameters
+        ----------
+        batch_size : int, optional
+            New size of the batch axis of those projections that have one.
+        """
+        super().reset_state(batch_size, **kwargs)
+        first = self._first_key()
+        self.projection_rng.value = jnp.broadcast_to(first, self.projection_rng.value.shape)
+        self.projection_step.value = jnp.zeros_like(self.projection_step.value)
+
+    def _trace_states(self):
+        relations = self.graph.hidden_param_op_relations
+        with_batch = {g.index for r in relations if r.primitive.batched for g in r.hidden_groups}
+        for index, state in self.etrace_s.items():
+            yield state, 0 if index in with_batch else None
+        for state in self.etrace_theta.values():
+            yield state, None
+
+    def get_etrace_of(self, weight: brainstate.ParamState | Path) -> dict[tuple[int, Path], Any]:
+        """The projections of one parameter.
+
+        Parameters
+        ----------
+        weight : ParamState or path
+
+        Returns
+        -------
+        dict
+            (group index, path) -> array or pytree like the parameter.
+
+        Raises
+        ------
+        ValueError
+            Before compilation, or if ``weight`` has none; the message names the path.
+        """
+        path = self._path_of(weight)
+        found = {key: s.value for key, s in self.etrace_theta.items() if key[1] == path}
+        if not found:
+            raise ValueError(f"The parameter {path_str(path)!r} is trained by the current step alone: it has no trace.")
+        return found
+
+    # -- the rule -----------------------------------------------------------------------------------------------
+
+    def _can_record(self) -> bool:
+        """Projections advance step by step: each is made of new random signs."""
+        return False
+
+    def _projected_groups(self):
+        fed = {g.index for r in self.graph.hidden_param_op_relations for g in r.hidden_groups}
+        return [g for g in self.graph.hidden_groups if g.index in fed]
+
+    def _relations_of(self, index: int):
+        relations = enumerate(self.graph.hidden_param_op_relations)
+        return {i: r for i, r in relations if any(g.index == index for g in r.hidden_groups)}
+
+    def _paths_of(self, index: int) -> list[Path]:
+        found = {p for r in self._relations_of(index).values() for p in r.parameter_paths}
+        return [p for p in self.param_states if p in found]
+
+    def _draw_projection(
+        self, key: jax.Array, step: jax.Array, group_index: int, shape: tuple[int, ...], dtype: Any
+    ) -> jax.Array:
+        """Random signs for one group at one step."""
+        return jax.random.rademacher(jax.random.fold_in(jax.random.fold_in(key, step), group_index), shape, dtype)
+
+    def _get_etrace_data(self):
+        projections = {}
+        for index, state in self.etrace_s.items():
+            own = [self.etrace_theta[index, p].value for p in self._paths_of(index)]
+            projections[index] = Projection(state.value, jax.tree.leaves(own))
+        return projections, self.projection_rng.value, self.projection_step.value
+
+    def _assign_etrace_data(self, vals) -> None:
+        projections, self.projection_rng.value, self.projection_step.value = vals
+        for index, state in self.etrace_s.items():
+            state.value = projections[index].state
+            own = [self.etrace_theta[index, p] for p in self._paths_of(index)]
+            tree: Any = jax.tree.structure([s.value for s in own])
+            for s, value in zip(own, tree.unflatten(projections[index].parameters)):
+                s.value = value
+
+    def _trace_inputs(self, xs, record, operands, invals):
+        return record, operands, invals
+
+    def _update_etrace_data(self, running_index, old_traces, xs_and_dfs, Ds, weight_vals, input_is_multi_step):
+        del running_index, Ds, weight_vals, input_is_multi_step
+        (record, operands, invals), dfs = xs_and_dfs
+        old, key, step = old_traces
+        new = {}
+        for g in self._projected_groups():
+            own = old[g.index]
+            noise = self._draw_projection(key, step, g.index, own.state.shape, own.state.dtype)
+            carried = projection.step_jacobian_product(g, record.varying[g.index], own.state)
+            relations = self._relations_of(g.index)
+            found = projection.projected(relations, g, noise, dfs, record.x, operands, record.fixed)
+            leaves = self._leaf_gradients(found, invals)
+            by_parameter = [leaves.get(n) for p in self._paths_of(g.index) for n in self._leaf_numbers(p)]
+            now = [jnp.zeros_like(o) if v is None else v for o, v in zip(own.parameters, by_parameter)]
+            new[g.index] = projection.advance(own, carried, noise, now, self.projection_eps)
+        return new, key, step + 1
+
+    def _lifts(self, numbers, traces, operands, fixed, weights):
+        """Per group the product of its projected parameters with the parameters themselves."""
+        del operands, fixed
+        values = self._weight_dict(weights)
+        met = {g.index for i in numbers for g in self.graph.hidden_param_op_relations[i].hidden_groups}
+        out = {}
+        for index in met:
+            leaves = jax.tree.leaves([values[p] for p in self._paths_of(index)])
+            held = jax.lax.stop_gradient(traces[0][index].parameters)
+            out[index] = sum((h * w).sum() for h, w in zip(held, leaves))
+        return out
+
+    def _meets(self, numbers, traces, signals, steps):
+        del steps
+        met = {g.index for i in numbers for g in self.graph.hidden_param_op_relations[i].hidden_groups}
+        return {index: projection.meet(traces[0][index], signals[index]) for index in met}
+
+
+RandomProjectionVjpAlgorithm._engine = RandomProjectionVjpAlgorithm
+
+
+class UORO(RandomProjectionVjpAlgorithm):
+    """The learning rule of :class:`RandomProjectionVjpAlgorithm` under its published name.
+
+    Takes the arguments of :class:`RandomProjectionVjpAlgorithm` except ``config``.
+
+    Raises
+    ------
+    TypeError
+        If ``config`` is given.
+
+    Examples
+    --------
+    >>> import braintrace
+    >>> braintrace.UORO(braintrace.nn.GRUCell(2, 3), projection_key=0).vjp_method
+    'multi-step'
+    """
+
+    __module__ = "braintrace"
+
+    def __init__(
+        self,
+        model: brainstate.nn.Module,
+        name: str | None = None,
+        vjp_method: str = "multi-step",
+        fast_solve: bool = True,
+        control_flow: ControlFlowPolicy | None = None,
+        projection_key: jax.Array | int = 42,
+        projection_eps: float = 1e-12,
+        random_feedback_key: jax.Array | int | None = None,
+        snap_max_jacobian_elements: int = CEILING,
+        **legacy: Any,
+    ):
+        if "config" in legacy:
+            raise TypeError("UORO takes no config: it is one point of the coordinates.")
+        super().__init__(
+            model,
+            name,
+            vjp_method,
+            fast_solve,
+            control_flow,
+            None,
+            projection_key,
+            projection_eps,
+            random_feedback_key,
+            snap_max_jacobian_elements,
+            **legacy,
+        )
