@@ -26,6 +26,9 @@ from ._compiler.relations import HiddenParamOpRelation as HiddenParamOpRelation
 from ._compiler.report import CompilationReport as CompilationReport
 from ._learners.base import EligibilityTrace as EligibilityTrace
 from ._learners.base import ETraceAlgorithm as ETraceAlgorithm
+from ._learners.bootstrap import DNI as DNI
+from ._learners.bootstrap import SyntheticGradient as SyntheticGradient
+from ._learners.bootstrap import train_synthetic_gradient as train_synthetic_gradient
 from ._learners.config import ETraceConfig as ETraceConfig
 from ._learners.io_dim import ES_D_RTRL as ES_D_RTRL
 from ._learners.io_dim import IODimVjpAlgorithm as IODimVjpAlgorithm
@@ -68,6 +71,7 @@ __all__ = [
     "CompilationRecord",
     "CompilationReport",
     "ControlFlowPolicy",
+    "DNI",
     "D_RTRL",
     "DiagnosticKind",
     "DiagnosticLevel",
@@ -99,6 +103,7 @@ __all__ = [
     "SequenceDriverMixin",
     "SingleStepData",
     "SnAp",
+    "SyntheticGradient",
     "ThreeFactor",
     "UORO",
     "__version__",
@@ -123,6 +128,7 @@ __all__ = [
     "pp_prop",
     "register_primitive",
     "sparse_matmul",
+    "train_synthetic_gradient",
 ]
 
 _DEPRECATED = (

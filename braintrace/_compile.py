@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ._learners.base import ETraceAlgorithm
+from ._learners.bootstrap import DNI
 from ._learners.config import ETraceConfig
 from ._learners.io_dim import IODimVjpAlgorithm, pp_prop
 from ._learners.param_dim import ParamDimVjpAlgorithm
@@ -32,6 +33,7 @@ NAMES: dict[str, type[ETraceAlgorithm]] = {
     "e_prop": EProp,
     "uoro": UORO,
     "three_factor": ThreeFactor,
+    "dni": DNI,
 }
 
 
@@ -60,7 +62,8 @@ def compile(
         The model; its states are always initialised anew (``brainstate.nn.init_all_states``).
     algorithm : str, ETraceAlgorithm subclass or ETraceConfig
         The learning rule by name (``'pp_prop'``, ``'es_d_rtrl'``, ``'esd_rtrl'``, ``'d_rtrl'``, ``'eprop'``,
-        ``'e_prop'``, ``'ostl_feedforward'``, ``'three_factor'``), by class, or by coordinates.
+        ``'e_prop'``, ``'ostl_recurrent'``, ``'ostl_feedforward'``, ``'uoro'``, ``'three_factor'``, ``'dni'``), by
+        class, or by coordinates.
     *example_inputs : pytree of array, jax.ShapeDtypeStruct or scalar
         At least one; the structure of later ``update(*inputs)``.
     batch_size : int, optional

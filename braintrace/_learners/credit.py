@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from .._traces.record import Slots
 
-__all__ = ["NO_WINDOW", "Bars", "credit", "no_window_gradient", "reverse_only"]
+__all__ = ["NO_WINDOW", "Bars", "credit", "no_window_gradient", "reverse_only", "with_cotangent"]
 
 
 class Bars(NamedTuple):
@@ -35,6 +35,16 @@ def reverse_only(x):
 
 
 reverse_only.defvjp(lambda x: (x, None), lambda _, bar: (bar,))
+
+
+@jax.custom_vjp
+def with_cotangent(result, scalar):
+    """``result``; where it is differentiated, ``scalar`` is too, as if it were added to the loss."""
+    del scalar
+    return result
+
+
+with_cotangent.defvjp(lambda result, scalar: (result, scalar), lambda scalar, bar: (bar, jnp.ones_like(scalar)))
 
 
 NO_WINDOW = (

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import brainstate
+import brainunit as u
 import jax
 import jax.numpy as jnp
 
@@ -18,7 +19,7 @@ from .._jax import is_tracer, trace_context
 from .._traces.record import Slots, instantaneous, spread
 from .._types import Path, path_str
 from .config import ETraceConfig
-from .credit import Bars, credit, no_window_gradient, reverse_only
+from .credit import Bars, credit, no_window_gradient, reverse_only, with_cotangent
 from .recording import Recording
 from .signals import expand_modulator, feedback_matrix, random_feedback
 
@@ -104,6 +105,12 @@ class ETraceVjpAlgorithm(Recording):
         super().__init__(model, executor, name=name)
         if self._config.learning_signal == "random_feedback" and random_feedback_key is None:
             raise ValueError("learning_signal='random_feedback' needs random_feedback_key, an int or a JAX key.")
+        own_hook = type(self)._inject_exit_cotangent is not ETraceVjpAlgorithm._inject_exit_cotangent
+        if self._config.learning_signal == "bootstrapped" and not own_hook:
+            raise ValueError(
+                f"learning_signal='bootstrapped' needs a rule that estimates future losses, such as DNI; "
+                f"{type(self).__name__} does not."
+            )
         if self._config.learning_signal == "modulatory" and vjp_method != "single-step":
             raise ValueError("learning_signal='modulatory' is defined step by step: use vjp_method='single-step'.")
         if isinstance(random_feedback_key, int):
@@ -257,6 +264,15 @@ class ETraceVjpAlgorithm(Recording):
         del running_index, traces, signals, weight_vals, etp_window_grads
         return plain_grads
 
+    def _inject_exit_cotangent(self, exit_hiddens: dict[Path, jax.Array], aux: Any) -> dict[Path, jax.Array] | None:
+        """Cotangents of the hidden values at the exit of a window, for losses after it; by default there are none.
+
+        They reach plain uses of parameters, the arguments, and the states at the entry; what a trace carries over
+        they do not reach: the trained operands of operations, and the signals.
+        """
+        del exit_hiddens, aux
+        return None
+
     def _overrides(self, *names: str) -> bool:
         return any(getattr(type(self), n, None) is not getattr(self._engine, n, None) for n in names)
 
@@ -349,7 +365,7 @@ class ETraceVjpAlgorithm(Recording):
 
     def _run_window(self, over_time, length, leaves, values, traces, index, aux):
         """A window of steps (or one), differentiated through all of them."""
-        values = self._hooked(values, traces, index)
+        values = bare = self._hooked(values, traces, index)
         values = values._replace(hidden=self._credited_entry(traces, index, leaves, over_time, length, values, aux))
         weights = jax.lax.stop_gradient(values.weights)
 
@@ -361,12 +377,39 @@ class ETraceVjpAlgorithm(Recording):
 
         start = (values.hidden, values.others, traces, index)
         (hidden, others, traces, _), out = self._over_time(step, start, over_time, length, leaves)
+        exits = {p: u.get_mantissa(v) for p, v in self._hidden_dict(hidden).items()}
+        estimate = self._inject_exit_cotangent(jax.lax.stop_gradient(exits), aux)
+        if estimate is not None:
+            future = self._future(estimate, over_time, length, leaves, bare)
+            out, hidden, others = with_cotangent((out, hidden, others), future)
         return out, values._replace(hidden=hidden, others=others), traces
 
-    def _plain_step(self, leaves, values):
-        """The model's step with trained operands as they are, what it leaves for the traces, and what it read."""
+    def _future(self, estimate, over_time, length, leaves, values):
+        """The hidden values at the exit of a window times their estimated cotangents.
+
+        Of the same window with what the traces account for held fixed: the operands of relations, and the part of the
+        entry that meets the traces.
+        """
+
+        def step(carry, leaves):
+            hidden, others = carry
+            now = values._replace(hidden=hidden, others=others)
+            _, new, *_ = self._plain_step(leaves, now, held=len(self.graph.hidden_param_op_relations))
+            return (new.hidden, new.others), None
+
+        (hidden, _), _ = self._over_time(step, (values.hidden, values.others), over_time, length, leaves)
+        exits = self._hidden_dict(hidden)
+        terms = [(jax.lax.stop_gradient(bar) * u.get_mantissa(exits[p])).sum() for p, bar in estimate.items()]
+        return sum(terms, jnp.zeros(()))
+
+    def _plain_step(self, leaves, values, held=0):
+        """The model's step with trained operands as they are, what it leaves for the traces, and what it read.
+
+        The operands of the first ``held`` operations are constants.
+        """
         invals = self._invals(leaves, values)
         operands = self._operands(invals)
+        operands = [jax.lax.stop_gradient(w) if i < held else w for i, w in enumerate(operands)]
         outs, record = self.graph.tape(invals, operands, self.graph.tape.zeros())
         return *self._outvals(outs), record, operands, invals
 

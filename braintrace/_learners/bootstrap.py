@@ -1,0 +1,373 @@
+"""DNI: windows that are told by an estimate what their last states mean for the losses after them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import brainstate
+import brainunit as u
+import jax
+import jax.numpy as jnp
+
+from .._compiler.policy import ControlFlowPolicy
+from .._compiler.scope import CEILING
+from .._types import MultiStepData, Path
+from .config import ETraceConfig
+from .param_dim import ParamDimVjpAlgorithm
+from .vjp import legacy_options
+
+__all__ = ["DNI", "SyntheticGradient", "train_synthetic_gradient"]
+
+
+class SyntheticGradient(brainstate.nn.Module):
+    r"""An affine estimate of the derivative of future losses by the present hidden states.
+
+    Per hidden group :math:`\hat g = h W + b`, with the last two axes of h (units and hidden variables) as one.
+
+    Parameters
+    ----------
+    group_shapes : dict
+        Group index -> shape ``V + (S,)``, as :meth:`DNI.group_signal_shapes` gives it.
+    hidden_width : optional
+        Accepted for scripts; the map has no hidden layer.
+    scale : float
+        Standard deviation of the initial weights; 0 estimates nothing to begin with.
+    seed : int
+        Of the initial weights.
+
+    Attributes
+    ----------
+    group_shapes : dict
+    weights, biases : dict
+        Group index -> ParamState of shape ``(width, width)`` and ``(width,)``, float32.
+
+    Raises
+    ------
+    ValueError
+        For a shape with fewer than two axes.
+
+    References
+    ----------
+    .. [1] M. Jaderberg et al., "Decoupled neural interfaces using synthetic gradients", International Conference on
+       Machine Learning, 2017.
+
+    Examples
+    --------
+    >>> import braintrace, jax.numpy as jnp
+    >>> synthesizer = braintrace.SyntheticGradient({0: (4, 3, 2)})
+    >>> synthesizer.apply(synthesizer.param_values(), {0: jnp.ones((4, 3, 2))})[0].shape
+    (4, 3, 2)
+    """
+
+    __module__ = "braintrace"
+
+    def __init__(
+        self, group_shapes: Mapping[int, tuple[int, ...]], hidden_width: Any = None, scale: float = 0.0, seed: int = 0
+    ):
+        super().__init__()
+        del hidden_width
+        self.group_shapes = {i: tuple(shape) for i, shape in group_shapes.items()}
+        self.weights: dict[int, brainstate.ParamState] = {}
+        self.biases: dict[int, brainstate.ParamState] = {}
+        for i, shape in self.group_shapes.items():
+            if len(shape) < 2:
+                raise ValueError(f"The shape {shape} of group {i} has no axes of units and of hidden variables.")
+            width = math.prod(shape[-2:])
+            key = jax.random.fold_in(jax.random.key(seed), i)
+            self.weights[i] = brainstate.ParamState(scale * jax.random.normal(key, (width, width), jnp.float32))
+            self.biases[i] = brainstate.ParamState(jnp.zeros(width, jnp.float32))
+
+    def param_values(self) -> dict[str, dict[int, jax.Array]]:
+        """The present parameters, ``{'w': {index: array}, 'b': {index: array}}``."""
+        return {
+            "w": {i: s.value for i, s in self.weights.items()},
+            "b": {i: s.value for i, s in self.biases.items()},
+        }
+
+    def states_dict(self) -> dict[tuple[str, int], brainstate.ParamState]:
+        """The parameters under ``('synth_w', index)`` and ``('synth_b', index)``, for optimisers."""
+        weights = {("synth_w", i): s for i, s in self.weights.items()}
+        return weights | {("synth_b", i): s for i, s in self.biases.items()}
+
+    def apply(
+        self, param_values: Mapping[str, Mapping[int, jax.Array]], hiddens: Mapping[int, jax.Array]
+    ) -> dict[int, jax.Array]:
+        """Estimates for hidden values without units.
+
+        Parameters
+        ----------
+        param_values : dict
+            As :meth:`param_values` gives them.
+        hiddens : dict
+            Group index -> array of shape ``V + (S,)``; axes in front of the last two may have other sizes.
+
+        Returns
+        -------
+        dict
+            Group index -> array like the hidden values.
+
+        Raises
+        ------
+        ValueError
+            For another size of the last two axes, or an unknown group.
+        """
+        out = {}
+        for i, h in hiddens.items():
+            if i not in self.group_shapes or h.shape[-2:] != self.group_shapes[i][-2:]:
+                raise ValueError(
+                    f"The hidden values of group {i} have shape {h.shape}; the synthesizer was made for "
+                    f"{self.group_shapes}. Make it with DNI.group_signal_shapes() of this learner."
+                )
+            flat = h.reshape(*h.shape[:-2], -1)
+            estimate = flat @ param_values["w"][i].astype(h.dtype) + param_values["b"][i].astype(h.dtype)
+            out[i] = estimate.reshape(h.shape)
+        return out
+
+
+class DNI(ParamDimVjpAlgorithm):
+    r"""D_RTRL on windows, with an estimate of the losses after each window (decoupled neural interfaces).
+
+    At the exit of a window a synthesizer estimates :math:`\partial(\text{future loss}) / \partial h`. The estimate
+    enters the reverse sweep of that window as a further cotangent, and is added to the gradients of plain uses of
+    parameters, of the arguments, and of the states at the entry. What an operation's trace carries over the end of the
+    window is in the trace already: neither trained operands nor the learning signal receive it. A zero estimate leaves
+    the gradients of :class:`D_RTRL` with ``vjp_method='multi-step'``.
+
+    Parameters
+    ----------
+    model : brainstate.nn.Module
+    synthesizer : SyntheticGradient, optional
+        May be attached later, see :meth:`attach_synthesizer`.
+    vjp_method : {'multi-step'}
+        The rule is defined on windows; a single step is a window of one.
+    name, fast_solve, trace_dtype, chunked_trace, control_flow, snap_max_jacobian_elements, **legacy
+        As for :class:`ParamDimVjpAlgorithm`.
+
+    Attributes
+    ----------
+    synthesizer : SyntheticGradient or None
+
+    Raises
+    ------
+    ValueError
+        For another ``vjp_method``.
+    TypeError
+        For a synthesizer without the method ``apply``, or an unknown argument.
+    RuntimeError
+        By a call, if there is no synthesizer.
+
+    Notes
+    -----
+    A mask of :meth:`etrace_grad` weights the losses; estimates of what follows are not masked.
+
+    References
+    ----------
+    .. [1] M. Jaderberg et al., "Decoupled neural interfaces using synthetic gradients", International Conference on
+       Machine Learning, 2017.
+
+    Examples
+    --------
+    >>> import brainstate, braintrace, jax.numpy as jnp
+    >>> cell = braintrace.nn.GRUCell(2, 3)
+    >>> learner = braintrace.compile(cell, 'dni', jnp.zeros(2))
+    >>> learner.attach_synthesizer(braintrace.SyntheticGradient(learner.group_signal_shapes()))
+    >>> errors = braintrace.train_synthetic_gradient(learner, jnp.ones((10, 2)), chunk_size=5, epochs=3)
+    >>> len(errors)
+    3
+    """
+
+    __module__ = "braintrace"
+
+    _default_config = ETraceConfig(learning_signal="bootstrapped")
+
+    def __init__(
+        self,
+        model: brainstate.nn.Module,
+        synthesizer: SyntheticGradient | None = None,
+        name: str | None = None,
+        vjp_method: str = "multi-step",
+        fast_solve: bool = True,
+        trace_dtype: Any = None,
+        chunked_trace: bool = True,
+        control_flow: ControlFlowPolicy | None = None,
+        snap_max_jacobian_elements: int = CEILING,
+        **legacy: Any,
+    ):
+        legacy_options(legacy)
+        if vjp_method == "single-step":
+            raise ValueError("DNI estimates what follows a window: use vjp_method='multi-step'.")
+        super().__init__(
+            model,
+            name,
+            vjp_method,
+            fast_solve,
+            trace_dtype,
+            chunked_trace,
+            control_flow,
+            snap_max_jacobian_elements=snap_max_jacobian_elements,
+        )
+        self.synthesizer: SyntheticGradient | None = None
+        if synthesizer is not None:
+            self.attach_synthesizer(synthesizer)
+
+    def attach_synthesizer(self, synthesizer: SyntheticGradient) -> None:
+        """Use this synthesizer from the next call on.
+
+        Parameters
+        ----------
+        synthesizer : SyntheticGradient
+            Or another object with its methods ``param_values`` and ``apply``.
+        """
+        if not (hasattr(synthesizer, "apply") and hasattr(synthesizer, "param_values")):
+            raise TypeError(f"A synthesizer has the methods apply and param_values; {synthesizer!r} has not.")
+        self.synthesizer = synthesizer
+
+    def group_signal_shapes(self) -> dict[int, tuple[int, ...]]:
+        """Group index -> ``V + (S,)``, which a :class:`SyntheticGradient` is made with; ``ValueError`` before
+        :meth:`compile_graph`."""
+        return {g.index: (*g.varshape, g.num_state) for g in self.graph.hidden_groups}
+
+    def _can_record(self) -> bool:
+        """Estimates enter the reverse sweep of every window."""
+        return False
+
+    def _attached(self) -> SyntheticGradient:
+        if self.synthesizer is None:
+            raise RuntimeError(
+                "The learner has no synthesizer. Call "
+                "attach_synthesizer(braintrace.SyntheticGradient(learner.group_signal_shapes())) first."
+            )
+        return self.synthesizer
+
+    def _get_update_aux(self) -> Any:
+        return self._attached().param_values()
+
+    def _packed(self, by_path: Mapping[Path, Any]) -> dict[int, jax.Array]:
+        """Values per hidden state, without units, as one array per group."""
+        groups = self.graph.hidden_groups
+        return {g.index: g.concat_hidden([u.get_mantissa(by_path[p]) for p in g.hidden_paths]) for g in groups}
+
+    def _inject_exit_cotangent(self, exit_hiddens, aux):
+        estimates = self._attached().apply(aux, self._packed(exit_hiddens))
+        parts = {g.index: g.split_hidden(estimates[g.index]) for g in self.graph.hidden_groups}
+        return {p: part for g in self.graph.hidden_groups for p, part in zip(g.hidden_paths, parts[g.index])}
+
+
+def train_synthetic_gradient(
+    learner: DNI,
+    inputs: Any,
+    *,
+    chunk_size: int = 1,
+    loss_fn: Callable[[Any], jax.Array] | None = None,
+    optimizer: Any = None,
+    lr: float = 1e-2,
+    epochs: int = 1,
+    reset: bool = True,
+    batch_size: int | None = None,
+) -> list[float]:
+    """Fit the synthesizer of a learner to the cotangents that its own windows return.
+
+    Window by window, the estimate for the hidden states at the entry is regressed on the cotangent that the window
+    gives them, the estimate at its exit included; the last state of the sequence is regressed on zero. The model's
+    parameters do not change.
+
+    Parameters
+    ----------
+    learner : DNI
+        With a synthesizer.
+    inputs : pytree of array, shape ``(T, ...)``
+        The argument of the model.
+    chunk_size : int
+        Length of the windows, a divisor of T.
+    loss_fn : callable, optional
+        Outputs of a window, stacked along time, -> scalar; by default their sum of squares.
+    optimizer : optional
+        An object whose ``update(grads)`` takes gradients keyed like ``synthesizer.states_dict()``, such as a
+        ``braintools.optim`` optimiser that these states are registered with; by default plain gradient descent.
+    lr : float
+        Step size of gradient descent.
+    epochs : int
+    reset : bool
+        Whether the model's states and the traces are reset before every epoch.
+    batch_size : int, optional
+        Passed on to the reset.
+
+    Returns
+    -------
+    list of float
+        Mean squared error per epoch.
+
+    Raises
+    ------
+    TypeError
+        If ``learner`` is no DNI.
+    ValueError
+        If T is no multiple of ``chunk_size``.
+    RuntimeError
+        If there is no synthesizer.
+
+    References
+    ----------
+    .. [1] M. Jaderberg et al., "Decoupled neural interfaces using synthetic gradients", International Conference on
+       Machine Learning, 2017.
+
+    Examples
+    --------
+    >>> import braintrace, jax.numpy as jnp
+    >>> learner = braintrace.compile(braintrace.nn.ValinaRNNCell(2, 3), 'dni', jnp.zeros(2))
+    >>> learner.attach_synthesizer(braintrace.SyntheticGradient(learner.group_signal_shapes()))
+    >>> errors = braintrace.train_synthetic_gradient(learner, jnp.ones((6, 2)), chunk_size=2, epochs=20)
+    >>> errors[-1] < errors[0]
+    True
+    """
+    if not isinstance(learner, DNI):
+        raise TypeError(f"The learner must be a DNI, got {type(learner).__name__}.")
+    synthesizer = learner._attached()
+    length = jnp.shape(jax.tree.leaves(inputs)[0])[0]
+    if chunk_size < 1 or length % chunk_size:
+        raise ValueError(f"The sequence length {length} is no multiple of chunk_size={chunk_size}.")
+    windows = jax.tree.map(lambda x: jnp.reshape(x, (-1, chunk_size, *jnp.shape(x)[1:])), inputs)
+    parameters = synthesizer.states_dict()
+    loss_fn = loss_fn or (lambda out: sum((u.get_mantissa(o) ** 2).sum() for o in _leaves(out)))
+
+    def window_loss(window):
+        return loss_fn(learner(MultiStepData(window)))
+
+    def fit(hidden, target):
+        """One step of the regression; its error before the step."""
+
+        def error():
+            estimates = synthesizer.apply(synthesizer.param_values(), hidden)
+            total = sum(((estimates[i] - target[i]) ** 2).sum() for i in target)
+            return total / sum(t.size for t in target.values())
+
+        grads, value = brainstate.transform.grad(error, parameters, return_value=True)()
+        if optimizer is None:
+            for key, state in parameters.items():
+                state.value = state.value - lr * grads[key]
+        else:
+            optimizer.update(grads)
+        return value
+
+    def one_window(window):
+        entry = learner._packed({p: s.value for p, s in learner.hidden_states.items()})
+        bars = brainstate.transform.grad(window_loss, dict(learner.hidden_states))(window)
+        return fit(entry, jax.lax.stop_gradient(learner._packed(bars)))
+
+    @brainstate.transform.jit
+    def epoch(windows):
+        if reset:
+            brainstate.nn.reset_all_states(learner.model4compile, batch_size=batch_size)
+            learner.reset_state(batch_size)
+        errors = brainstate.transform.for_loop(one_window, windows)
+        last = learner._packed({p: s.value for p, s in learner.hidden_states.items()})
+        final = fit(last, jax.tree.map(jnp.zeros_like, last))
+        return (errors.sum() + final) / (errors.size + 1)
+
+    return [float(epoch(windows)) for _ in range(epochs)]
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, u.Quantity))
