@@ -150,6 +150,26 @@ def test_a_state_of_several_variables(lead):
     assert (group.varshape, group.num_state, group.trace_state_width) == ((*lead, N), 2, 2)
     assert [[e.kind for e in row] for row in group.cut.D] == [["constant", "zero"], ["constant", "constant"]]
     assert [e.kind for e in group.cut.df[0]] == ["constant", "zero"]
+    assert group.cut.aligned == {0}
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda h, y: jnp.concatenate(jnp.split(0.5 * h, 3)) + y,
+        lambda h, y: jnp.stack([*(0.5 * h)]) + jnp.stack([y, y])[0],
+        lambda h, y: 0.5 * h + jnp.tile(y, 2)[:N],
+    ],
+    ids=["split", "stack", "tile"],
+)
+def test_data_that_only_moves_keeps_its_position(move):
+    def step(m, x):
+        m.h.value = move(m.h.value, matmul(x, m.w.value))
+        return m.h.value
+
+    (group,) = compiled(step).hidden_groups
+    assert group.cut.aligned == {0} and not group.cut.displaced
+    assert repr(group.cut.D) == "((0.5,),)"
 
 
 def test_packing_and_unpacking_a_group():

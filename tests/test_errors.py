@@ -182,8 +182,8 @@ ROWS = [  # what is called, the exception, what the message names
     ),
     (
         lambda: pp_prop(cell(), config=config(learning_signal="bootstrapped", decay=0.9)),
-        NotImplementedError,
-        "bootstrapped",
+        ValueError,
+        "bootstrapped.*DNI",
     ),
     (lambda: pp_prop(cell(), (0.9, 0.5)).decay, AttributeError, "decay_x.*decay_f"),
     (assign_decay, AttributeError, "decay"),

@@ -358,6 +358,24 @@ def test_a_tail_that_mixes_positions_by_hand(tail, expected):
     np.testing.assert_allclose(grads[("w",)], [expected], rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*snap_pattern")
+@pytest.mark.parametrize("rule", [braintrace.pp_prop, braintrace.D_RTRL, braintrace.SnAp])
+def test_every_rule_warns_of_a_tail_that_mixes_positions(rule, recwarn):  # K31b
+    def step(tail):
+        def update(m, x):
+            m.h.value = jnp.tanh(tail(matmul(x, m.w.value)) + matmul(m.h.value, m.v.value))
+            return m.h.value
+
+        return one_input(update, v=ParamState(jnp.eye(3)))
+
+    kind = braintrace.DiagnosticKind.TRANSITION_TAIL_BOUNDED
+    for tail, warned in [(jnp.tanh, []), (lambda y: jnp.roll(y, 1), [("w",)])]:
+        recwarn.clear()
+        learner = learner_of(step(tail), ONE, rule=rule)
+        assert [r.weight_path for r in learner.graph.explain(kind=kind)] == warned
+        assert any(kind.value in str(w.message) for w in recwarn) == bool(warned)
+
+
 @pytest.mark.parametrize("mix", [name for name in TAILS if name not in ("max", "sort")])
 def test_a_transition_that_mixes_positions_keeps_its_true_diagonal(mix):
     mixed = TAILS[mix]

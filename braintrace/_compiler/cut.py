@@ -100,7 +100,9 @@ class Cut(NamedTuple):
     program : ClosedJaxpr
         Computes the varying entries.
     aligned : frozenset of int
-        Operations from which every path within F is position by position.
+        Operations with an entry for every position, from which every path within F is position by position.
+    displaced : frozenset of int
+        Operations of which some entry acts on another position than its own.
     folds : dict
         Operation index -> :class:`Fold`, for outputs with several entries for every position (fused gates).
     values : tuple of Entry
@@ -112,6 +114,7 @@ class Cut(NamedTuple):
     inputs: tuple[Any, ...]
     program: Any
     aligned: frozenset
+    displaced: frozenset
     folds: dict[int, Fold]
     values: tuple[Entry, ...] = ()
 
@@ -303,12 +306,13 @@ def differentiate_cut(
     result, values = jax.tree.unflatten(tree, entries)
     D = tuple(tuple(zero if e is None else e for e in row) for row, _ in result)
     df = {k: tuple(row.get(k, zero) for _, row in result) for k in keys}
-    aligned = frozenset(
+    without = lambda bad: frozenset(  # noqa: E731
         k
         for k in keys
-        if all(k not in by_position[a] or not _y_mixed(y_labels[a][k], y_shapes[k], varshape) for a, _ in slots)
+        if all(k not in by_position[a] or not bad(y_labels[a][k], y_shapes[k], varshape) for a, _ in slots)
     )
-    return Cut(D, df, inputs, program, aligned, folds, tuple(values))
+    aligned, displaced = without(_y_mixed), frozenset(keys) - without(_displaced)
+    return Cut(D, df, inputs, program, aligned, displaced, folds, tuple(values))
 
 
 def _in_sub_steps(key: Any, fronts: Mapping[int, int]) -> bool:
@@ -461,13 +465,17 @@ def _y_mixed(label: Label, y_shape: tuple[int, ...], varshape: tuple[int, ...]) 
     lead = len(varshape) - len(y_shape)
     if lead < 0 or varshape[lead:] != y_shape:
         return tuple(range(len(varshape)))
+    return (*range(lead), *_displaced(label, y_shape, varshape))
+
+
+def _displaced(label: Label, y_shape: tuple[int, ...], varshape: tuple[int, ...]) -> tuple[int, ...]:
+    """Group axes along which a position depends on another entry than the one that broadcasting gives it."""
+    lead = len(varshape) - len(y_shape)
+    if lead < 0 or any(n not in (1, size) for n, size in zip(y_shape, varshape[lead:])):
+        return tuple(range(len(varshape)))
     own = own_label(label[0].shape, len(varshape))
-    bad = [
-        k
-        for k in range(lead, len(varshape))
-        if not np.all((label[k - lead + 1] == own[k + 1]) | (label[k - lead + 1] == -1))
-    ]
-    return (*range(lead), *bad)
+    ids = {k: label[k - lead + 1] for k in range(lead, len(varshape)) if y_shape[k - lead] == varshape[k]}
+    return tuple(k for k, at in ids.items() if not np.all((at == own[k + 1]) | (at == NONE)))
 
 
 def mixed_axes(old_labels, y_labels, y_shapes, varshape) -> tuple[int, ...]:

@@ -322,6 +322,18 @@ def _moving(move: Callable[..., np.ndarray]):
     return make
 
 
+def _of_integers(eqn):
+    """Data movement that the primitive itself does as well to integers."""
+
+    def rule(ids, out_shapes):
+        operands = [_filled(i, v.aval.shape) for i, v in zip(ids, eqn.invars)]
+        with jax.ensure_compile_time_eval():
+            out = eqn.primitive.bind(*operands, **eqn.params)
+        return [np.asarray(o, np.int32) for o in (out if eqn.primitive.multiple_results else [out])]
+
+    return rule
+
+
 def _broadcast_in_dim(x, *dynamic, shape, broadcast_dimensions, out_shape, **_):
     del dynamic, shape
     full = [1] * len(out_shape)
@@ -385,6 +397,7 @@ RULES: Mapping[str, Callable[[Any], Any]] = {
     **{name: _elementwise for name in ELEMENTWISE},
     **{name: _cumulative for name in SCANS},
     **{name: _reduction for name in REDUCTIONS},
+    **{name: _of_integers for name in ("split", "stack", "tile", "unstack")},
     "broadcast_in_dim": _moving(_broadcast_in_dim),
     "reshape": _moving(lambda x, *dynamic, out_shape, **_: x.reshape(out_shape)),
     "squeeze": _moving(lambda x, *, out_shape, **_: x.reshape(out_shape)),

@@ -339,6 +339,19 @@ def find_relations(
                     hidden_paths=relation.connected_hidden_paths,
                 )
             )
+        mixed = [g for g in used if op.index in g.cut.displaced]
+        if mixed:
+            records.append(
+                CompilationRecord(
+                    DiagnosticKind.TRANSITION_TAIL_BOUNDED,
+                    DiagnosticLevel.WARNING,
+                    f"The way from {name} at {path_str(first)!r} to {', '.join(g.name for g in mixed)} mixes "
+                    "positions. The current step is exact; the trace keeps what each output does at its own position.",
+                    primitive=name,
+                    weight_path=first,
+                    hidden_paths=tuple(p for g in mixed for p in g.hidden_paths),
+                )
+            )
         records.append(
             CompilationRecord(
                 DiagnosticKind.RELATION_INCLUDED,
