@@ -818,6 +818,33 @@ def test_a_transparent_operation_passes_credit_on():
     np.testing.assert_allclose(grads[("s",)], (DECAY * ys[0] + ys[1]) * f * RAMP, rtol=1e-5)
 
 
+def test_a_transparent_operation_between_hidden_values_is_counted_once():
+    """One group, all of it position by position: D_RTRL is back-propagation through time."""
+    gain = braintrace.register_primitive("gain", lambda y, s: y * s, gradient_enabled=True)
+
+    class Chain(brainstate.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.s = ParamState(W), ParamState(jnp.array([0.5, -2.0, 1.5]))
+            self.h, self.b = HiddenState(jnp.zeros(3)), HiddenState(jnp.ones(3))
+
+        def update(self, x):
+            self.h.value = LEAK * self.h.value + braintrace.matmul(x, self.w.value)
+            self.b.value = jnp.tanh(LEAK * self.b.value + gain.bind(self.h.value, self.s.value))
+            return self.b.value + self.h.value**2
+
+    def loss(f):
+        return sum((f(x) * RAMP).sum() for x in X)
+
+    learner = braintrace.D_RTRL(Chain())
+    learner.compile_graph(X[0])
+    online = [grad(lambda x: (learner(x) * RAMP).sum(), learner.param_states)(x) for x in X]
+    model = Chain()
+    exact = grad(lambda: loss(model), model.states(ParamState))()
+    for path in exact:
+        np.testing.assert_allclose(sum(g[path] for g in online), exact[path], rtol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:.*relation_excluded_weight_to_weight")
 def test_an_opaque_operation_leaves_the_current_step_only():
     gain = braintrace.register_primitive("gain", lambda y, s: y * s)

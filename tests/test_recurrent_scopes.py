@@ -388,6 +388,12 @@ def test_blocks_are_those_of_the_whole_jacobian(name, ceiling):
     order = [executor.graph.hidden_groups[0].hidden_states.index(s) for s in hidden.values()]
     np.testing.assert_allclose(D[..., order, :][..., order], expected, rtol=1e-9, atol=1e-12)
 
+    executor = braintrace.ETraceVjpGraphExecutor(model, full_jacobian=True)
+    executor.compile_graph(x)
+    (full,) = executor.solve_h2w_h2h_jacobian(x)[4]
+    full = full.reshape(size, S, size, S)[:, order][..., order]
+    np.testing.assert_allclose(full, whole, rtol=1e-9, atol=1e-12)
+
 
 class Stack(brainstate.nn.Module):
     def __init__(self, in_a_list):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -98,6 +99,10 @@ class HiddenGroup(NamedTuple):
         With neighbours, ``V + (M, M)`` with M = :attr:`trace_state_width`, neighbours in front of hidden variables.
         """
         self._check_values(hidden_vals, input_vals)
+        if self.cut.values:
+            size, blocks = math.prod(self.varshape), (self.num_state,) * 2
+            whole = self.full_jacobian(hidden_vals, input_vals).reshape(size, self.num_state, size, self.num_state)
+            return jnp.einsum("paqb,pq->pab", whole, jnp.eye(size)).reshape(*self.varshape, *blocks)
         return self.dense_D(self.cut.varying([*hidden_vals, *input_vals]))
 
     def full_jacobian(self, hidden_vals: Sequence[Any], input_vals: Sequence[Any]) -> jax.Array:
@@ -110,7 +115,10 @@ class HiddenGroup(NamedTuple):
         return jax.jacrev(new_values)(self.concat_hidden(hidden_vals))
 
     def dense_D(self, varying: Sequence[Any]) -> jax.Array:
-        """D as one array, from its varying entries."""
+        """D as one array, from its varying entries; where these are what the transition reads, the whole Jacobian."""
+        if self.cut.values:
+            values: list[Any] = [e.read(varying) for e in self.cut.values]
+            return self.full_jacobian(values[: len(self.hidden_paths)], values[len(self.hidden_paths) :])
         D = [[e.read(varying) for e in row] for row in self.cut.D]
         if self.snap is None:
             return self.dense(D)

@@ -317,7 +317,8 @@ def find_relations(
                     )
                 )
         used = tuple(groups[i] for i in usable)
-        others = [k for k in reach.ops(op.y) if k != op.index and _direct_groups(flow, group_of, k) & set(usable)]
+        opaque = [k for k in reach.ops(op.y) - {op.index} if not flow.ops[k].primitive.gradient_enabled]
+        others = [k for k in opaque if _direct_groups(flow, group_of, k) & set(usable)]
         through = bool(others or reach.links(op.y))
         relation = _relation(info, flow, op, program, paths, used, calls.setdefault(first, 0), through)
         if not usable:

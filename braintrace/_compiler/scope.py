@@ -6,6 +6,7 @@ import math
 import numbers
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -92,8 +93,11 @@ class Neighbourhood(NamedTuple):
     def blocks(self, rows: Any) -> Any:
         """Rows of a Jacobian, one per position, ``(num_position, *V)`` -> two axes of neighbours, then ``V``."""
         full = jnp.moveaxis(self._flat(rows), 0, -2)
-        valid = self.valid[:, :, None] & self.valid[:, None, :]
-        return self._unflat(full[..., self.neighbours[:, :, None], self.neighbours[:, None, :]] * valid, 2)
+
+        def of_position(neighbours, valid):
+            return full[..., neighbours, :][..., neighbours] * (valid[:, None] & valid)
+
+        return self._unflat(jax.vmap(of_position, out_axes=-3)(self.neighbours, self.valid), 2)
 
     def each_its_own(self, diagonal: Any) -> Any:
         """The blocks of a Jacobian without mixing, from its entries per position."""

@@ -160,7 +160,7 @@ class _Worlds:
         ]
         self.leads_to = [downstream[g.index] | {g.index} for g in groups]
         # Operations that a group's F passes through are like its other equations.
-        self.passed = {flow.ops[k].position for g in groups for k in g.program.part.passed}
+        self.passed = {op.position for op in flow.ops for g in groups if op.position in g.inside}
         self.x_world = {}
         self.link_world = {}  # of loops with links, which read as operations do
         for position, eqn in enumerate(self.eqns):
