@@ -24,7 +24,10 @@ TARGETS = jnp.asarray(np.random.default_rng(1).standard_normal((5, 2, 4)), jnp.f
 
 IO = ["decay_or_rank", "name", "vjp_method", "fast_solve", "control_flow", "config", "random_feedback_key"]
 PARAM = ["name", "vjp_method", "fast_solve", "trace_dtype", "chunked_trace", "control_flow", "config"]
-PARAM += ["random_feedback_key"]
+PARAM += ["random_feedback_key", "snap_max_jacobian_elements"]
+WINDOWS = ["trace_dtype", "chunked_trace", "control_flow", "snap_max_jacobian_elements"]
+UORO = ["name", "vjp_method", "fast_solve", "control_flow", "projection_key", "projection_eps"]
+UORO += ["random_feedback_key", "snap_max_jacobian_elements"]
 SIGNATURES = {  # the arguments after the model, in this order
     pp_prop: IO,
     ES_D_RTRL: IO,
@@ -33,11 +36,16 @@ SIGNATURES = {  # the arguments after the model, in this order
     ParamDimVjpAlgorithm: PARAM,
     EProp: ["feedback", "kappa_filter_decay", "random_feedback_key", "name", "vjp_method", "fast_solve"],
     OSTLFeedforward: ["decay_or_rank", "name"],
-    braintrace.ThreeFactor: [
-        *["name", "vjp_method", "modulator", "fast_solve"],
-        *["trace_dtype", "chunked_trace", "control_flow"],
+    braintrace.OSTLRecurrent: PARAM,
+    braintrace.SnAp: ["n", "name", "vjp_method", "fast_solve", "snap_max_jacobian_elements"],
+    braintrace.ThreeFactor: ["name", "vjp_method", "modulator", "fast_solve", *WINDOWS],
+    braintrace.DNI: ["synthesizer", "name", "vjp_method", "fast_solve", *WINDOWS],
+    braintrace.RandomProjectionVjpAlgorithm: [*UORO[:4], "config", *UORO[4:]],
+    braintrace.UORO: UORO,
+    braintrace.ETraceVjpAlgorithm: [
+        *["name", "vjp_method", "control_flow", "config"],
+        *["random_feedback_key", "snap_max_jacobian_elements"],
     ],
-    braintrace.ETraceVjpAlgorithm: ["name", "vjp_method", "control_flow", "config", "random_feedback_key"],
     braintrace.ETraceAlgorithm: ["graph_executor", "name"],
 }
 

@@ -277,7 +277,7 @@ class ThreeFactor(ParamDimVjpAlgorithm):
         The standing third factor, for calls without their own: a scalar, an array of the shape V of the hidden states,
         or one that broadcasts to ``V + (S,)`` for S states per position. Also an attribute, which may be assigned at
         any time; a jitted step reads its present value.
-    fast_solve, trace_dtype, chunked_trace, control_flow, **legacy
+    fast_solve, trace_dtype, chunked_trace, control_flow, snap_max_jacobian_elements, **legacy
         As for :class:`ParamDimVjpAlgorithm`.
 
     Raises
@@ -319,8 +319,18 @@ class ThreeFactor(ParamDimVjpAlgorithm):
         trace_dtype: Any = None,
         chunked_trace: bool = True,
         control_flow: ControlFlowPolicy | None = None,
+        snap_max_jacobian_elements: int = CEILING,
         **legacy: Any,
     ):
         legacy_options(legacy)
-        super().__init__(model, name, vjp_method, fast_solve, trace_dtype, chunked_trace, control_flow)
+        super().__init__(
+            model,
+            name,
+            vjp_method,
+            fast_solve,
+            trace_dtype,
+            chunked_trace,
+            control_flow,
+            snap_max_jacobian_elements=snap_max_jacobian_elements,
+        )
         self.modulator = modulator
