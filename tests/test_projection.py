@@ -196,6 +196,30 @@ def test_attributes_and_refusals():
     assert isinstance(braintrace.compile(Model("recurrent"), config, x[0]), braintrace.RandomProjectionVjpAlgorithm)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision(dtype):
+    """The norms do not leave the range of the numbers, at the first step least of all."""
+
+    class Half(brainstate.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = brainstate.ParamState(jnp.full((5, 3), 0.1, dtype))
+
+        def init_state(self, batch_size=None, **_):
+            self.h = brainstate.HiddenState(jnp.zeros((batch_size, 3), dtype))
+
+        def update(self, x):
+            self.h.value = jnp.tanh(braintrace.matmul(jnp.concatenate([x, self.h.value], -1), self.w.value))
+            return self.h.value
+
+    x = jnp.ones((2, 2), dtype)
+    learner = braintrace.compile(Half(), "uoro", x, batch_size=2, vjp_method="single-step")
+    gradient = brainstate.transform.grad(lambda: learner(x).sum(), learner.param_states)
+    for _ in range(3):
+        g = gradient()["w",]
+        assert g.dtype == dtype and jnp.all(jnp.isfinite(g)) and jnp.any(g != 0)
+
+
 class Spiking(brainstate.nn.Module):
     def __init__(self):
         super().__init__()

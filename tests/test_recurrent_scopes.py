@@ -394,6 +394,27 @@ def test_blocks_are_those_of_the_whole_jacobian(name, ceiling):
     np.testing.assert_allclose(full, whole, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_cell_with_parameters_that_are_shared_by_the_batch():
+    """Its gates have biases of their own, which broadcast over the batch; all of it is back-propagation."""
+    xs = jax.random.normal(jax.random.key(6), (4, 2, 2))
+    brainstate.random.seed(0)
+    learner = braintrace.compile(braintrace.nn.URLSTMCell(2, 3), braintrace.SnAp, xs[0], batch_size=2, n=2)
+    found = learner.etrace_grad(xs, step_fn=lambda x: (learner(x) ** 2).sum(), reduction="sum")
+    brainstate.random.seed(0)
+    model = braintrace.nn.URLSTMCell(2, 3)
+    brainstate.nn.init_all_states(model, batch_size=2)
+
+    def loss():
+        return brainstate.transform.for_loop(lambda x: (model(x) ** 2).sum(), xs).sum()
+
+    exact = brainstate.transform.grad(loss, model.states(brainstate.ParamState))()
+    assert ("bias",) in exact
+    for path in exact:
+        for f, e in zip(jax.tree.leaves(found[path]), jax.tree.leaves(exact[path]), strict=True):
+            np.testing.assert_allclose(f, e, rtol=1e-9, atol=1e-12)
+
+
 class Stack(brainstate.nn.Module):
     def __init__(self, in_a_list):
         super().__init__()

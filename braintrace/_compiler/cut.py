@@ -275,12 +275,15 @@ def differentiate_cut(
                 return evaluate_slice(eqns, part, olds, dict(zip(keys, ys)), ext)[a]
 
             new, pull = jax.vjp(new_value, list(olds), list(ys))
-            mixed = mixed_axes({} if whole else labels[a], by_position[a], y_shapes, varshape)
-            if neighbourhood is not None and mixed:
-                mixed = neighbourhood.axes
-            out.append(
-                _row(new, pull, component, slots, part.fronts, y_shapes, varshape, mixed, folds, neighbourhood, scope)
-            )
+            cotangents = _cotangents(new, pull, component, slots, keys)
+            of_D = mixed_axes({} if whole else labels[a], {}, y_shapes, varshape)
+            of_df = mixed_axes({}, by_position[a], y_shapes, varshape)
+            if neighbourhood is None:
+                axes = tuple(sorted({*of_D, *of_df}))
+                out.append(_row(cotangents, new.dtype, part.fronts, y_shapes, varshape, axes, folds, scope))
+            else:
+                row = _row(cotangents, new.dtype, part.fronts, y_shapes, varshape, of_df, folds, scope)
+                out.append(row._replace(D=_blocks(cotangents, new.dtype, varshape, of_D, neighbourhood, scope)))
         nothing = [None] * len(slots)
         return [(nothing if whole else r.D, r.df) for r in out], list(values) if whole else []
 
@@ -380,31 +383,40 @@ class _Row(NamedTuple):
     df: dict[int, Any]
 
 
-def _row(new, pull, component, slots, fronts, y_shapes, varshape, mixed, folds, neighbourhood, scope) -> _Row:
-    keys = list(y_shapes)
+def _cotangents(new, pull, component, slots, keys):
+    """Seed over positions -> cotangents of every old hidden variable and every y."""
 
-    def cotangents(seed):
-        """Seed over positions -> cotangents of every old hidden variable and every y."""
+    def of(seed):
         full = seed if component is None else jnp.zeros_like(new).at[..., component].set(seed)
         old_bar, y_bar = pull(full)
-        olds = [_component(old_bar[b], c) for b, c in slots]
-        return olds, [y_bar[i] for i in range(len(keys))]
+        return [_component(old_bar[b], c) for b, c in slots], [y_bar[i] for i in range(len(keys))]
 
-    ones = jnp.ones(varshape, new.dtype)
-    if not mixed:
-        D, df = cotangents(ones)
-        if neighbourhood is not None:
-            D = jax.tree.map(neighbourhood.each_its_own, D)
-        return _Row(list(D), dict(zip(keys, df)))
+    return of
 
-    sizes = [varshape[k] for k in mixed]
-    picks = jnp.stack([g.ravel() for g in jnp.meshgrid(*map(jnp.arange, sizes), indexing="ij")], axis=-1)
+
+def _by_position(read, dtype, varshape, axes, scope):
+    """``read(seed, pick)`` for one position at a time along some axes, stacked."""
+    grids = jnp.meshgrid(*(jnp.arange(varshape[k]) for k in axes), indexing="ij")
+    picks = jnp.stack([g.ravel() for g in grids], axis=-1)
 
     def at(pick):
-        seed = ones
-        for k, i in zip(mixed, pick):
-            seed = seed * (jax.lax.broadcasted_iota(jnp.int32, varshape, k) == i).astype(seed.dtype)
+        seed = jnp.ones(varshape, dtype)
+        for k, i in zip(axes, pick):
+            seed = seed * (jax.lax.broadcasted_iota(jnp.int32, varshape, k) == i).astype(dtype)
+        return read(seed, pick)
 
+    # As many positions at once as the cotangents of all of them stay below the ceiling.
+    at_once = max(1, scope.ceiling // max(1, math.prod(varshape)))
+    return jax.vmap(at)(picks) if len(picks) <= at_once else jax.lax.map(at, picks, batch_size=at_once)
+
+
+def _row(cotangents, dtype, fronts, y_shapes, varshape, mixed, folds, scope) -> _Row:
+    ones = jnp.ones(varshape, dtype)
+    if not mixed:
+        D, df = cotangents(ones)
+        return _Row(D, dict(zip(y_shapes, df)))
+
+    def read(seed, pick):
         def own_position(cotangent, shape, front=0):
             lead = len(varshape) - len(shape)
             for k, i in sorted(zip(mixed, pick), key=lambda ki: -ki[0]):
@@ -413,23 +425,29 @@ def _row(new, pull, component, slots, fronts, y_shapes, varshape, mixed, folds, 
             return cotangent
 
         olds, ys = cotangents(seed)
-        if neighbourhood is None:
-            olds = [None if o is None else own_position(o, varshape) for o in olds]
-        return olds, [y if k in folds else own_position(y, y_shapes[k], fronts[k]) for k, y in zip(keys, ys)]
+        return [None if o is None else own_position(o, varshape) for o in olds], [
+            y if k in folds else own_position(y, y_shapes[k], fronts[k]) for k, y in zip(y_shapes, ys)
+        ]
 
     def whole(stacked, front=0):
+        sizes = [varshape[k] for k in mixed]
         axes = [front + k for k in mixed]
         return jnp.moveaxis(stacked.reshape(*sizes, *stacked.shape[1:]), range(len(mixed)), axes)
 
-    # As many positions at once as the cotangents of all of them stay below the ceiling.
-    at_once = max(1, scope.ceiling // max(1, math.prod(varshape)))
-    D, df = jax.vmap(at)(picks) if len(picks) <= at_once else jax.lax.map(at, picks, batch_size=at_once)
-    D = jax.tree.map(whole if neighbourhood is None else neighbourhood.blocks, D)
-    found = {k: whole(y, fronts[k]) for k, y in zip(keys, df)}
+    D, df = _by_position(read, dtype, varshape, mixed, scope)
+    found = {k: whole(y, fronts[k]) for k, y in zip(y_shapes, df)}
     if folds:
         # Every entry acts on one position, so that one pass from all positions gives all of them.
-        found.update({k: y for k, y in zip(keys, cotangents(ones)[1]) if k in folds})
-    return _Row(list(D), found)
+        found.update({k: y for k, y in zip(y_shapes, cotangents(ones)[1]) if k in folds})
+    return _Row(jax.tree.map(whole, D), found)
+
+
+def _blocks(cotangents, dtype, varshape, mixed, neighbourhood, scope) -> list[Any]:
+    """A row of D between neighbours."""
+    if not mixed:
+        return jax.tree.map(neighbourhood.each_its_own, cotangents(jnp.ones(varshape, dtype))[0])
+    rows = _by_position(lambda seed, _: cotangents(seed)[0], dtype, varshape, neighbourhood.axes, scope)
+    return jax.tree.map(neighbourhood.blocks, rows)
 
 
 def slice_labels(eqns, part, varshape):

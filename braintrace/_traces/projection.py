@@ -87,9 +87,11 @@ def advance(
     """
     rho_0 = jnp.sqrt((_norm(old.parameters) + eps) / (_norm([carried]) + eps))
     rho_1 = jnp.sqrt((_norm(projection) + eps) / (_norm([noise]) + eps))
+    # Divided in the precision of the norms: a factor may be out of the range of half precision where a quotient is not.
     parameters = [(o / rho_0 + p / rho_1).astype(o.dtype) for o, p in zip(old.parameters, projection)]
     return Projection((rho_0 * carried + rho_1 * noise).astype(old.state.dtype), parameters)
 
 
 def _norm(arrays):
-    return jnp.sqrt(sum((a * a).sum() for a in arrays))
+    wide = [a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in arrays]
+    return jnp.sqrt(sum((a * a).sum() for a in wide))
