@@ -15,7 +15,7 @@ import numpy as np
 from ._jax import trace_context
 from ._types import MultiStepData, SingleStepData, head
 
-__all__ = ["ETraceVmap", "SequenceDriverMixin"]
+__all__ = ["ETraceVmap", "SequenceDriverMixin", "common_length"]
 
 
 class SequenceDriverMixin:
@@ -97,14 +97,14 @@ class SequenceDriverMixin:
             )
         _one_of("reduction", reduction, ("mean", "sum"))
         _one_of("loss_output", loss_output, ("per_step", "masked", "scalar"))
-        length = _common_length(sequences)
+        length = common_length(sequences)
         k = self._window_length(chunk_size, length, gradient=True)
         mask = _check_mask(mask, length)
         weights = self._per_sample.param_states if weights is None else weights
 
         def objective(slices, m):
             loss, aux = _loss_and_aux(step_fn(*slices), has_aux, () if k is None else (k,))
-            return jnp.sum(loss * m.astype(jnp.result_type(loss))), (loss, aux)
+            return jnp.sum(loss if m is None else loss * m.astype(jnp.result_type(loss))), (loss, aux)
 
         chunk = _chunk_length(trace_chunk)
         items = (_windows(sequences, k), _windows(mask, k))
@@ -146,7 +146,7 @@ class SequenceDriverMixin:
         None or pytree
         """
         learner = self._driven()
-        length = _common_length(sequences)
+        length = common_length(sequences)
         k = self._window_length(chunk_size, length, gradient=False)
         if not (step_fn is None or callable(step_fn)):
             raise TypeError(f"step_fn must be a function of one slice, or None, got {step_fn!r}.")
@@ -372,7 +372,12 @@ def _step_by_step(objective, weights, items):
     gradient = brainstate.transform.grad(objective, weights, has_aux=True)
 
     def body(total, item):
-        grads, (loss, aux) = gradient(*item)
+        slices, m = item
+        if m.ndim:  # of a window: one weight per loss in it
+            grads, (loss, aux) = gradient(slices, m)
+        else:
+            grads, (loss, aux) = gradient(slices, None)
+            grads = jax.tree.map(lambda g: g * m.astype(g.dtype), grads)
         return jax.tree.map(jnp.add, total, grads), (loss, aux)
 
     zeros = jax.tree.map(jnp.zeros_like, {p: s.value for p, s in weights.items()})
@@ -411,7 +416,7 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
 
 
-def _common_length(sequences: tuple[Any, ...]) -> int:
+def common_length(sequences: tuple[Any, ...]) -> int:
     if not sequences:
         raise ValueError("Pass at least one sequence.")
     wrapped = lambda x: isinstance(x, (SingleStepData, MultiStepData))  # noqa: E731

@@ -40,8 +40,6 @@ class Model(brainstate.nn.Module):
         self.h = brainstate.HiddenState(jnp.full((batch_size, N), 0.1))
         self.c = brainstate.ShortTermState(jnp.full((batch_size, N), 0.2))
 
-    reset_state = init_state
-
     def update(self, x):
         marked = lambda x: braintrace.matmul(x, self.w.value)  # noqa: E731
         self.h.value, self.c.value = step(marked, self.w.value, self.r.value, self.h.value, self.c.value, x)
@@ -179,7 +177,7 @@ def test_an_optimiser_and_a_loss_of_ones_own():
         dni, xs, chunk_size=3, loss_fn=lambda out: (out * LOSS).sum(), optimizer=optimizer, epochs=20, batch_size=BATCH
     )
     assert errors[-1] < errors[0]
-    unreset = braintrace.train_synthetic_gradient(dni, xs, reset=False, epochs=2)
+    unreset = braintrace.train_synthetic_gradient(dni, xs, reset=False, epochs=2)  # whatever the model's batch
     assert unreset[0] != unreset[1] and dni.running_index.value == 3 * T
 
 
@@ -201,6 +199,64 @@ def test_synthesizers():
         SyntheticGradient({0: (3,)})
 
 
+def test_every_epoch_begins_with_initial_states():
+    """Without learning all epochs are the same; the model and the learner keep their states."""
+    xs, dni = learners(DNI)
+    dni.attach_synthesizer(SyntheticGradient(dni.group_signal_shapes()))
+    dni(xs[0])
+    first, *rest = braintrace.train_synthetic_gradient(dni, xs, chunk_size=2, lr=0.0, epochs=3, batch_size=BATCH)
+    assert rest == [first, first]
+    assert dni.model4compile.h is dni.hidden_states["h",] and jnp.all(jnp.isfinite(dni.model4compile.h.value))
+    assert dni.running_index.value == T
+
+
+def test_a_counter_among_the_hidden_states():
+    class Counting(Model):
+        def init_state(self, batch_size=None, **_):
+            super().init_state(batch_size)
+            self.n = brainstate.HiddenState(jnp.zeros((batch_size, N), int))
+
+        def update(self, x):
+            y = super().update(x)
+            self.n.value = self.n.value + (y > 0)
+            return y
+
+    xs = jnp.ones((T, BATCH, INPUTS))
+    dni = braintrace.compile(Counting(), "dni", xs[0], batch_size=BATCH)
+    dni.attach_synthesizer(synthesizer(dni, 0.1))
+    errors = braintrace.train_synthetic_gradient(dni, xs, chunk_size=3, epochs=20, lr=0.1, batch_size=BATCH)
+    assert errors[-1] < errors[0]
+
+
+def test_a_mask_weights_the_gradients_of_steps():
+    xs, dni, other = learners(DNI, DNI)
+    for learner in (dni, other):
+        learner.attach_synthesizer(synthesizer(learner, 0.5))
+    mask = jnp.array([0.0, 2.0, 0.0, 0.0, 1.0, 0.0])
+    found = dni.etrace_grad(xs, step_fn=lambda x: (dni(x) * LOSS).sum(), mask=mask, reduction="sum")
+    gradient = brainstate.transform.grad(lambda x: (other(x) * LOSS).sum(), other.param_states)
+    steps = [gradient(x) for x in xs]
+    for path in found:
+        np.testing.assert_allclose(found[path], sum(m * g[path] for m, g in zip(mask, steps)), rtol=1e-9)
+
+
+def test_a_hook_of_ones_own():
+    class Tens(braintrace.ParamDimVjpAlgorithm):
+        _default_config = braintrace.ETraceConfig(learning_signal="bootstrapped")
+
+        def _inject_exit_cotangent(self, exit_hiddens, aux):
+            return {p: jnp.full_like(v, 10.0) for p, v in exit_hiddens.items()}
+
+    xs, one, other = learners(Tens, Tens)
+    total = one.etrace_grad(xs, step_fn=lambda x: (one(x) * LOSS).sum(), reduction="sum")
+    gradient = brainstate.transform.grad(lambda x: (other(x) * LOSS).sum(), other.param_states)
+    steps = [gradient(x) for x in xs]
+    for path in total:
+        np.testing.assert_allclose(total[path], sum(g[path] for g in steps), rtol=1e-9)
+    with pytest.raises(ValueError, match="Tens estimates what follows.*'multi-step'"):
+        Tens(Model(), vjp_method="single-step")
+
+
 def test_refusals():
     xs, dni, d_rtrl = learners(DNI, braintrace.D_RTRL)
     with pytest.raises(RuntimeError, match="no synthesizer.*attach_synthesizer"):
@@ -212,12 +268,26 @@ def test_refusals():
     with pytest.raises(TypeError, match="has the methods apply"):
         dni.attach_synthesizer(None)
     dni.attach_synthesizer(synthesizer(dni, 0.0))
-    with pytest.raises(ValueError, match="6 is no multiple of chunk_size=4"):
-        braintrace.train_synthetic_gradient(dni, xs, chunk_size=4)
+    fit = braintrace.train_synthetic_gradient
+    for options, error, message in [
+        (dict(chunk_size=4), ValueError, "6 is no multiple of chunk_size=4"),
+        (dict(chunk_size=2.0), TypeError, "chunk_size must be a Python int"),
+        (dict(batch_size=5), ValueError, r"batch_size=5, '[hc]' is initialised with shape \(5, 3\).*for \(2, 3\)"),
+    ]:
+        with pytest.raises(error, match=message):
+            fit(dni, xs, **options)
+
+    class Forgetful(SyntheticGradient):
+        def apply(self, param_values, hiddens):
+            return {}
+
+    dni.attach_synthesizer(Forgetful(dni.group_signal_shapes()))
+    with pytest.raises(ValueError, match=r"estimate for group 0 has shape None.*\(2, 3, 1\)"):
+        dni(xs[0])
     with pytest.raises(ValueError, match="vjp_method='multi-step'"):
         DNI(Model(), vjp_method="single-step")
     for engine in (braintrace.D_RTRL, braintrace.ParamDimVjpAlgorithm):
-        with pytest.raises(ValueError, match="'bootstrapped' needs a rule.*DNI"):
+        with pytest.raises(NotImplementedError, match="'bootstrapped' needs a rule.*DNI"):
             engine(Model(), config=braintrace.ETraceConfig(learning_signal="bootstrapped"))
 
 
@@ -248,5 +318,8 @@ def test_spiking_neurons_with_units():
             learner.attach_synthesizer(synthesizer(learner, 0.1))
             grads = mapped.etrace_grad(xs, step_fn=lambda x, f=mapped: (f(x) ** 2).sum())
             assert all(jnp.isfinite(u.get_mantissa(g)).all() for g in jax.tree.leaves(grads))
-            if not vmap:
+            if vmap:
+                with pytest.raises(ValueError, match="it is mapped over samples"):
+                    braintrace.train_synthetic_gradient(learner, xs)
+            else:
                 assert len(braintrace.train_synthetic_gradient(learner, xs, chunk_size=2, batch_size=BATCH)) == 1

@@ -942,12 +942,17 @@ def test_numbers_of_a_scope(make, name):
         make(lstm_graph()[0], **{name: 0})
     with pytest.raises(TypeError, match=f"{name} must be an int of at least 1, got 2.0"):
         make(lstm_graph()[0], **{name: 2.0})
+    with pytest.raises(braintrace.NotSupportedError, match="sparse_n=2.*include_recurrent_mixing=True"):
+        make(lstm_graph()[0], sparse_n=2)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_scopes():
     widths = {}
-    for name, options in {"coupled": {"include_recurrent_mixing": True}, "neighbours": {"sparse_n": 2}}.items():
+    for name, options in {
+        "coupled": {"include_recurrent_mixing": True},
+        "neighbours": {"include_recurrent_mixing": True, "sparse_n": 2},
+    }.items():
         groups, _ = braintrace.find_hidden_groups_from_module(lstm_graph()[0], X, **options)
         (group,) = braintrace.compile_etrace_graph(lstm_graph()[0], X, **options).hidden_groups
         assert [g.hidden_paths for g in groups] == [group.hidden_paths]

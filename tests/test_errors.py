@@ -182,7 +182,7 @@ ROWS = [  # what is called, the exception, what the message names
     ),
     (
         lambda: pp_prop(cell(), config=config(learning_signal="bootstrapped", decay=0.9)),
-        ValueError,
+        NotImplementedError,
         "bootstrapped.*DNI",
     ),
     (lambda: pp_prop(cell(), (0.9, 0.5)).decay, AttributeError, "decay_x.*decay_f"),

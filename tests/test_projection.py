@@ -185,11 +185,13 @@ def test_attributes_and_refusals():
     for key in (3, jax.random.key(3), jax.random.PRNGKey(3)):
         other = braintrace.compile(Model("recurrent"), "uoro", x[0], projection_key=key)
         np.testing.assert_array_equal(other.projection_rng.value, jax.random.key_data(jax.random.key(3)))
+    other = braintrace.compile(Model("recurrent"), "uoro", x[0], projection_key=jax.random.key(3, impl="rbg"))
+    assert jnp.all(jnp.isfinite(other(x[0])))
     for eps, error in [(0.0, ValueError), (1e-60, ValueError), (-1.0, ValueError), ("a", TypeError)]:
         with pytest.raises(error, match="projection_eps must be"):
             braintrace.UORO(Model("recurrent"), projection_eps=eps)
     with pytest.raises(TypeError, match="projection_key must be an int or a JAX key"):
-        braintrace.compile(Model("recurrent"), "uoro", x[0], projection_key="a")
+        braintrace.UORO(Model("recurrent"), projection_key="a")
     with pytest.raises(TypeError, match="UORO takes no config"):
         braintrace.UORO(Model("recurrent"), config=braintrace.ETraceConfig())
     config = braintrace.ETraceConfig("random_projection", recurrence_scope="coupled")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import braintrace
+from braintrace._compiler.scope import neighbourhood
 
 N, INPUTS, T = 4, 3, 4
 WEIGHT = jax.random.normal(jax.random.key(1), (N,))
@@ -276,6 +277,36 @@ def test_sparse_neighbourhoods():
         assert (error < 1e-12) == (n == 4), (n, error)
 
 
+def test_a_sparse_jacobian_is_never_formed_whole():
+    """A ring of many units: what a step needs grows with the units, not with their square."""
+    sizes = {}
+    for n in (100, 400):
+        model = Chain(np.roll(np.eye(5), 1, axis=1))
+        model.matrix = brainevent.CSR.fromdense(jnp.asarray(np.roll(np.eye(n), 1, axis=1)))
+        model.w.value, model.w_in.value = model.matrix.data, jnp.ones((2, n))
+        model.init_state = lambda batch_size=None, m=model, n=n, **_: setattr(
+            m, "h", brainstate.HiddenState(jnp.zeros((batch_size, n)))
+        )
+        learner = braintrace.compile(
+            model, braintrace.SnAp, jnp.zeros((2, 2)), batch_size=2, n=2, snap_max_jacobian_elements=4 * n
+        )
+        assert learner.graph.hidden_groups[0].trace_state_width == 2
+        run = brainstate.transform.jit(lambda x, f=learner: f(x))
+        run(jnp.ones((2, 2)))
+        step = jax.jit(learner.graph.tape.record)
+        invals = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in learner.graph.module_info.jaxpr.invars]
+        operands = learner._operands(invals)
+        sizes[n] = step.lower(invals, operands).compile().memory_analysis().temp_size_in_bytes
+    assert sizes[400] < 8 * max(sizes[100], 4096)
+
+
+def test_neighbourhoods_settle():
+    """However large the order, the search ends when nothing new is reached."""
+    adjacency = np.roll(np.eye(6, dtype=bool), 1, axis=1)
+    found = neighbourhood(adjacency, (0,), (6,), 10**9)
+    assert found.num_neighbour == 6 and list(found.neighbours[2]) == [2, 0, 1, 3, 4, 5]
+
+
 @pytest.mark.parametrize("rule", ["ostl_recurrent", braintrace.SnAp])
 def test_products_that_are_not_marked(rule):
     """A plain product of hidden values is recurrent mixing too."""
@@ -337,6 +368,7 @@ CELLS = {
     "GRU": lambda: braintrace.nn.GRUCell(2, 3),
     "MGU": lambda: braintrace.nn.MGUCell(2, 3),
     "LSTM": lambda: braintrace.nn.LSTMCell(2, 3),
+    "URLSTM": lambda: braintrace.nn.URLSTMCell(2, 3),  # with biases that the batch shares
     "conv": lambda: Convolved(),
 }
 

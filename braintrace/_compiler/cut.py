@@ -278,12 +278,17 @@ def differentiate_cut(
             cotangents = _cotangents(new, pull, component, slots, keys)
             of_D = mixed_axes({} if whole else labels[a], {}, y_shapes, varshape)
             of_df = mixed_axes({}, by_position[a], y_shapes, varshape)
-            if neighbourhood is None:
-                axes = tuple(sorted({*of_D, *of_df}))
-                out.append(_row(cotangents, new.dtype, part.fronts, y_shapes, varshape, axes, folds, scope))
-            else:
-                row = _row(cotangents, new.dtype, part.fronts, y_shapes, varshape, of_df, folds, scope)
-                out.append(row._replace(D=_blocks(cotangents, new.dtype, varshape, of_D, neighbourhood, scope)))
+            row_of = lambda y_shapes, axes, of=cotangents, dtype=new.dtype: _row(  # noqa: E731
+                of, dtype, part.fronts, y_shapes, varshape, axes, folds, scope
+            )
+            both = tuple(sorted({*of_D, *of_df}))
+            if neighbourhood is not None:
+                D = _blocks(cotangents, new.dtype, varshape, of_D, neighbourhood, scope)
+                out.append(_Row(D, row_of(y_shapes, of_df).df))
+            elif both in (of_D, of_df):
+                out.append(row_of(y_shapes, both))
+            else:  # one position at a time along all of these axes would be far more of them
+                out.append(_Row(row_of({}, of_D).D, row_of(y_shapes, of_df).df))
         nothing = [None] * len(slots)
         return [(nothing if whole else r.D, r.df) for r in out], list(values) if whole else []
 
@@ -446,7 +451,12 @@ def _blocks(cotangents, dtype, varshape, mixed, neighbourhood, scope) -> list[An
     """A row of D between neighbours."""
     if not mixed:
         return jax.tree.map(neighbourhood.each_its_own, cotangents(jnp.ones(varshape, dtype))[0])
-    rows = _by_position(lambda seed, _: cotangents(seed)[0], dtype, varshape, neighbourhood.axes, scope)
+
+    def read(seed, pick):
+        number = jnp.ravel_multi_index(tuple(pick), tuple(varshape[k] for k in neighbourhood.axes), mode="clip")
+        return jax.tree.map(lambda old: neighbourhood.columns(old, number), cotangents(seed)[0])
+
+    rows = _by_position(read, dtype, varshape, neighbourhood.axes, scope)
     return jax.tree.map(neighbourhood.blocks, rows)
 
 
@@ -455,6 +465,10 @@ def slice_labels(eqns, part, varshape):
     env = {v: {("old", i): own_label(v.aval.shape, len(varshape))} for i, v in enumerate(part.olds)}
     env |= {v: {("y", k): y_label(v.aval.shape, part.fronts[k])} for k, v in part.ys.items()}
     op_index = {v: k for k, v in part.ys.items()}
+    behind = set(part.news)  # the new values, and what is computed from them within the step
+    for position in part.positions:
+        if any(v in behind for v in eqns[position].invars if not isinstance(v, Literal)):
+            behind.update(eqns[position].outvars)
 
     def through(eqn, inputs):
         if not is_marked(eqn):
@@ -463,6 +477,8 @@ def slice_labels(eqns, part, varshape):
         number = op_index[y]
         if number in part.passed:
             known = through_operation(eqn, inputs, part.constants)
+            if not any(v in behind for v in eqn.invars if not isinstance(v, Literal)):
+                known = {s: label for s, label in known.items() if s[0] != "y"}  # held fixed there
         else:
             known = inputs[eqn.primitive.x_index]
         return [

@@ -185,8 +185,9 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
         jacobians : tuple of dict, or None
             ``(xs, dfs)``: inputs by relation key, and arrays of shape ``V + (S,)`` by (relation key, group index).
         Ds : list of array, or None
-            Of shape ``V + (S, S)``, one per group; with ``full_jacobian``, ``V + (S,) + V + (S,)``. Those of a window
-            have time in front; with a stepper there are none.
+            Of shape ``V + (S, S)``, one per group; with neighbours ``V + (M, M)``, as
+            :meth:`HiddenGroup.diagonal_jacobian` gives it; with ``full_jacobian``, ``V + (S,) + V + (S,)``. Those of a
+            window have time in front; with a stepper there are none.
         trace : pytree or None
             After the last step, with a stepper.
         """

@@ -107,7 +107,8 @@ def compile_etrace_graph(
     include_recurrent_mixing : bool
         Whether the transition Jacobians of groups contain the recurrent mixing of positions.
     sparse_n : int, optional
-        The order of the neighbourhood whose positions a trace follows; ``None`` for each position alone.
+        With the mixing, the order of the neighbourhood whose positions a trace follows; ``None`` for each position
+        alone.
     snap_max_jacobian_elements : int
         The most elements that the Jacobian of a group may have between neighbours.
     control_flow : ControlFlowPolicy, optional
@@ -126,7 +127,8 @@ def compile_etrace_graph(
     NotImplementedError
         If a parameter or a marked operation is used where no trace can follow it.
     NotSupportedError
-        If the Jacobian between neighbours is larger than ``snap_max_jacobian_elements``.
+        If the Jacobian between neighbours is larger than ``snap_max_jacobian_elements``, or ``sparse_n`` is given
+        without ``include_recurrent_mixing``.
     CompilationError
         If loops and branches are nested deeper than the policy allows.
 

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._types import NotSupportedError
+
 __all__ = ["CEILING", "DIAGONAL", "Neighbourhood", "Scope", "neighbourhood", "scope_of"]
 
 CEILING = 16777216
@@ -45,6 +47,8 @@ def scope_of(include_recurrent_mixing: bool, sparse_n: int | None, ceiling: int,
     ------
     TypeError, ValueError
         If ``sparse_n`` or ``ceiling`` is no int of at least 1.
+    NotSupportedError
+        If there is ``sparse_n`` without the mixing that it follows.
     """
     for name, value in (("sparse_n", sparse_n), ("snap_max_jacobian_elements", ceiling)):
         if value is None:
@@ -53,11 +57,16 @@ def scope_of(include_recurrent_mixing: bool, sparse_n: int | None, ceiling: int,
             raise TypeError(f"{name} must be an int of at least 1, got {value!r}.")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value!r}.")
+    if sparse_n is not None and not include_recurrent_mixing:
+        raise NotSupportedError(
+            f"sparse_n={sparse_n} follows the recurrent mixing of positions, and include_recurrent_mixing=False leaves "
+            "it out. Pass include_recurrent_mixing=True too."
+        )
     if full:
         return Scope("full", ceiling=int(ceiling))
     if sparse_n is not None and sparse_n > 1:
         return Scope("sparse_n", int(sparse_n), int(ceiling))
-    return Scope("coupled" if include_recurrent_mixing or sparse_n == 1 else "diagonal", ceiling=int(ceiling))
+    return Scope("coupled" if include_recurrent_mixing else "diagonal", ceiling=int(ceiling))
 
 
 class Neighbourhood(NamedTuple):
@@ -74,6 +83,8 @@ class Neighbourhood(NamedTuple):
         Numbers of positions, and which of them are more than padding.
     conservative : bool
         Whether nothing was known of the coupling, so that every position is a neighbour of every other.
+    sources : array or None
+        Per position those that influence it in one step, itself included, padded with -1; ``None`` where all do.
     """
 
     axes: tuple[int, ...]
@@ -81,6 +92,7 @@ class Neighbourhood(NamedTuple):
     neighbours: np.ndarray
     valid: np.ndarray
     conservative: bool
+    sources: np.ndarray | None
 
     @property
     def num_position(self) -> int:
@@ -90,14 +102,29 @@ class Neighbourhood(NamedTuple):
     def num_neighbour(self) -> int:
         return self.neighbours.shape[1]
 
+    def columns(self, row: Any, number: Any) -> Any:
+        """Of a row of a Jacobian, ``V``, what can be other than zero: ``(lead, sources)``."""
+        flat = self._flat(row)
+        if self.sources is None:
+            return flat
+        sources = jnp.asarray(self.sources)[number]
+        return flat[..., sources] * (sources >= 0)
+
     def blocks(self, rows: Any) -> Any:
-        """Rows of a Jacobian, one per position, ``(num_position, *V)`` -> two axes of neighbours, then ``V``."""
-        full = jnp.moveaxis(self._flat(rows), 0, -2)
+        """:meth:`columns` of every row, stacked -> two axes of neighbours, then ``V``."""
+        full = jnp.moveaxis(rows, 0, -2)
+        if self.sources is None:
 
-        def of_position(neighbours, valid):
-            return full[..., neighbours, :][..., neighbours] * (valid[:, None] & valid)
+            def of_position(neighbours, valid):
+                return full[..., neighbours, :][..., neighbours] * (valid[:, None] & valid)
 
-        return self._unflat(jax.vmap(of_position, out_axes=-3)(self.neighbours, self.valid), 2)
+            return self._unflat(jax.vmap(of_position, out_axes=-3)(self.neighbours, self.valid), 2)
+        column_of = np.full((self.num_position,) * 2, -1, np.int32)  # of a source, among those that a row keeps
+        rows_of, columns = np.nonzero(self.sources >= 0)
+        column_of[rows_of, self.sources[rows_of, columns]] = columns
+        at = column_of[self.neighbours[:, :, None], self.neighbours[:, None, :]]
+        there = (at >= 0) & self.valid[:, :, None] & self.valid[:, None, :]
+        return self._unflat(full[..., self.neighbours[:, :, None], at] * there, 2)
 
     def each_its_own(self, diagonal: Any) -> Any:
         """The blocks of a Jacobian without mixing, from its entries per position."""
@@ -128,16 +155,26 @@ def neighbourhood(
 ) -> Neighbourhood:
     """From ``adjacency[p, q]``, whether p influences q in one step (``None``: every q), to that of several steps."""
     number = math.prod(varshape[k] for k in axes)
+    sources = None
     if adjacency is None:
         reached = np.ones((number, number), bool)
     else:
-        one, reached = adjacency.astype(np.int64), np.eye(number, dtype=bool)
+        one = adjacency | np.eye(number, dtype=bool)
+        sources = _padded([np.flatnonzero(column) for column in one.T], -1)
+        reached, step = np.eye(number, dtype=bool), one.astype(np.float32)
         for _ in range(order - 1):
-            reached = reached | (reached.astype(np.int64) @ one > 0)
-    width = int(reached.sum(1).max())
-    neighbours, valid = np.zeros((number, width), np.int64), np.zeros((number, width), bool)
-    for p in range(number):
-        others = np.flatnonzero(reached[p])
-        found = [p, *others[others != p]]
-        neighbours[p, : len(found)], valid[p, : len(found)] = found, True
-    return Neighbourhood(axes, varshape, neighbours, valid, adjacency is None)
+            further = reached.astype(np.float32) @ step > 0
+            if np.array_equal(further, reached):
+                break
+            reached = further
+    own_first = [[p, *(q for q in np.flatnonzero(row) if q != p)] for p, row in enumerate(reached)]
+    neighbours = _padded(own_first, -1)
+    valid = neighbours >= 0
+    if sources is not None and sources.shape[1] == number:
+        sources = None
+    return Neighbourhood(axes, varshape, np.where(valid, neighbours, 0), valid, adjacency is None, sources)
+
+
+def _padded(rows: Any, value: int) -> np.ndarray:
+    width = max(len(r) for r in rows)
+    return np.array([[*r, *[value] * (width - len(r))] for r in rows], np.int32)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
-from .._types import MultiStepData, Path
+from .._sequence import common_length
+from .._types import MultiStepData, Path, path_str
 from .config import ETraceConfig
 from .param_dim import ParamDimVjpAlgorithm
 from .vjp import legacy_options
@@ -160,7 +161,8 @@ class DNI(ParamDimVjpAlgorithm):
 
     Notes
     -----
-    A mask of :meth:`etrace_grad` weights the losses; estimates of what follows are not masked.
+    A mask of :meth:`etrace_grad` weights the gradients of single steps. Of a window of several steps it weights the
+    losses, not the estimate of what follows.
 
     References
     ----------
@@ -196,8 +198,6 @@ class DNI(ParamDimVjpAlgorithm):
         **legacy: Any,
     ):
         legacy_options(legacy)
-        if vjp_method == "single-step":
-            raise ValueError("DNI estimates what follows a window: use vjp_method='multi-step'.")
         super().__init__(
             model,
             name,
@@ -208,12 +208,19 @@ class DNI(ParamDimVjpAlgorithm):
             control_flow,
             snap_max_jacobian_elements=snap_max_jacobian_elements,
         )
-        self.synthesizer: SyntheticGradient | None = None
+        self._synthesizer: Any = lambda: None
         if synthesizer is not None:
             self.attach_synthesizer(synthesizer)
 
+    @property
+    def synthesizer(self) -> SyntheticGradient | None:
+        """What estimates future losses; its parameters are not among the learner's states."""
+        return self._synthesizer()
+
     def attach_synthesizer(self, synthesizer: SyntheticGradient) -> None:
         """Use this synthesizer from the next call on.
+
+        A function that was jitted before reads the parameters of the one that was attached then.
 
         Parameters
         ----------
@@ -222,16 +229,12 @@ class DNI(ParamDimVjpAlgorithm):
         """
         if not (hasattr(synthesizer, "apply") and hasattr(synthesizer, "param_values")):
             raise TypeError(f"A synthesizer has the methods apply and param_values; {synthesizer!r} has not.")
-        self.synthesizer = synthesizer
+        self._synthesizer = lambda: synthesizer
 
     def group_signal_shapes(self) -> dict[int, tuple[int, ...]]:
         """Group index -> ``V + (S,)``, which a :class:`SyntheticGradient` is made with; ``ValueError`` before
         :meth:`compile_graph`."""
         return {g.index: (*g.varshape, g.num_state) for g in self.graph.hidden_groups}
-
-    def _can_record(self) -> bool:
-        """Estimates enter the reverse sweep of every window."""
-        return False
 
     def _attached(self) -> SyntheticGradient:
         if self.synthesizer is None:
@@ -250,7 +253,15 @@ class DNI(ParamDimVjpAlgorithm):
         return {g.index: g.concat_hidden([u.get_mantissa(by_path[p]) for p in g.hidden_paths]) for g in groups}
 
     def _inject_exit_cotangent(self, exit_hiddens, aux):
-        estimates = self._attached().apply(aux, self._packed(exit_hiddens))
+        exits = self._packed(exit_hiddens)
+        estimates = self._attached().apply(aux, exits)
+        for i, h in exits.items():
+            found = jnp.shape(estimates[i]) if i in estimates else None
+            if found != h.shape:
+                raise ValueError(
+                    f"The synthesizer's estimate for group {i} has shape {found}, the hidden values have {h.shape}. "
+                    "Its method apply must return one array per group, like the hidden values."
+                )
         parts = {g.index: g.split_hidden(estimates[g.index]) for g in self.graph.hidden_groups}
         return {p: part for g in self.graph.hidden_groups for p, part in zip(g.hidden_paths, parts[g.index])}
 
@@ -290,9 +301,9 @@ def train_synthetic_gradient(
         Step size of gradient descent.
     epochs : int
     reset : bool
-        Whether the model's states and the traces are reset before every epoch.
+        Whether the model's states are initialised anew, and the traces zeroed, before every epoch.
     batch_size : int, optional
-        Passed on to the reset.
+        Batch axis of the states, as the learner was compiled with.
 
     Returns
     -------
@@ -304,7 +315,7 @@ def train_synthetic_gradient(
     TypeError
         If ``learner`` is no DNI.
     ValueError
-        If T is no multiple of ``chunk_size``.
+        If T is no multiple of ``chunk_size``, ``batch_size`` is not that of the learner, or the learner is mapped.
     RuntimeError
         If there is no synthesizer.
 
@@ -324,11 +335,17 @@ def train_synthetic_gradient(
     """
     if not isinstance(learner, DNI):
         raise TypeError(f"The learner must be a DNI, got {type(learner).__name__}.")
-    synthesizer = learner._attached()
-    length = jnp.shape(jax.tree.leaves(inputs)[0])[0]
-    if chunk_size < 1 or length % chunk_size:
-        raise ValueError(f"The sequence length {length} is no multiple of chunk_size={chunk_size}.")
-    windows = jax.tree.map(lambda x: jnp.reshape(x, (-1, chunk_size, *jnp.shape(x)[1:])), inputs)
+    synthesizer: Any = learner._attached()
+    length = common_length((inputs,))
+    k = learner._window_length(chunk_size, length, gradient=True) or 1
+    for path, zero in learner._hidden_zeros().items():
+        shape = jnp.shape(u.get_mantissa(learner.hidden_states[path].value))
+        if shape != zero.shape:
+            raise ValueError(
+                f"{path_str(path)!r} has shape {shape}, the learner was compiled for {zero.shape}: it is mapped over "
+                "samples. Fit the synthesizer with an unmapped learner of the same model, compiled on a batch."
+            )
+    windows = jax.tree.map(lambda x: jnp.reshape(x, (-1, k, *jnp.shape(x)[1:])), inputs)
     parameters = synthesizer.states_dict()
     loss_fn = loss_fn or (lambda out: sum((u.get_mantissa(o) ** 2).sum() for o in _leaves(out)))
 
@@ -351,22 +368,52 @@ def train_synthetic_gradient(
             optimizer.update(grads)
         return value
 
+    floating = {p: s for p, s in learner.hidden_states.items() if _is_floating(s.value)}
+
     def one_window(window):
         entry = learner._packed({p: s.value for p, s in learner.hidden_states.items()})
-        bars = brainstate.transform.grad(window_loss, dict(learner.hidden_states))(window)
-        return fit(entry, jax.lax.stop_gradient(learner._packed(bars)))
+        still = {p: jax.tree.map(jnp.zeros_like, s.value) for p, s in learner.hidden_states.items()}
+        bars = brainstate.transform.grad(window_loss, floating)(window)
+        return fit(entry, jax.lax.stop_gradient(learner._packed(still | bars)))
 
     @brainstate.transform.jit
-    def epoch(windows):
+    def epoch(windows, start):
+        for path, value in start.items():
+            learner.path_to_states[path].value = value
         if reset:
-            brainstate.nn.reset_all_states(learner.model4compile, batch_size=batch_size)
-            learner.reset_state(batch_size)
+            learner.reset_state()
         errors = brainstate.transform.for_loop(one_window, windows)
         last = learner._packed({p: s.value for p, s in learner.hidden_states.items()})
         final = fit(last, jax.tree.map(jnp.zeros_like, last))
         return (errors.sum() + final) / (errors.size + 1)
 
-    return [float(epoch(windows)) for _ in range(epochs)]
+    errors = []
+    for _ in range(epochs):
+        start = _initial_values(learner, batch_size) if reset else {}
+        errors.append(float(epoch(windows, start)))
+    return errors
+
+
+def _initial_values(learner: DNI, batch_size: int | None) -> dict[Path, Any]:
+    """Of all states that are no parameters, from a copy: the learner keeps the states that it was compiled with."""
+    copy = brainstate.graph.clone(learner.model4compile)
+    brainstate.nn.init_all_states(copy, batch_size=batch_size)
+    found = copy.states()
+    start = {}
+    for path, state in {**learner.hidden_states, **learner.other_states}.items():
+        if path in found:
+            start[path] = found[path].value
+            shapes = [[jnp.shape(v) for v in jax.tree.leaves(value)] for value in (start[path], state.value)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"With batch_size={batch_size}, {path_str(path)!r} is initialised with shape {shapes[0][0]}; the "
+                    f"learner was compiled for {shapes[1][0]}. Pass the batch_size that it was compiled with."
+                )
+    return start
+
+
+def _is_floating(value: Any) -> bool:
+    return all(jnp.issubdtype(jnp.result_type(v), jnp.inexact) for v in jax.tree.leaves(value))
 
 
 def _leaves(tree: Any) -> list[Any]:

@@ -112,15 +112,16 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         self._check_output_shapes()
         if self.config.recurrence_scope == "sparse_n":
             self._check_anchors()
-        self._traced, self._slot_traces = [], {}
+        pairs, self._slot_traces = [], {}
         for i, r in enumerate(self.graph.hidden_param_op_relations):
             meta = param.meta_of(r)
             for g in r.hidden_groups:
                 # The structure is that of any step: varying entries may be read from anything.
                 recursion = self._recursion(g, _Anything())
                 pair = param.Pair(i, r, g, meta, self._factorise(i, recursion))
-                self._traced.append(pair)
+                pairs.append(pair)
                 self._slot_traces[pair.key] = EligibilityTrace(param.init(pair, recursion.width, self.trace_dtype))
+        self._traced = lambda: pairs  # not an attribute itself: the states of a learner are those of its attributes
 
     def _check_anchors(self) -> None:
         """Refuse operations whose trace entries are not known to belong to one position each."""
@@ -212,7 +213,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         return param.recursion_of(D, df, config.temporal_recursion, config.decay, config.kappa)
 
     def _pairs(self) -> list[param.Pair]:
-        return self._traced if self.graph else []  # which raises before compilation
+        return self._traced() if self.graph else []  # which raises before compilation
 
     def _trace_inputs(self, xs, record, operands, invals):
         return record, operands

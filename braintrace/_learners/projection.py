@@ -41,8 +41,10 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
         \rho_0 = \sqrt{(\|\tilde\theta\| + \varepsilon) / (\|J \tilde s\| + \varepsilon)}, \qquad
         \rho_1 = \sqrt{(\|\nu^\top J_f\| + \varepsilon) / (\|\nu\| + \varepsilon)}.
 
-    The expectation over :math:`\nu` is real-time recurrent learning within the group; a single estimate is noisy. With
-    ``vjp_method='multi-step'`` the credit within a call is exact, and only what comes from before it is estimated.
+    Where operations act on the group position by position, the expectation over :math:`\nu` is real-time recurrent
+    learning within the group; of other operations :math:`J_f` holds each position's own part. A single estimate is
+    noisy. With ``vjp_method='multi-step'`` the credit within a call is exact, and only what comes from before it is
+    estimated.
 
     Parameters
     ----------
@@ -81,6 +83,10 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
         For arguments that do not fit; the message names them.
     NotImplementedError
         By ``compile_graph``, for a model with a long loop that is not unrolled.
+
+    Notes
+    -----
+    A learner that is mapped over samples keeps :math:`\tilde\theta` for each of them, made with the same signs.
 
     References
     ----------
@@ -123,6 +129,7 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
             raise ValueError(f"projection_eps must be above 0, also in float32, got {projection_eps!r}.")
         self.projection_eps = float(projection_eps)
         self.projection_key: Any = projection_key
+        self._first_key()
 
     def init_etrace_state(self, *args: Any, **kwargs: Any) -> None:
         """Allocate zero projections, as new state objects; the step counter is not touched."""
@@ -143,12 +150,13 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
         """As plain numbers, which every transformation maps."""
         key: Any = self.projection_key
         if isinstance(key, numbers.Integral) and not isinstance(key, bool):
-            return jax.random.key_data(jax.random.key(int(key)))
-        if hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            return jax.random.key_data(key)
-        if jnp.shape(key) == (2,) and jnp.result_type(key) == jnp.uint32:
-            return jnp.asarray(key)
-        raise TypeError(f"projection_key must be an int or a JAX key, got {key!r}.")
+            key = jax.random.key(int(key))
+        elif getattr(key, "dtype", None) == jnp.uint32 and key.ndim == 1:
+            key = jax.random.wrap_key_data(key)
+        if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)) or jnp.ndim(key):
+            raise TypeError(f"projection_key must be an int or a JAX key, got {key!r}.")
+        self._key_kind = jax.random.key_impl(key)
+        return jax.random.key_data(key)
 
     def reset_state(self, batch_size: int | None = None, **kwargs: Any) -> None:
         """Zero the projections and the step counter, and begin the stream of random signs anew.
@@ -165,7 +173,8 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
 
     def _trace_states(self):
         relations = self.graph.hidden_param_op_relations
-        with_batch = {g.index for r in relations if r.primitive.batched for g in r.hidden_groups}
+        wider = lambda r, g: len(g.varshape) > r.y_var.aval.ndim  # noqa: E731
+        with_batch = {g.index for r in relations for g in r.hidden_groups if r.primitive.batched or wider(r, g)}
         for index, state in self.etrace_s.items():
             yield state, 0 if index in with_batch else None
         for state in self.etrace_theta.values():
@@ -240,8 +249,8 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
     def _update_etrace_data(self, running_index, old_traces, xs_and_dfs, Ds, weight_vals, input_is_multi_step):
         del running_index, Ds, weight_vals, input_is_multi_step
         (record, operands, invals), dfs = xs_and_dfs
-        old, key, step = old_traces
-        new = {}
+        old, key_data, step = old_traces
+        key, new = jax.random.wrap_key_data(key_data, impl=self._key_kind), {}
         for g in self._projected_groups():
             own = old[g.index]
             noise = self._draw_projection(key, step, g.index, own.state.shape, own.state.dtype)
@@ -252,7 +261,7 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
             by_parameter = [leaves.get(n) for p in self._paths_of(g.index) for n in self._leaf_numbers(p)]
             now = [jnp.zeros_like(o) if v is None else v for o, v in zip(own.parameters, by_parameter)]
             new[g.index] = projection.advance(own, carried, noise, now, self.projection_eps)
-        return new, key, step + 1
+        return new, key_data, step + 1
 
     def _lifts(self, numbers, traces, operands, fixed, weights):
         """Per group the product of its projected parameters with the parameters themselves."""

@@ -87,7 +87,7 @@ class Recording(Binding):
 
     def _can_record(self) -> bool:
         """Whether the gradient of a sequence may be taken chunk by chunk."""
-        hooks = "_update_etrace_data", "_solve_weight_gradients", "_make_etrace_stepper"
+        hooks = "_update_etrace_data", "_solve_weight_gradients", "_make_etrace_stepper", "_inject_exit_cotangent"
         return not self._overrides(*hooks) and all(r.is_static for r in self.graph.operations)
 
     def _recorder_zeros(self) -> Any:

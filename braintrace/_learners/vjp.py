@@ -107,10 +107,12 @@ class ETraceVjpAlgorithm(Recording):
             raise ValueError("learning_signal='random_feedback' needs random_feedback_key, an int or a JAX key.")
         own_hook = type(self)._inject_exit_cotangent is not ETraceVjpAlgorithm._inject_exit_cotangent
         if self._config.learning_signal == "bootstrapped" and not own_hook:
-            raise ValueError(
+            raise NotImplementedError(
                 f"learning_signal='bootstrapped' needs a rule that estimates future losses, such as DNI; "
-                f"{type(self).__name__} does not."
+                f"{type(self).__name__} does not override _inject_exit_cotangent."
             )
+        if own_hook and vjp_method == "single-step":
+            raise ValueError(f"{type(self).__name__} estimates what follows a window: use vjp_method='multi-step'.")
         if self._config.learning_signal == "modulatory" and vjp_method != "single-step":
             raise ValueError("learning_signal='modulatory' is defined step by step: use vjp_method='single-step'.")
         if isinstance(random_feedback_key, int):
