@@ -256,8 +256,9 @@ def test_spiking_neurons_with_units(rule):
 
             weights = learner.module.param_states if vmap else learner.param_states
             grads.append(brainstate.transform.grad(step, weights)(xs[0]))
-            total = learner.etrace_grad(xs, step_fn=step)
-            assert all(jnp.isfinite(u.get_mantissa(g)).all() for g in jax.tree.leaves(total))
+            if vmap == (rule == "uoro"):  # the sequence in one mode, a compilation is slow
+                total = learner.etrace_grad(xs, step_fn=step)
+                assert all(jnp.isfinite(u.get_mantissa(g)).all() for g in jax.tree.leaves(total))
     first, second = (jax.tree.leaves(g)[0] for g in grads)
     np.testing.assert_allclose(first, second, rtol=1e-9)
     assert jnp.abs(first).max() > 1e-3
