@@ -447,6 +447,25 @@ def test_a_cell_with_parameters_that_are_shared_by_the_batch():
             np.testing.assert_allclose(f, e, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("rule", ["d_rtrl", "ostl_recurrent", braintrace.SnAp, "uoro"])
+@pytest.mark.filterwarnings("ignore")
+def test_states_are_named_by_the_model(rule):
+    learner = braintrace.compile(Model("gated"), rule, jnp.zeros(INPUTS))
+    model = {k[1:] for k in learner.states() if k[0] == "model4compile"}
+    assert model == {("w", "gate"), ("w", "w"), ("s", 0)}
+    assert not any(isinstance(s, (brainstate.ParamState, brainstate.HiddenState)) for k, s in learner.states().items()
+                   if k[0] != "model4compile")  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rule", ["d_rtrl", "ostl_recurrent", braintrace.SnAp])
+def test_the_way_into_another_operation_is_no_mixing_tail(rule):
+    """What a gate does through another product is held fixed for its trace, in every scope."""
+    graph = braintrace.compile(Model("gated"), rule, jnp.zeros(INPUTS)).graph
+    assert not graph.explain(kind=braintrace.DiagnosticKind.TRANSITION_TAIL_BOUNDED)
+    assert graph.explain(kind=braintrace.DiagnosticKind.RELATION_PARTIAL_PATH)
+
+
 class Stack(brainstate.nn.Module):
     def __init__(self, in_a_list):
         super().__init__()
