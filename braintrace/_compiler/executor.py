@@ -262,7 +262,7 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
         return info.out_tree.unflatten(outs[: info.num_var_out]), new, ((xs, dfs), self._transitions(record))
 
     def _transitions(self, record):
-        traced = {g.index for r in self.graph.hidden_param_op_relations for g in r.hidden_groups}
+        traced = self.graph.traced
         return [g.dense_D(record.varying[g.index]) if g.index in traced else None for g in self.graph.hidden_groups]
 
     def _window(self, over_time, leaves, values, stepper, trace):

@@ -62,6 +62,11 @@ class ETraceGraph(NamedTuple):
         """Every operation with parameters: the relations, then the plain ones."""
         return (*self.hidden_param_op_relations, *self.plain_operations)
 
+    @property
+    def traced(self) -> frozenset[int]:
+        """Indices of the groups that some relation drives."""
+        return frozenset(g.index for r in self.hidden_param_op_relations for g in r.hidden_groups)
+
     def explain(
         self,
         *,

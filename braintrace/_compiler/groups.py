@@ -114,11 +114,15 @@ class HiddenGroup(NamedTuple):
 
         return jax.jacrev(new_values)(self.concat_hidden(hidden_vals))
 
+    def read_transition(self, varying: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """Old values and :attr:`transition_jaxpr_constvars` of one step, in the scope ``'full'``."""
+        values = [e.read(varying) for e in self.cut.values]
+        return values[: len(self.hidden_paths)], values[len(self.hidden_paths) :]
+
     def dense_D(self, varying: Sequence[Any]) -> jax.Array:
         """D as one array, from its varying entries; where these are what the transition reads, the whole Jacobian."""
         if self.cut.values:
-            values: list[Any] = [e.read(varying) for e in self.cut.values]
-            return self.full_jacobian(values[: len(self.hidden_paths)], values[len(self.hidden_paths) :])
+            return self.full_jacobian(*self.read_transition(varying))
         D = [[e.read(varying) for e in row] for row in self.cut.D]
         if self.snap is None:
             return self.dense(D)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jax.numpy import inexact, issubdtype
 
 from .._jax import Literal
 from .._types import NotSupportedError, Path, path_str
@@ -39,7 +39,7 @@ def find_neighbourhood(
     """
     eqns = info.jaxpr.eqns
     by_old, _ = slice_labels(eqns, part, varshape)
-    floating = [labels for labels, v in zip(by_old, part.news) if issubdtype(v.aval.dtype, inexact)]
+    floating = [labels for labels, v in zip(by_old, part.news) if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
     axes = tuple(sorted({k for labels in floating for k in mixed_axes(labels, {}, {}, varshape)}))
     names = ", ".join(map(path_str, paths))
     records = []

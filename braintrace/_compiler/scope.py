@@ -160,7 +160,7 @@ def neighbourhood(
         reached = np.ones((number, number), bool)
     else:
         one = adjacency | np.eye(number, dtype=bool)
-        sources = _padded([np.flatnonzero(column) for column in one.T], -1)
+        sources = _padded([np.flatnonzero(column) for column in one.T])
         reached, step = np.eye(number, dtype=bool), one.astype(np.float32)
         for _ in range(order - 1):
             further = reached.astype(np.float32) @ step > 0
@@ -168,13 +168,13 @@ def neighbourhood(
                 break
             reached = further
     own_first = [[p, *(q for q in np.flatnonzero(row) if q != p)] for p, row in enumerate(reached)]
-    neighbours = _padded(own_first, -1)
+    neighbours = _padded(own_first)
     valid = neighbours >= 0
     if sources is not None and sources.shape[1] == number:
         sources = None
     return Neighbourhood(axes, varshape, np.where(valid, neighbours, 0), valid, adjacency is None, sources)
 
 
-def _padded(rows: Any, value: int) -> np.ndarray:
+def _padded(rows: Any) -> np.ndarray:
     width = max(len(r) for r in rows)
-    return np.array([[*r, *[value] * (width - len(r))] for r in rows], np.int32)
+    return np.array([[*r, *[-1] * (width - len(r))] for r in rows], np.int32)

@@ -255,15 +255,16 @@ class DNI(ParamDimVjpAlgorithm):
     def _inject_exit_cotangent(self, exit_hiddens, aux):
         exits = self._packed(exit_hiddens)
         estimates = self._attached().apply(aux, exits)
-        for i, h in exits.items():
-            found = jnp.shape(estimates[i]) if i in estimates else None
-            if found != h.shape:
+        cotangents: dict[Path, jax.Array] = {}
+        for g in self.graph.hidden_groups:
+            found = jnp.shape(estimates[g.index]) if g.index in estimates else None
+            if found != exits[g.index].shape:
                 raise ValueError(
-                    f"The synthesizer's estimate for group {i} has shape {found}, the hidden values have {h.shape}. "
-                    "Its method apply must return one array per group, like the hidden values."
+                    f"The synthesizer's estimate for group {g.index} has shape {found}, the hidden values have "
+                    f"{exits[g.index].shape}. Its method apply must return one array per group, like the hidden values."
                 )
-        parts = {g.index: g.split_hidden(estimates[g.index]) for g in self.graph.hidden_groups}
-        return {p: part for g in self.graph.hidden_groups for p, part in zip(g.hidden_paths, parts[g.index])}
+            cotangents.update(zip(g.hidden_paths, g.split_hidden(estimates[g.index])))
+        return cotangents
 
 
 def train_synthetic_gradient(
@@ -347,7 +348,7 @@ def train_synthetic_gradient(
             )
     windows = jax.tree.map(lambda x: jnp.reshape(x, (-1, k, *jnp.shape(x)[1:])), inputs)
     parameters = synthesizer.states_dict()
-    loss_fn = loss_fn or (lambda out: sum((u.get_mantissa(o) ** 2).sum() for o in _leaves(out)))
+    loss_fn = loss_fn or (lambda out: sum((o**2).sum() for o in jax.tree.leaves(out)))
 
     def window_loss(window):
         return loss_fn(learner(MultiStepData(window)))
@@ -368,10 +369,13 @@ def train_synthetic_gradient(
             optimizer.update(grads)
         return value
 
+    def present():
+        return learner._packed({p: s.value for p, s in learner.hidden_states.items()})
+
     floating = {p: s for p, s in learner.hidden_states.items() if _is_floating(s.value)}
 
     def one_window(window):
-        entry = learner._packed({p: s.value for p, s in learner.hidden_states.items()})
+        entry = present()
         still = {p: jax.tree.map(jnp.zeros_like, s.value) for p, s in learner.hidden_states.items()}
         bars = brainstate.transform.grad(window_loss, floating)(window)
         return fit(entry, jax.lax.stop_gradient(learner._packed(still | bars)))
@@ -383,7 +387,7 @@ def train_synthetic_gradient(
         if reset:
             learner.reset_state()
         errors = brainstate.transform.for_loop(one_window, windows)
-        last = learner._packed({p: s.value for p, s in learner.hidden_states.items()})
+        last = present()
         final = fit(last, jax.tree.map(jnp.zeros_like, last))
         return (errors.sum() + final) / (errors.size + 1)
 
@@ -414,7 +418,3 @@ def _initial_values(learner: DNI, batch_size: int | None) -> dict[Path, Any]:
 
 def _is_floating(value: Any) -> bool:
     return all(jnp.issubdtype(jnp.result_type(v), jnp.inexact) for v in jax.tree.leaves(value))
-
-
-def _leaves(tree: Any) -> list[Any]:
-    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, u.Quantity))

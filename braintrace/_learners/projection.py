@@ -128,8 +128,8 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
         if not np.float32(projection_eps) > 0:
             raise ValueError(f"projection_eps must be above 0, also in float32, got {projection_eps!r}.")
         self.projection_eps = float(projection_eps)
-        self.projection_key: Any = projection_key
-        self._first_key()
+        self.projection_key = projection_key
+        self._key: Any = _as_key(projection_key)
 
     def init_etrace_state(self, *args: Any, **kwargs: Any) -> None:
         """Allocate zero projections, as new state objects; the step counter is not touched."""
@@ -143,20 +143,9 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
                 zeros = jax.tree.map(jnp.zeros_like, self.param_states[path].value)
                 thetas[g.index, path] = EligibilityTrace(zeros)
         self.etrace_s, self.etrace_theta = states, thetas
-        self.projection_rng = brainstate.ShortTermState(self._first_key())
+        # As plain numbers, which every transformation maps.
+        self.projection_rng = brainstate.ShortTermState(jax.random.key_data(self._key))
         self.projection_step = brainstate.ShortTermState(jnp.asarray(0, jnp.int32))
-
-    def _first_key(self) -> jax.Array:
-        """As plain numbers, which every transformation maps."""
-        key: Any = self.projection_key
-        if isinstance(key, numbers.Integral) and not isinstance(key, bool):
-            key = jax.random.key(int(key))
-        elif getattr(key, "dtype", None) == jnp.uint32 and key.ndim == 1:
-            key = jax.random.wrap_key_data(key)
-        if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)) or jnp.ndim(key):
-            raise TypeError(f"projection_key must be an int or a JAX key, got {key!r}.")
-        self._key_kind = jax.random.key_impl(key)
-        return jax.random.key_data(key)
 
     def reset_state(self, batch_size: int | None = None, **kwargs: Any) -> None:
         """Zero the projections and the step counter, and begin the stream of random signs anew.
@@ -167,7 +156,7 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
             New size of the batch axis of those projections that have one.
         """
         super().reset_state(batch_size, **kwargs)
-        first = self._first_key()
+        first = jax.random.key_data(self._key)
         self.projection_rng.value = jnp.broadcast_to(first, self.projection_rng.value.shape)
         self.projection_step.value = jnp.zeros_like(self.projection_step.value)
 
@@ -209,9 +198,12 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
         """Projections advance step by step: each is made of new random signs."""
         return False
 
+    def _groups_of(self, numbers):
+        """Indices of the groups that relations drive."""
+        return sorted({g.index for i in numbers for g in self.graph.hidden_param_op_relations[i].hidden_groups})
+
     def _projected_groups(self):
-        fed = {g.index for r in self.graph.hidden_param_op_relations for g in r.hidden_groups}
-        return [g for g in self.graph.hidden_groups if g.index in fed]
+        return [g for g in self.graph.hidden_groups if g.index in self.graph.traced]
 
     def _relations_of(self, index: int):
         relations = enumerate(self.graph.hidden_param_op_relations)
@@ -250,7 +242,7 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
         del running_index, Ds, weight_vals, input_is_multi_step
         (record, operands, invals), dfs = xs_and_dfs
         old, key_data, step = old_traces
-        key, new = jax.random.wrap_key_data(key_data, impl=self._key_kind), {}
+        key, new = jax.random.wrap_key_data(key_data, impl=jax.random.key_impl(self._key)), {}
         for g in self._projected_groups():
             own = old[g.index]
             noise = self._draw_projection(key, step, g.index, own.state.shape, own.state.dtype)
@@ -267,9 +259,8 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
         """Per group the product of its projected parameters with the parameters themselves."""
         del operands, fixed
         values = self._weight_dict(weights)
-        met = {g.index for i in numbers for g in self.graph.hidden_param_op_relations[i].hidden_groups}
         out = {}
-        for index in met:
+        for index in self._groups_of(numbers):
             leaves = jax.tree.leaves([values[p] for p in self._paths_of(index)])
             held = jax.lax.stop_gradient(traces[0][index].parameters)
             out[index] = sum((h * w).sum() for h, w in zip(held, leaves))
@@ -277,11 +268,21 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
 
     def _meets(self, numbers, traces, signals, steps):
         del steps
-        met = {g.index for i in numbers for g in self.graph.hidden_param_op_relations[i].hidden_groups}
-        return {index: projection.meet(traces[0][index], signals[index]) for index in met}
+        return {index: projection.meet(traces[0][index], signals[index]) for index in self._groups_of(numbers)}
 
 
 RandomProjectionVjpAlgorithm._engine = RandomProjectionVjpAlgorithm
+
+
+def _as_key(given: Any) -> jax.Array:
+    key = given
+    if isinstance(key, numbers.Integral) and not isinstance(key, bool):
+        key = jax.random.key(int(key))
+    elif getattr(key, "dtype", None) == jnp.uint32 and key.ndim == 1:
+        key = jax.random.wrap_key_data(key)
+    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)) or jnp.ndim(key):
+        raise TypeError(f"projection_key must be an int or a JAX key, got {given!r}.")
+    return key
 
 
 class UORO(RandomProjectionVjpAlgorithm):

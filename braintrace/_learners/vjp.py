@@ -238,7 +238,7 @@ class ETraceVjpAlgorithm(Recording):
         kind = self.config.learning_signal
         groups = self.graph.hidden_groups
         if kind == "random_feedback":
-            traced = {g.index for r in self.graph.hidden_param_op_relations for g in r.hidden_groups}
+            traced = self.graph.traced
             matrices = {g.index: feedback_matrix(self._feedback_key, g) for g in groups if g.index in traced}
             return [random_feedback(s, matrices[i]) if i in matrices else s for i, s in enumerate(signals)]
         if kind == "modulatory":
@@ -381,7 +381,7 @@ class ETraceVjpAlgorithm(Recording):
         (hidden, others, traces, _), out = self._over_time(step, start, over_time, length, leaves)
         exits = {p: u.get_mantissa(v) for p, v in self._hidden_dict(hidden).items()}
         estimate = self._inject_exit_cotangent(jax.lax.stop_gradient(exits), aux)
-        if estimate is not None:
+        if estimate is not None and any(map(is_tracer, jax.tree.leaves((leaves, values)))):
             future = self._future(estimate, over_time, length, leaves, bare)
             out, hidden, others = with_cotangent((out, hidden, others), future)
         return out, values._replace(hidden=hidden, others=others), traces

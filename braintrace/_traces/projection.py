@@ -33,9 +33,7 @@ def meet(projection: Projection, signals: Slots) -> jax.Array | None:
 
 def step_jacobian_product(group: HiddenGroup, varying: Sequence[Any], tangent: jax.Array) -> jax.Array:
     """The whole Jacobian of a group's step times ``tangent``, both of shape ``V + (S,)``."""
-    values: list[Any] = [e.read(varying) for e in group.cut.values]
-    number = len(group.hidden_paths)
-    olds, inputs = values[:number], values[number:]
+    olds, inputs = group.read_transition(varying)
     smooth = [i for i, v in enumerate(olds) if jnp.issubdtype(v.dtype, jnp.inexact)]
 
     def new_values(moved):

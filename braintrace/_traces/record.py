@@ -100,7 +100,7 @@ def sensitivities(
         for r in graph.hidden_param_op_relations
         for g in r.hidden_groups
     }
-    traced = {g.index for r in graph.hidden_param_op_relations for g in r.hidden_groups}
+    traced = graph.traced
     nothing = Jacobian(())
     Ds = [
         Jacobian(tuple(tuple(read(e, g.index) for e in row) for row in g.cut.D)) if g.index in traced else nothing
