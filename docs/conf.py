@@ -1,9 +1,14 @@
 """Sphinx configuration: `./scripts/docs` builds the site into docs/_build/html."""
 
-import inspect
+import enum
 import re
+import sys
+from pathlib import Path
 
 import braintrace
+
+sys.path.insert(0, str(Path(__file__).parent))
+from signatures import init_signature
 
 project = "braintrace"
 author = "the braintrace authors"
@@ -25,13 +30,13 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True
 
 
-def init_signature(app, what, name, obj, options, signature, return_annotation):
-    """Modules and states are made by metaclasses that hide the signature of their constructor."""
-    if what != "class" or obj.__init__ is object.__init__ or issubclass(obj, tuple):
+def set_signature(app, what, name, obj, options, signature, return_annotation):
+    if what != "class":
         return None
-    parameters = list(inspect.signature(obj.__init__).parameters.values())[1:]
-    plain = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
-    return str(inspect.Signature(plain)), return_annotation
+    if issubclass(obj, enum.Enum):
+        return "", None
+    found = init_signature(obj)
+    return None if found is None else (str(found), return_annotation)
 
 
 def number_references(app, what, name, obj, options, lines):
@@ -41,4 +46,4 @@ def number_references(app, what, name, obj, options, lines):
 
 def setup(app):
     app.connect("autodoc-process-docstring", number_references)
-    app.connect("autodoc-process-signature", init_signature)
+    app.connect("autodoc-process-signature", set_signature)
