@@ -1,9 +1,13 @@
 """Sphinx configuration: `./scripts/docs` builds the site into docs/_build/html."""
 
 import enum
+import importlib.util
 import re
 import sys
+import zlib
 from pathlib import Path
+
+from sphinx.errors import ExtensionError
 
 import braintrace
 
@@ -18,6 +22,10 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ex
 exclude_patterns = ["_build", "jupyter_execute"]
 html_theme = "furo"
 html_title = f"braintrace {version}"
+# MathJax with its fonts is part of the site, which so needs no network; of this package only the files are used.
+(mathjax,) = importlib.util.find_spec("sphinx-mathjax-offline").submodule_search_locations
+html_static_path = [f"{mathjax}/static"]
+mathjax_path = "mathjax/tex-chtml.js"
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
@@ -44,6 +52,29 @@ def number_references(app, what, name, obj, options, lines):
     lines[:] = [re.sub(r"^\.\. \[(\d+)\] ", r"\1. ", line) for line in lines]
 
 
+def check_site(app, exception):
+    """Every public name can be linked to and is in the inventory, and no page loads anything from a network."""
+    if exception is not None or app.builder.name != "html":
+        return
+    site = Path(app.outdir)
+    pages = {path.relative_to(site).as_posix(): path.read_text("utf-8") for path in site.rglob("*.html")}
+    styles = {path.relative_to(site).as_posix(): path.read_text("utf-8") for path in site.rglob("*.css")}
+    inventory = zlib.decompress((site / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
+    places = dict(re.findall(r"^(\S+) py:\w+ -?\d+ (\S+) ", inventory, flags=re.M))
+    problems = []
+    for name in (f"{module.__name__}.{name}" for module in (braintrace, braintrace.nn) for name in module.__all__):
+        page, _, anchor = places.get(name, "").replace("$", name).partition("#")
+        if f'id="{anchor}"' not in pages.get(page, ""):
+            problems.append(f"{name} has no anchor in the reference (docs/api)")
+    elsewhere = r"""["']?(?:https?:)?//[^>)]*"""
+    loads = rf"<(?:script|link|img|iframe)\b[^>]*?\s(?:src|href)={elsewhere}|url\({elsewhere}"
+    for page, text in (pages | styles).items():
+        problems += [f"{page} needs a network: {load}" for load in re.findall(loads, text)]
+    if problems:
+        raise ExtensionError("\n".join(problems))
+
+
 def setup(app):
     app.connect("autodoc-process-docstring", number_references)
     app.connect("autodoc-process-signature", set_signature)
+    app.connect("build-finished", check_site)
