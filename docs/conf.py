@@ -22,9 +22,10 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ex
 exclude_patterns = ["_build", "jupyter_execute"]
 html_theme = "furo"
 html_title = f"braintrace {version}"
+html_css_files = ["site.css"]
 # MathJax with its fonts is part of the site, which so needs no network; of this package only the files are used.
 (mathjax,) = importlib.util.find_spec("sphinx-mathjax-offline").submodule_search_locations
-html_static_path = [f"{mathjax}/static"]
+html_static_path = ["_static", f"{mathjax}/static"]
 mathjax_path = "mathjax/tex-chtml.js"
 
 myst_enable_extensions = ["dollarmath"]
