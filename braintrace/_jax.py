@@ -18,7 +18,7 @@ from jax.interpreters import partial_eval as pe
 
 __all__ = [
     'ClosedJaxpr', 'Jaxpr', 'Literal', 'Primitive', 'Var', 'at_source', 'bind_equation', 'call_body', 'close',
-    'consts_of', 'define_primitive', 'eval_jaxpr', 'is_jit', 'is_remat', 'is_tracer', 'open_jaxpr', 'prune',
+    'consts_of', 'define_primitive', 'eval_jaxpr', 'has_custom_rule', 'is_jit', 'is_remat', 'is_tracer', 'open_jaxpr', 'prune',
     'source_line', 'structs', 'sub_jaxprs', 'sub_program', 'trace_context',
 ]  # fmt: skip
 
@@ -69,11 +69,23 @@ def is_remat(eqn: Any) -> bool:
     return eqn.primitive.name in REMAT_NAMES
 
 
+def has_custom_rule(eqn: Any) -> bool:
+    """Whether a call-like equation has a derivative of its own (``custom_jvp``, ``custom_vjp``)."""
+    return any(name in eqn.params for name in ("jvp_jaxpr_fun", "jvp_jaxpr_thunk", "bwd"))
+
+
 def call_body(eqn: Any) -> Any | None:
-    """The one jaxpr that a call-like equation (jit, custom_jvp, custom_vjp, checkpoint) runs on its operands."""
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+    """The one jaxpr that a call-like equation (jit, custom_jvp, custom_vjp, checkpoint, ...) runs on its operands."""
+
+    def shapes(variables):
+        return [v.aval.shape for v in variables]
+
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
         body = eqn.params.get(name)
-        if body is not None and len(open_jaxpr(body).invars) == len(eqn.invars):
+        inner = None if body is None else open_jaxpr(body)
+        if not (hasattr(inner, "invars") and hasattr(inner, "eqns")):
+            continue
+        if shapes(inner.invars) == shapes(eqn.invars) and shapes(inner.outvars) == shapes(eqn.outvars):
             return body
     return None
 

@@ -23,7 +23,7 @@ from .descent import bind_without_links
 from .flatten import is_marked
 from .flow import Flow, through_operation, y_label
 from .module_info import ModuleInfo, known_constants
-from .positions import MANY, NONE, Label, combine, is_aligned, no_cut, own_label, propagate, unaligned_axes
+from .positions import MANY, NONE, Label, combine, no_cut, own_label, propagate, unaligned_axes
 from .scope import DIAGONAL, Neighbourhood, Scope
 
 __all__ = [
@@ -151,7 +151,6 @@ def slice_group(info: ModuleInfo, flow: Flow, paths: Sequence[Path], mixing: boo
     eqns = info.jaxpr.eqns
     made_at = {v: i for i, e in enumerate(eqns) for v in e.outvars}
     op_of = {op.y: op for op in flow.ops}
-    shapes = {p: tuple(s.varshape) for p, s in zip(info.compiled_state_paths, info.compiled_model_states) if p in own}
     olds = tuple(info.hidden_path_to_invar[p] for p in paths)
     news = tuple(info.hidden_path_to_outvar[p] for p in paths)
     member_of = {v: set(ps) for v, ps in flow.members.items()}
@@ -162,11 +161,7 @@ def slice_group(info: ModuleInfo, flow: Flow, paths: Sequence[Path], mixing: boo
     passed: set[int] = set()
 
     def belongs(var):
-        labels = flow.labels.get(var, {})
-        moved = lambda s, lab: s[0] == "new" and s[1] in own and not is_aligned(lab, shapes[s[1]])  # noqa: E731
-        if not mixing and any(moved(s, lab) for s, lab in labels.items()):
-            return False
-        return any(s[0] == "y" or s[1] in own for s in labels)
+        return any(s[0] == "y" or s[1] in own for s in flow.labels.get(var, {}))
 
     def passes(op):
         read = [s for v in op.eqn.invars if not isinstance(v, Literal) for s in flow.labels.get(v, {})]

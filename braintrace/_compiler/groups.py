@@ -16,7 +16,6 @@ from .cut import Cut, Transition
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flow import Flow
 from .module_info import ModuleInfo
-from .positions import touches_own_position
 from .scope import Neighbourhood
 
 __all__ = ["HiddenGroup", "partition", "slots_of"]
@@ -228,10 +227,10 @@ def partition(
     order = {p: i for i, p in enumerate(hidden)}
     for target, labels in flow.into.items():
         shape = tuple(hidden[target].varshape)
-        for (kind, source), label in labels.items():
+        for kind, source in labels:
             if kind == "y" or source == target or tuple(hidden[source].varshape) != shape:
                 continue
-            if touches_own_position(label, shape) or (mixing and not _listed_apart(target, source)):
+            if source in flow.links[target] or (mixing and not _listed_apart(target, source)):
                 a, b = sorted((root(target), root(source)), key=order.__getitem__)
                 parent[b] = a
     components: dict[Path, list[Path]] = {}
