@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._jax import Literal, Var, eval_jaxpr, open_jaxpr, prune, structs
+from .._jax import Literal, Var, consts_of, eval_jaxpr, is_tracer, open_jaxpr, prune, structs
 from .._types import Path
 from .descent import bind_without_links
 from .flatten import is_marked
@@ -49,21 +49,24 @@ class Entry(NamedTuple):
 
 
 class Fold(NamedTuple):
-    """Where the entries of an operation's output act, if each acts on one position of a group, and several on each.
+    """Where the entries of an operation's output act, if each acts on one position of a group of another shape.
 
     Of an operation with sub-steps, those of one sub-step.
 
     ``positions`` holds the position of every entry, one integer array per axis of the group; ``tiles`` is their number
-    where they are equal slices of the last axis.
+    where they are equal slices of the last axis, ``whole`` the group's shape where they are its entries in order.
     """
 
     positions: tuple[np.ndarray, ...]
     tiles: int | None
+    whole: tuple[int, ...] | None
 
     def place(self, value: Any) -> Any:
         """The value of every entry's position; axes in front of those of the group stay."""
         if value is None or jnp.ndim(value) == 0:
             return value
+        if self.whole is not None:
+            return value.reshape(*value.shape[: value.ndim - len(self.whole)], *self.positions[0].shape)
         if self.tiles is not None:
             return jnp.concatenate([value] * self.tiles, -1)
         return value[(..., *self.positions)]
@@ -104,7 +107,7 @@ class Cut(NamedTuple):
     displaced : frozenset of int
         Operations of which some entry acts on another position than its own.
     folds : dict
-        Operation index -> :class:`Fold`, for outputs with several entries for every position (fused gates).
+        Operation index -> :class:`Fold`, for outputs of another shape than the group (fused gates, a reshape).
     values : tuple of Entry
         One per variable of ``inputs``, in the scope ``'full'``.
     """
@@ -254,7 +257,7 @@ def differentiate_cut(
     keys = list(part.ys)
     y_shapes = _y_shapes(part)
     inexact = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in part.news]
-    folds = _folds(eqns, part, varshape, slots, inexact)
+    folds = _folds(eqns, part, varshape, slots, inexact, y_labels)
     by_position = [{k: lab for k, lab in labels_of.items() if k not in folds} for labels_of in y_labels]
     whole = scope.kind == "full"
 
@@ -327,12 +330,23 @@ def _y_shapes(part: Slice) -> dict[int, tuple[int, ...]]:
     return {k: v.aval.shape[part.fronts[k] :] for k, v in part.ys.items()}
 
 
-def _folds(eqns, part, varshape, slots, inexact) -> dict[int, Fold]:
-    """Outputs larger than the group of which every entry acts on one position: labels of F's reverse pass tell."""
-    size, y_shapes = math.prod(varshape), _y_shapes(part)
-    wide = {k: v for k, v in part.ys.items() if math.prod(y_shapes[k]) > size > 0}
+def _folds(eqns, part, varshape, slots, inexact, y_labels) -> dict[int, Fold]:
+    """Outputs of another shape of which every entry acts on one position: labels of F's reverse pass tell."""
+    y_shapes = _y_shapes(part)
+
+    def is_candidate(k):
+        """Whether broadcasting does not say where the entries of an output act."""
+        shape = y_shapes[k]
+        if shape == varshape or not math.prod(shape) or not shape or not varshape:
+            return False
+        return math.prod(shape) == math.prod(varshape) or any(
+            k in labels and _displaced(labels[k], shape, varshape) for labels in y_labels
+        )
+
     folds = {}
-    for k, var in wide.items():
+    for k, var in part.ys.items():
+        if not is_candidate(k):
+            continue
         label: Label | None = None
         for a in sorted({a for a, _ in slots if inexact[a]}):
 
@@ -345,9 +359,11 @@ def _folds(eqns, part, varshape, slots, inexact) -> dict[int, Fold]:
             of = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)  # noqa: E731
             others = {j: of(v) for j, v in part.ys.items() if j != k}
             values = of(var), [of(v) for v in part.olds], others, [of(v) for v in part.externals]
-            jaxpr = open_jaxpr(jax.make_jaxpr(reverse)(of(part.news[a]), *values))
+            closed = jax.make_jaxpr(reverse)(of(part.news[a]), *values)
+            jaxpr = open_jaxpr(closed)
+            known = {v: c for v, c in zip(jaxpr.constvars, consts_of(closed)) if not is_tracer(c)}
             env = {jaxpr.invars[0]: {("new", 0): own_label(part.news[a].aval.shape, len(varshape))}}
-            propagate(jaxpr.eqns, env, no_cut)
+            propagate(jaxpr.eqns, env, no_cut, known)
             found = env.get(jaxpr.outvars[0], {}).get(("new", 0))
             label = found if label is None else label if found is None else tuple(map(combine, label, found))
         if label is None or any(np.any(ids == MANY) for ids in label[1:]):
@@ -357,8 +373,14 @@ def _folds(eqns, part, varshape, slots, inexact) -> dict[int, Fold]:
             if any(np.any(ids != ids[:1]) for ids in index):
                 continue
             index = tuple(ids[0] for ids in index)
-        folds[k] = Fold(index, _tiles(index, y_shapes[k], varshape))
+        folds[k] = Fold(index, _tiles(index, y_shapes[k], varshape), _in_order(index, varshape))
     return folds
+
+
+def _in_order(index, varshape) -> tuple[int, ...] | None:
+    """The group's shape if the entries are its positions one after the other."""
+    flat = np.ravel_multi_index(index, varshape).ravel()
+    return varshape if np.array_equal(flat, np.arange(math.prod(varshape))) else None
 
 
 def _tiles(index, y_shape, varshape) -> int | None:
