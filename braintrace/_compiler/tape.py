@@ -258,7 +258,7 @@ class _Worlds:
         for path, (var, world) in zip(leaf_paths, sinks):
             value = jnp.asarray(read((var, world)))
             if path is not None and path in zeros.new:
-                value = value + zeros.new[path]
+                value = value + zeros.new[path].astype(value.dtype)
             outs.append(value)
         stop = jax.lax.stop_gradient
         varying = tuple(
@@ -367,7 +367,7 @@ class _Worlds:
         value = values[position, key][self.eqns[position].outvars.index(var)]
         path = self.owner.get(var)
         if path is not None and path in zeros.new and world.bare_new != self.group_of[path]:
-            value = value + zeros.new[path]
+            value = value + zeros.new[path].astype(value.dtype)
         return value
 
     def _input(self, var, world, invals, zeros):

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import brainstate
-import brainunit as u
 import jax
 import jax.numpy as jnp
 
@@ -379,7 +378,7 @@ class ETraceVjpAlgorithm(Recording):
 
         start = (values.hidden, values.others, traces, index)
         (hidden, others, traces, _), out = self._over_time(step, start, over_time, length, leaves)
-        exits = {p: u.get_mantissa(v) for p, v in self._hidden_dict(hidden).items()}
+        exits = self._hidden_reals(self._hidden_dict(hidden))
         estimate = self._inject_exit_cotangent(jax.lax.stop_gradient(exits), aux)
         if estimate is not None and any(map(is_tracer, jax.tree.leaves((leaves, values)))):
             future = self._future(estimate, over_time, length, leaves, bare)
@@ -400,8 +399,8 @@ class ETraceVjpAlgorithm(Recording):
             return (new.hidden, new.others), None
 
         (hidden, _), _ = self._over_time(step, (values.hidden, values.others), over_time, length, leaves)
-        exits = self._hidden_dict(hidden)
-        terms = [(jax.lax.stop_gradient(bar) * u.get_mantissa(exits[p])).sum() for p, bar in estimate.items()]
+        exits = self._hidden_reals(self._hidden_dict(hidden))
+        terms = [(jax.lax.stop_gradient(bar) * exits[p]).sum() for p, bar in estimate.items()]
         return sum(terms, jnp.zeros(()))
 
     def _plain_step(self, leaves, values, held=0):
