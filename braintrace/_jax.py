@@ -18,8 +18,8 @@ from jax.interpreters import partial_eval as pe
 
 __all__ = [
     'ClosedJaxpr', 'Jaxpr', 'Literal', 'Primitive', 'Var', 'at_source', 'bind_equation', 'call_body', 'close',
-    'consts_of', 'define_primitive', 'eval_jaxpr', 'has_custom_rule', 'is_jit', 'is_remat', 'is_tracer', 'open_jaxpr', 'prune',
-    'source_line', 'structs', 'sub_jaxprs', 'sub_program', 'trace_context',
+    'consts_of', 'define_primitive', 'eval_jaxpr', 'has_custom_rule', 'is_jit', 'is_remat', 'is_tracer', 'open_jaxpr',
+    'prune', 'source_line', 'structs', 'sub_jaxprs', 'sub_program', 'trace_context',
 ]  # fmt: skip
 
 JIT_NAMES = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call", "custom_lin_call", "xla_call"})
@@ -82,7 +82,7 @@ def call_body(eqn: Any) -> Any | None:
 
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
         body = eqn.params.get(name)
-        inner = None if body is None else open_jaxpr(body)
+        inner: Any = open_jaxpr(body)
         if not (hasattr(inner, "invars") and hasattr(inner, "eqns")):
             continue
         if shapes(inner.invars) == shapes(eqn.invars) and shapes(inner.outvars) == shapes(eqn.outvars):

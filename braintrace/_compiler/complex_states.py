@@ -56,10 +56,8 @@ def with_real_parts(closed: Any, parts: Mapping[tuple[int, int], Parts]) -> Any:
 
     def run(*args):
         env = dict(zip(jaxpr.constvars, consts_of(closed)))
-        env |= {
-            v: joined_at_entry[i].join(x) if i in joined_at_entry else x
-            for i, (v, x) in enumerate(zip(jaxpr.invars, args))
-        }
+        for i, (v, x) in enumerate(zip(jaxpr.invars, args)):
+            env[v] = joined_at_entry[i].join(x) if i in joined_at_entry else x
         reals = {}
         read = lambda v: v.val if isinstance(v, Literal) else env[v]  # noqa: E731
         for eqn in jaxpr.eqns:
@@ -96,10 +94,8 @@ def before_cast(var: Any, made_at: Mapping[Any, Any]) -> Any:
         source = eqn.invars[0]
         if eqn.primitive.name not in ("convert_element_type", "reduce_precision") or source not in made_at:
             break
-        if not any(
-            all(jnp.issubdtype(v.aval.dtype, kind) for v in (var, source))
-            for kind in (jnp.floating, jnp.complexfloating)
-        ):
+        kinds = [jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in (var, source)]
+        if kinds[0] != kinds[1] or not jnp.issubdtype(source.aval.dtype, jnp.inexact):
             break
         var = source
     return var

@@ -184,10 +184,8 @@ def _links(info, flow: Flow, cut, constants) -> dict[Path, frozenset[Path]]:
         }
 
     found = linked(flow.into)
-    of_hidden = {
-        (t, s[1]) for t, labels in flow.into.items() for s, lab in labels.items() if s[0] != "y" and mixes(lab)
-    }
-    if any(t != s and shapes[t] == shapes[s] for t, s in of_hidden - found):
+    mixed = {(t, s[1]) for t, labels in flow.into.items() for s, lab in labels.items() if s[0] != "y" and mixes(lab)}
+    if any(t != s and shapes[t] == shapes[s] for t, s in mixed - found):
         # Where labels of several terms came together as a mixture, some of the terms may still be position-wise.
         def apart(position, eqn, inputs):
             outs = cut(position, eqn, inputs)

@@ -24,7 +24,7 @@ __all__ = [
 ]  # fmt: skip
 
 Label = tuple[np.ndarray, ...]
-Source = tuple[str, Any]  # a kind and what it names
+Source = tuple  # a kind and what it names; of several ways that it moves, the way too
 Labels = dict[Source, Label]
 NONE, MANY = -1, -2
 
