@@ -16,7 +16,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._jax import Literal, bind_equation, call_body, consts_of, is_jit, is_remat, is_tracer, open_jaxpr, structs
+from .._jax import (
+    Literal,
+    bind_equation,
+    call_body,
+    consts_of,
+    is_jit,
+    is_remat,
+    is_tracer,
+    open_jaxpr,
+    scan_operands,
+    structs,
+)
 
 __all__ = [
     "MANY", "NONE", "Label", "Labels", "combine", "dependence", "is_aligned", "mixes", "no_cut", "own_label",
@@ -29,11 +40,11 @@ Labels = dict[Source, Label]
 NONE, MANY = -1, -2
 
 ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp conj "
-    "convert_element_type copy copy_p cos cosh digamma div erf erf_inv erfc exp exp2 expm1 floor imag igamma "
-    "igamma_grad_a igammac integer_pow is_finite lgamma log log1p logistic max min mul ne neg nextafter not "
-    "optimization_barrier polygamma pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n "
-    "sign sin sinh sqrt square sub tan tanh zeta".split()
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp complex conj "
+    "convert_element_type copy copy_p cos cosh digamma div erf erf_inv erfc exp exp2 expm1 floor igamma "
+    "igamma_grad_a igammac imag integer_pow is_finite lgamma log log1p log2 logistic max min mul ne neg nextafter "
+    "not one_minus_square optimization_barrier polygamma polynomial pow real reduce_precision "
+    "regularized_incomplete_beta rem round rsqrt select_n sign sin sinh sqrt square sub tan tanh zeta".split()
 )
 SCANS = frozenset(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"])
 REDUCTIONS = frozenset(["reduce_sum", "reduce_max", "reduce_min", "reduce_prod"])
@@ -183,8 +194,8 @@ def _through_while(eqn, inputs, nested) -> list[Labels]:
 
 
 def _through_scan(eqn, inputs, nested) -> list[Labels]:
-    n = eqn.params["num_consts"]
-    m = n + eqn.params["num_carry"]
+    n, carried = scan_operands(eqn)
+    m = n + carried
     fixed, carry, xs = inputs[:n], inputs[n:m], inputs[m:]
     # A slice of a scanned operand depends on what any of its slices depends on.
     now = [{s: tuple(_reduce(ids, (0,)) for ids in label) for s, label in labels.items()} for labels in xs]
