@@ -19,7 +19,7 @@ from jax.interpreters import partial_eval as pe
 __all__ = [
     'ClosedJaxpr', 'Jaxpr', 'Literal', 'Primitive', 'Var', 'at_source', 'bind_equation', 'call_body', 'close',
     'consts_of', 'define_primitive', 'eval_jaxpr', 'has_custom_rule', 'is_jit', 'is_remat', 'is_tracer', 'open_jaxpr',
-    'prune', 'source_line', 'structs', 'sub_jaxprs', 'sub_program', 'trace_context',
+    'prune', 'scan_operands', 'source_line', 'structs', 'sub_jaxprs', 'sub_program', 'trace_context',
 ]  # fmt: skip
 
 JIT_NAMES = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call", "custom_lin_call", "xla_call"})
@@ -88,6 +88,15 @@ def call_body(eqn: Any) -> Any | None:
         if shapes(inner.invars) == shapes(eqn.invars) and shapes(inner.outvars) == shapes(eqn.outvars):
             return body
     return None
+
+
+def scan_operands(eqn: Any) -> tuple[int, int]:
+    """How many operands of a scan are the same in every sub-step, and how many it carries; the others it slices."""
+    params = eqn.params
+    if "num_carry" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
 
 
 def sub_jaxprs(eqn: Any) -> Iterator[Any]:

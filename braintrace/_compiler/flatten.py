@@ -31,6 +31,7 @@ from .._jax import (
     is_tracer,
     open_jaxpr,
     prune,
+    scan_operands,
     source_line,
     structs,
     sub_jaxprs,
@@ -245,7 +246,7 @@ class _Flattener:
     def scan(self, eqn, frame):
         length, limit = eqn.params["length"], self.policy.scan_unroll_limit
         _, origins = frame.inputs(eqn)
-        consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        consts, carry = scan_operands(eqn)
         sliced = frozenset[Path]().union(*(o.weights for o in origins[consts + carry :]))
         if sliced:
             path = min(sliced, key=path_str)
@@ -305,10 +306,10 @@ class _Flattener:
 
     def cannot_descend(self, eqn, frame) -> str | None:
         _, origins = frame.inputs(eqn)
-        params = eqn.params
-        carried = origins[params["num_consts"] :][: params["num_carry"]]
+        consts, carry = scan_operands(eqn)
+        carried = origins[consts:][:carry]
         nested = [e for e in equations_within(eqn) if e.primitive.name in LOOPS]
-        if params["reverse"]:
+        if eqn.params["reverse"]:
             return "it runs backward"
         if nested:
             return f"it holds a {nested[0].primitive.name}{_at(nested[0])}"
@@ -340,7 +341,8 @@ class _Flattener:
         self.enter(eqn, frame)
         values, origins = frame.inputs(eqn)
         params = eqn.params
-        n, m = params["num_consts"], params["num_consts"] + params["num_carry"]
+        n, carried = scan_operands(eqn)
+        m = n + carried
         consts, carry, xs = values[:n], values[n:m], values[m:]
         const_origins, carry_origins, x_origins = (
             origins[:n],

@@ -16,7 +16,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .._jax import Literal, bind_equation, call_body, consts_of, has_custom_rule, is_tracer, open_jaxpr, structs
+from .._jax import (
+    Literal,
+    bind_equation,
+    call_body,
+    consts_of,
+    has_custom_rule,
+    is_tracer,
+    open_jaxpr,
+    scan_operands,
+    structs,
+)
 
 __all__ = [
     "MANY", "NONE", "Label", "Labels", "combine", "dependence", "is_aligned", "mixes", "moves", "no_cut", "own_label",
@@ -29,11 +39,11 @@ Labels = dict[Source, Label]
 NONE, MANY = -1, -2
 
 ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp conj "
-    "complex convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag "
-    "igamma igamma_grad_a igammac integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter "
-    "not or polygamma pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n sign sin sinh "
-    "sqrt square sub tan tanh xor zeta".split()
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp complex conj "
+    "convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma "
+    "igamma_grad_a igammac imag integer_pow is_finite le lgamma log log1p log2 logistic lt max min mul ne neg "
+    "nextafter not one_minus_square or polygamma polynomial pow real reduce_precision regularized_incomplete_beta rem "
+    "round rsqrt select_n sign sin sinh sqrt square sub tan tanh xor zeta".split()
 )
 SCANS = frozenset(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"])
 REDUCTIONS = frozenset(["reduce_sum", "reduce_max", "reduce_min", "reduce_prod"])
@@ -218,8 +228,8 @@ def _through_while(eqn, inputs, how) -> list[Labels]:
 
 
 def _through_scan(eqn, inputs, how) -> list[Labels]:
-    n = eqn.params["num_consts"]
-    m = n + eqn.params["num_carry"]
+    n, carried = scan_operands(eqn)
+    m = n + carried
     fixed, carry, xs = inputs[:n], inputs[n:m], inputs[m:]
     # A slice of a scanned operand depends on what any of its slices depends on.
     now = [{s: tuple(_reduce(ids, (0,)) for ids in label) for s, label in labels.items()} for labels in xs]

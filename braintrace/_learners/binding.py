@@ -171,7 +171,7 @@ def _convert(value: Any, aval: Any, name: str, over_time: bool = False) -> Any:
     dtype = jnp.result_type(value)
     if dtype == aval.dtype and hasattr(value, "dtype"):
         return jnp.asarray(value)
-    kinds = [jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating]
+    kinds: list[Any] = [jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating]
     rank = [next(i for i, k in enumerate(kinds) if jnp.issubdtype(d, k)) for d in (dtype, aval.dtype)]
     if rank[0] > rank[1]:
         raise TypeError(
