@@ -9,11 +9,12 @@ import brainstate
 import jax
 import numpy as np
 
-from .._jax import Literal, Var, eval_jaxpr, prune, sub_program
+from .._jax import Literal, Var, eval_jaxpr, sub_program
 from .._ops.primitive import ETPPrimitive
 from .._ops.stacked import StackedPrimitive
 from .._types import Path, path_str
 from .cut import Fold
+from .dependence import dependence
 from .descent import holds_link
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flatten import is_marked
@@ -100,6 +101,8 @@ class HiddenParamOpRelation(NamedTuple):
         Whether every path from the output to the loss is through its hidden groups position by position.
     offset_keys : tuple of str
         Trained operands whose gradient does not depend on the input (a bias).
+    affine_keys : tuple of str
+        Trained operands whose gradient depends on the input, and is not known to vanish with it.
     linear_keys : tuple of str
         Trained operands whose gradient does not depend on the operands themselves (no hook).
     """
@@ -122,6 +125,7 @@ class HiddenParamOpRelation(NamedTuple):
     operand_program: OperandProgram
     residual_free: bool
     offset_keys: tuple[str, ...]
+    affine_keys: tuple[str, ...]
     linear_keys: tuple[str, ...]
 
     @property
@@ -375,7 +379,7 @@ def _relation(info, flow, op, program, paths, used, call, mixed) -> HiddenParamO
     states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
     trainable = {k: op.operands[k] for k in paths}
     fixed = _fixed_vars(op, paths)
-    offset, linear = _dependence(op, trainable, fixed)
+    reads = dependence(op.primitive, op.eqn.params, op.x, op.y, trainable, fixed)
     return HiddenParamOpRelation(
         key=(next(iter(paths.values())), call),
         primitive=op.primitive,
@@ -394,32 +398,10 @@ def _relation(info, flow, op, program, paths, used, call, mixed) -> HiddenParamO
         parameter_paths=_parameter_paths(info, program),
         operand_program=program,
         residual_free=bool(used) and _residual_free(info, flow, op, used),
-        offset_keys=offset,
-        linear_keys=linear,
+        offset_keys=reads.offset,
+        affine_keys=reads.affine,
+        linear_keys=reads.linear,
     )
-
-
-def _dependence(op, trainable, fixed) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Keys whose weight gradient ignores the input, and keys whose gradient ignores the weights."""
-    shape_of = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)  # noqa: E731
-    weights = {k: shape_of(v) for k, v in trainable.items()}
-    operands = {i: shape_of(v) for i, v in fixed.items()}
-
-    def gradient(x, weights, fixed, cotangent):
-        return op.primitive.weight_vjp(x, cotangent, weights, op.eqn.params, fixed, bound=True)
-
-    x = None if op.x is None else shape_of(op.x)
-    closed = jax.make_jaxpr(gradient)(x, weights, operands, shape_of(op.y))
-    offset, linear = [], []
-    for i, key in enumerate(sorted(weights)):
-        _, reads = prune(closed, [j == i for j in range(len(weights))])
-        reads_x = x is not None and reads[0]
-        reads_weights = any(reads[int(x is not None) :][: len(weights)])
-        if not reads_x:
-            offset.append(key)
-        if not reads_weights:
-            linear.append(key)
-    return tuple(offset), tuple(linear)
 
 
 def _fixed_vars(op: MarkedOp, trained) -> Mapping[int, Any]:

@@ -255,9 +255,9 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
             new[g.index] = projection.advance(own, carried, noise, now, self.projection_eps)
         return new, key_data, step + 1
 
-    def _lifts(self, numbers, traces, operands, fixed, weights):
+    def _lifts(self, numbers, traces, operands, fixed, weights, steps):
         """Per group the product of its projected parameters with the parameters themselves."""
-        del operands, fixed
+        del operands, fixed, steps
         values = self._weight_dict(weights)
         out = {}
         for index in self._groups_of(numbers):
