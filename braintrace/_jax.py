@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, Var
 from jax.interpreters import ad, batching, mlir
@@ -18,8 +20,9 @@ from jax.interpreters import partial_eval as pe
 
 __all__ = [
     'ClosedJaxpr', 'Jaxpr', 'Literal', 'Primitive', 'Var', 'at_source', 'bind_equation', 'call_body', 'close',
-    'consts_of', 'define_primitive', 'eval_jaxpr', 'has_custom_rule', 'is_jit', 'is_remat', 'is_tracer', 'open_jaxpr',
-    'prune', 'scan_operands', 'source_line', 'structs', 'sub_jaxprs', 'sub_program', 'trace_context',
+    'consts_of', 'define_primitive', 'eval_jaxpr', 'has_custom_rule', 'hashed', 'is_builtin', 'is_jit', 'is_remat',
+    'is_tracer', 'open_jaxpr', 'primitive_body', 'prune', 'scan_operands', 'source_line', 'structs', 'sub_jaxprs',
+    'sub_program', 'trace_context', 'zeros',
 ]  # fmt: skip
 
 JIT_NAMES = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call", "custom_lin_call", "xla_call"})
@@ -53,6 +56,13 @@ def close(jaxpr: Any, consts: Sequence[Any]) -> Any:
 
 def is_tracer(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
+
+
+def zeros(shape: Sequence[int], dtype: Any) -> jax.Array:
+    """Zeros that no kernel is compiled for; where a program is being traced, of that program."""
+    if is_tracer(jax.device_put(np.zeros((), dtype))):
+        return jnp.zeros(shape, dtype)
+    return jax.device_put(np.zeros(shape, dtype))
 
 
 def trace_context() -> Any:
@@ -99,12 +109,44 @@ def scan_operands(eqn: Any) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
+def is_builtin(eqn: Any) -> bool:
+    """Whether JAX itself defines what the primitive of an equation computes, and not another library by a function."""
+    impl = getattr(eqn.primitive, "impl", None)
+    module = getattr(getattr(impl, "func", impl), "__module__", None) or ""
+    return module.split(".")[0] in ("", "jax", "jaxlib")
+
+
+def primitive_body(eqn: Any) -> Any | None:
+    """The function behind a primitive that is not built in, as a closed jaxpr, if it is made of other primitives."""
+    primitive = eqn.primitive
+    try:
+        body = jax.make_jaxpr(lambda *xs: primitive.impl(*xs, **eqn.params))(*structs(eqn.invars))
+    except Exception:  # no JAX function
+        return None
+    pending = [open_jaxpr(body)]
+    while pending:
+        for inner in pending.pop().eqns:
+            if inner.primitive is primitive:
+                return None
+            pending.extend(map(open_jaxpr, sub_jaxprs(inner)))
+    return body
+
+
 def sub_jaxprs(eqn: Any) -> Iterator[Any]:
     """Every jaxpr found in the parameters of an equation."""
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(item, (ClosedJaxpr, Jaxpr)):
                 yield item
+
+
+def hashed(*items: Any) -> Any | None:
+    """The items as a key, or ``None`` where one of them cannot be part of a key."""
+    try:
+        hash(items)
+    except TypeError:
+        return None
+    return items
 
 
 def at_source(eqn: Any) -> AbstractContextManager[Any]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from .._jax import Literal, Var, consts_of, eval_jaxpr, is_tracer, open_jaxpr, prune, structs
 from .._types import Path
+from .constants import known_outputs
 from .descent import bind_without_links
 from .flatten import is_marked
 from .flow import Flow, through_operation, y_label
@@ -298,16 +299,13 @@ def differentiate_cut(
         len(path) == 3 and (neighbourhood is not None and path[1].idx == 0 or _in_sub_steps(path[2], part.fronts))
         for path in paths
     ]
-    entries: list[Entry] = []
-    varying: list[int] = []
-    for i in range(len(flat)):
-        only, reads = prune(closed, [j == i for j in range(len(flat))])
-        entry = None if any(reads) else _constant(only, inputs, keep_shape[i])
-        if entry is None:
-            entry = Entry("varying", slot=len(varying))
-            varying.append(i)
-        entries.append(entry)
-    program, _ = prune(closed, [i in set(varying) for i in range(len(flat))])
+    known = known_outputs(closed)
+    varying = [i for i in range(len(flat)) if i not in known]
+    entries = [
+        _constant(known[i], keep_shape[i]) if i in known else Entry("varying", slot=varying.index(i))
+        for i in range(len(flat))
+    ]
+    program, _ = prune(closed, [i not in known for i in range(len(flat))])
     zero = Entry("zero")
     result, values = jax.tree.unflatten(tree, entries)
     D = tuple(tuple(zero if e is None else e for e in row) for row, _ in result)
@@ -538,13 +536,8 @@ def mixed_axes(old_labels, y_labels, y_shapes, varshape) -> tuple[int, ...]:
     return tuple(sorted(axes))
 
 
-def _constant(closed, inputs, whole: bool) -> Entry | None:
-    """The entry if its value can be known now; ``whole``: as an array even if all of it is one number."""
-    try:
-        with jax.ensure_compile_time_eval():
-            value = np.asarray(eval_jaxpr(closed, *[None] * len(inputs))[0])  # none of them is read
-    except Exception:  # a constant of the model is itself traced (compilation inside jit)
-        return None
+def _constant(value: np.ndarray, whole: bool) -> Entry:
+    """The entry of a known value; ``whole``: as an array even if all of it is one number."""
     if not np.any(value):
         return Entry("zero")
     if not whole and value.size and np.all(value == value.flat[0]):

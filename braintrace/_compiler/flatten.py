@@ -38,6 +38,7 @@ from .._jax import (
 )
 from .._ops.primitive import ETPPrimitive
 from .._types import CompilationError, Path, path_str
+from .constants import Constants
 from .descent import Descent
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel, emit
 from .forward_only import is_forward_only, with_reverse_rule
@@ -101,8 +102,9 @@ def flatten(
 class _Frame:
     """Values and origins of one jaxpr while it is evaluated."""
 
-    def __init__(self, closed, values, origins, hidden_out, taken, depth):
+    def __init__(self, closed, values, origins, hidden_out, taken, depth, constants):
         jaxpr = open_jaxpr(closed)
+        self.constants = constants
         self.env = dict(zip(jaxpr.constvars, ((c, Origin()) for c in consts_of(closed))))
         self.env |= dict(zip(jaxpr.invars, zip(values, origins)))
         self.hidden = {v for v, h in zip(jaxpr.outvars, hidden_out) if h and not isinstance(v, Literal)}
@@ -111,8 +113,13 @@ class _Frame:
         self.taken, self.depth = taken, depth
         self.gates: dict[Any, Any] = {}
 
-    def read(self, var):
+    def waiting(self, var):
+        """As :meth:`read`; the value of a constant may not be known yet."""
         return (var.val, Origin()) if isinstance(var, Literal) else self.env[var]
+
+    def read(self, var):
+        value, origin = self.waiting(var)
+        return self.constants.read([value])[0], origin
 
     def inputs(self, eqn):
         pairs = [self.read(v) for v in eqn.invars]
@@ -127,7 +134,7 @@ class _Frame:
             return var.val
         key = (var, make)
         if key not in self.gates:
-            self.gates[key] = make(self.taken, self.env[var][0])
+            self.gates[key] = make(self.taken, self.read(var)[0])
         return self.gates[key]
 
 
@@ -135,9 +142,10 @@ class _Flattener:
     def __init__(self, policy: ControlFlowPolicy):
         self.policy = policy
         self.records: list[CompilationRecord] = []
+        self.constants = Constants()
 
     def run(self, closed, values, origins, hidden_out, taken=None, depth=0):
-        frame = _Frame(closed, values, origins, hidden_out, taken, depth)
+        frame = _Frame(closed, values, origins, hidden_out, taken, depth, self.constants)
         jaxpr = open_jaxpr(closed)
         for eqn in jaxpr.eqns:
             outs, out_origins = self.equation(eqn, frame)
@@ -146,10 +154,10 @@ class _Flattener:
         return [v for v, _ in results], [o for _, o in results]
 
     def equation(self, eqn, frame):
+        known = [frame.waiting(v)[0] for v in eqn.invars]
+        if not eqn.effects and _foldable(eqn, known):
+            return self.constants.outputs(eqn, known), [Origin()] * len(eqn.outvars)
         values, origins = frame.inputs(eqn)
-        if not eqn.effects and _foldable(eqn, values):
-            with jax.ensure_compile_time_eval():
-                return bind_equation(eqn, values), [Origin()] * len(eqn.outvars)
         body = call_body(eqn) if is_jit(eqn) or is_remat(eqn) else None
         if body is not None and (is_jit(eqn) or self.is_relevant(eqn, frame)):
             return self.run(body, values, origins, frame.hidden_out(eqn), frame.taken, frame.depth)

@@ -27,6 +27,7 @@ from .._jax import (
     scan_operands,
     structs,
 )
+from .movement import MOVES, moved, scatter_hits
 
 __all__ = [
     "MANY", "NONE", "Label", "Labels", "combine", "dependence", "is_aligned", "mixes", "moves", "no_cut", "own_label",
@@ -386,15 +387,8 @@ def _moving(move: Callable[..., np.ndarray]):
 
 
 def _of_integers(eqn):
-    """Data movement that the primitive itself does as well to integers."""
-
-    def rule(ids, out_shapes):
-        operands = [_filled(i, v.aval.shape) for i, v in zip(ids, eqn.invars)]
-        with jax.ensure_compile_time_eval():
-            out = eqn.primitive.bind(*operands, **eqn.params)
-        return [np.asarray(o, np.int32) for o in (out if eqn.primitive.multiple_results else [out])]
-
-    return rule
+    """Data movement, which takes integers as it takes anything else."""
+    return lambda ids, _: moved(eqn, [_filled(i, v.aval.shape) for i, v in zip(ids, eqn.invars)])
 
 
 def _broadcast_in_dim(x, *dynamic, shape, broadcast_dimensions, out_shape, **_):
@@ -486,39 +480,24 @@ INDEXED = {
 
 
 def _indexed(eqn, constants):
-    """With known indices, the primitive itself moves the integers; ``None`` where they are not known."""
-    data = INDEXED[eqn.primitive.name]
+    """With known indices, the same movement of the integers; ``None`` where they are not known."""
+    name, data = eqn.primitive.name, INDEXED[eqn.primitive.name]
     indices = {}
     for i, v in enumerate(eqn.invars):
         if i not in data:
             if not isinstance(v, Literal) and v not in constants:
                 return None
             indices[i] = np.asarray(v.val if isinstance(v, Literal) else constants[v])
-    name = eqn.primitive.name
 
     def rule(ids, out_shapes):
         operands = [indices.get(i, _filled(x, v.aval.shape)) for i, (x, v) in enumerate(zip(ids, eqn.invars))]
-        with jax.ensure_compile_time_eval():
-            if name.startswith("scatter"):
-                place = functools.partial(
-                    jax.lax.scatter, dimension_numbers=eqn.params["dimension_numbers"], mode=eqn.params["mode"]
-                )
-                target, index, update = operands
-                hits = jax.lax.scatter_add(
-                    np.zeros_like(target),
-                    index,
-                    np.ones_like(update),
-                    dimension_numbers=eqn.params["dimension_numbers"],
-                    mode=eqn.params["mode"],
-                )
-                base = target if name == "scatter" else np.full_like(target, NONE)
-                out = np.asarray(place(base, index, update))
-                out = out if name == "scatter" else combine(target, out)
-                out = np.where(np.asarray(hits) > 1, MANY, out)
-            else:
-                params = dict(eqn.params, fill_value=NONE) if name == "gather" else eqn.params
-                out = np.asarray(eqn.primitive.bind(*operands, **params))
-        return [out.astype(np.int32)]
+        if not name.startswith("scatter"):
+            return moved(eqn, operands, **({"fill_value": NONE} if name == "gather" else {}))
+        target, index, update = operands
+        base = target if name == "scatter" else np.full_like(target, NONE)
+        out = MOVES["scatter"](base, index, update, **eqn.params)
+        out = out if name == "scatter" else combine(target, out)
+        return [np.where(scatter_hits(target, index, update, eqn.params) > 1, MANY, out).astype(np.int32)]
 
     return rule
 

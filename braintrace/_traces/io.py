@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from .._compiler.graph import ETraceGraph
 from .._compiler.relations import HiddenParamOpRelation
+from .._jax import zeros
 from .record import (
     Jacobian,
     Sensitivity,
@@ -58,15 +59,16 @@ def init_io(graph: ETraceGraph) -> IOTrace:
     xs, dfs = {}, {}
     for i, key in x_keys(graph).items():
         aval = x_aval(graph.hidden_param_op_relations[i])
-        xs[key] = jnp.zeros(aval.shape, aval.dtype)
+        xs[key] = zeros(aval.shape, aval.dtype)
     for r in graph.hidden_param_op_relations:
         for g in r.hidden_groups:
             custom = r.primitive.rules.init_pp
             shape = (*r.shape_in(g), g.num_state)
-            zeros = jnp.zeros(shape, r.y_var.aval.dtype)
             if custom is not None and r.sub_steps is None and r.y_var.aval.shape == g.varshape:
-                zeros = custom(r.x_var, r.y_var, r.trainable_vars, g.num_state)
-            dfs[pair_key(r, g.index)] = zeros
+                own = custom(r.x_var, r.y_var, r.trainable_vars, g.num_state)
+            else:
+                own = zeros(shape, r.y_var.aval.dtype)
+            dfs[pair_key(r, g.index)] = own
     return IOTrace(xs, dfs)
 
 
