@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, Var
 from jax.interpreters import ad, batching, mlir
@@ -18,8 +20,9 @@ from jax.interpreters import partial_eval as pe
 
 __all__ = [
     'ClosedJaxpr', 'Jaxpr', 'Literal', 'Primitive', 'Var', 'at_source', 'bind_equation', 'call_body', 'close',
-    'consts_of', 'define_primitive', 'eval_jaxpr', 'is_jit', 'is_remat', 'is_tracer', 'open_jaxpr', 'prune',
-    'source_line', 'structs', 'sub_jaxprs', 'sub_program', 'trace_context',
+    'consts_of', 'define_primitive', 'eval_jaxpr', 'has_custom_rule', 'hashed', 'is_builtin', 'is_jit', 'is_remat',
+    'is_tracer', 'open_jaxpr', 'primitive_body', 'prune', 'scan_operands', 'source_line', 'structs', 'sub_jaxprs',
+    'sub_program', 'trace_context', 'zeros',
 ]  # fmt: skip
 
 JIT_NAMES = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call", "custom_lin_call", "xla_call"})
@@ -55,6 +58,13 @@ def is_tracer(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
+def zeros(shape: Sequence[int], dtype: Any) -> jax.Array:
+    """Zeros that no kernel is compiled for; where a program is being traced, of that program."""
+    if is_tracer(jax.device_put(np.zeros((), dtype))):
+        return jnp.zeros(shape, dtype)
+    return jax.device_put(np.zeros(shape, dtype))
+
+
 def trace_context() -> Any:
     """An object equal to another one if both were made directly under the same transformation."""
     home = jax.extend.core if hasattr(jax.extend.core, "get_opaque_trace_state") else jax.core
@@ -69,13 +79,57 @@ def is_remat(eqn: Any) -> bool:
     return eqn.primitive.name in REMAT_NAMES
 
 
+def has_custom_rule(eqn: Any) -> bool:
+    """Whether a call-like equation has a derivative of its own (``custom_jvp``, ``custom_vjp``)."""
+    return any(name in eqn.params for name in ("jvp_jaxpr_fun", "jvp_jaxpr_thunk", "bwd"))
+
+
 def call_body(eqn: Any) -> Any | None:
-    """The one jaxpr that a call-like equation (jit, custom_jvp, custom_vjp, checkpoint) runs on its operands."""
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+    """The one jaxpr that a call-like equation (jit, custom_jvp, custom_vjp, checkpoint, ...) runs on its operands."""
+
+    def shapes(variables):
+        return [v.aval.shape for v in variables]
+
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
         body = eqn.params.get(name)
-        if body is not None and len(open_jaxpr(body).invars) == len(eqn.invars):
+        inner: Any = open_jaxpr(body)
+        if not (hasattr(inner, "invars") and hasattr(inner, "eqns")):
+            continue
+        if shapes(inner.invars) == shapes(eqn.invars) and shapes(inner.outvars) == shapes(eqn.outvars):
             return body
     return None
+
+
+def scan_operands(eqn: Any) -> tuple[int, int]:
+    """How many operands of a scan are the same in every sub-step, and how many it carries; the others it slices."""
+    params = eqn.params
+    if "num_carry" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def is_builtin(eqn: Any) -> bool:
+    """Whether JAX itself defines what the primitive of an equation computes, and not another library by a function."""
+    impl = getattr(eqn.primitive, "impl", None)
+    module = getattr(getattr(impl, "func", impl), "__module__", None) or ""
+    return module.split(".")[0] in ("", "jax", "jaxlib")
+
+
+def primitive_body(eqn: Any) -> Any | None:
+    """The function behind a primitive that is not built in, as a closed jaxpr, if it is made of other primitives."""
+    primitive = eqn.primitive
+    try:
+        body = jax.make_jaxpr(lambda *xs: primitive.impl(*xs, **eqn.params))(*structs(eqn.invars))
+    except Exception:  # no JAX function
+        return None
+    pending = [open_jaxpr(body)]
+    while pending:
+        for inner in pending.pop().eqns:
+            if inner.primitive is primitive:
+                return None
+            pending.extend(map(open_jaxpr, sub_jaxprs(inner)))
+    return body
 
 
 def sub_jaxprs(eqn: Any) -> Iterator[Any]:
@@ -84,6 +138,15 @@ def sub_jaxprs(eqn: Any) -> Iterator[Any]:
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(item, (ClosedJaxpr, Jaxpr)):
                 yield item
+
+
+def hashed(*items: Any) -> Any | None:
+    """The items as a key, or ``None`` where one of them cannot be part of a key."""
+    try:
+        hash(items)
+    except TypeError:
+        return None
+    return items
 
 
 def at_source(eqn: Any) -> AbstractContextManager[Any]:

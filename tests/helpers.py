@@ -53,7 +53,7 @@ _runs: list[_Run] = []
 
 
 def tap(apply, x, *operands):
-    """Inside the oracle every trainable map is `tap(apply, x, *operands)`, linear in x and in each operand."""
+    """Inside the oracle every trainable map is `tap(apply, x, *operands)`, affine in x and in each operand."""
     run = _runs[-1]
     key = (run.stage, run.calls)
     run.calls += 1
@@ -89,22 +89,28 @@ def leaf(tree):
 
 
 class PPProp:
+    """`x, 1` are the inputs of a map that is affine in x: the filtered 1 multiplies what is left of it at x = 0."""
+
     def __init__(self, decay_x=0.9, decay_f=None):
         self.x, self.f = decay_x, decay_x if decay_f is None else decay_f
 
     def start(self, relation, df):
-        return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=df.dtype), relation.x), jnp.zeros_like(df)
+        inputs = (relation.x, jnp.ones(()))
+        return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=df.dtype), inputs), jnp.zeros_like(df)
 
     def advance(self, trace, relation, D, df):
         ex, ef = trace
-        ex = jax.tree.map(lambda e, x: self.x * e + x, ex, relation.x)
+        ex = jax.tree.map(lambda e, x: self.x * e + x, ex, (relation.x, 1.0))
         return ex, self.f * jnp.einsum("ab...,b...->a...", D, ef) + (1 - self.f) * df
 
     def credit(self, trace, relation, L, n):
-        ex, ef = trace
+        (ex, one), ef = trace
         with np.errstate(divide="ignore"):
             correction = -jnp.expm1(n * float(np.log(self.f)))  # 1 - f**n, with all digits for f near 1
-        return relation.pull(ex, (L * ef).sum(0) / jnp.where(n > 0, correction, 1))
+        signal = (L * ef).sum(0) / jnp.where(n > 0, correction, 1)
+        nothing = jax.tree.map(jnp.zeros_like, ex)
+        linear = jax.tree.map(jnp.subtract, relation.pull(ex, signal), relation.pull(nothing, signal))
+        return jax.tree.map(jnp.add, linear, relation.pull(nothing, one * signal))
 
 
 class DRTRL:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import brainevent
 import brainstate
 import braintools
 import jax
@@ -308,6 +309,61 @@ def test_bias_correction_lasts_beyond_a_thousand_steps():
         per_step = for_loop(lambda x: gradient(learner, x)[("w",)][0, 0], jnp.ones((1003, 1)))
     n = np.arange(1, 1004)
     np.testing.assert_allclose(per_step, (1 - decay**n) / (1 - decay), rtol=1e-8)
+
+
+# -- an offset is a weight whose input is 1
+
+AFFINE = braintrace.register_primitive(
+    "affine_gain", lambda x, b, g: g * (x.sum() + b), trainable_invars_fn=lambda params: {"b": 1, "g": 2}
+)
+OFFSETS = {  # operations of an input [0] with the parameter b of shape (1,), which is 1
+    "matmul": lambda x, b: braintrace.matmul(x, jnp.ones((1, 1)), b),
+    "matmul, hook": lambda x, b: braintrace.matmul(x, jnp.ones((1, 1)), b, bias_fn=jnp.sin) / jnp.cos(1.0),
+    "grouped": lambda x, b: braintrace.grouped_matmul(x[None], jnp.ones((1, 1, 1)), b[None]),
+    "lora": lambda x, b: braintrace.lora_matmul(x, jnp.ones((1, 1)), jnp.ones((1, 1)), bias=b),
+    "conv": lambda x, b: braintrace.conv(x[None], jnp.ones((1, 1, 1)), b),
+    "sparse": lambda x, b: braintrace.sparse_matmul(x, jnp.ones(1), sparse_mat=ONE_ENTRY, bias=b),
+    "element_wise": lambda x, b: braintrace.element_wise(b),
+    "own": lambda x, b: AFFINE.bind(x, b, jnp.ones(1)),
+    "own, of another form": lambda x, b: AFFINE.bind(x, jnp.ones(1), b),
+    "twice, halved": lambda x, b: sum(braintrace.matmul(x, jnp.ones((1, 1)), b / 2) for _ in range(2)),
+    "a row of the weight": lambda x, b: braintrace.matmul(x + 1, b[:, None]),
+}
+ONE_ENTRY = brainevent.CSR((jnp.ones(1), jnp.array([0]), jnp.array([0, 1])), shape=(1, 1))
+
+
+class Offset(brainstate.nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.operation, self.b = OFFSETS[name], ParamState(jnp.ones(1))
+
+    def init_state(self, batch_size=None, **_):
+        self.h = HiddenState(jnp.zeros_like(self.operation(jnp.zeros(1), self.b.value)))
+
+    def update(self, x):
+        self.h.value = 0.95 * self.h.value + self.operation(x, self.b.value)
+        return self.h.value
+
+
+@pytest.mark.filterwarnings("ignore:.*trainable_invar")
+@pytest.mark.parametrize("drive", ["steps", "chunks", "mapped"])
+@pytest.mark.parametrize("name", OFFSETS)
+def test_an_offset_is_a_weight_whose_input_is_one(name, drive):  # K49
+    x, f, expected = 0.0, 0.0, 0.0
+    for n in range(200):
+        x, f = 0.98 * x + 1, 0.98 * 0.95 * f + 0.02
+        expected += x * f / (1 - 0.98 ** (n + 1))
+    assert abs(expected - 2703) < 0.1
+    lead = (2,) if drive == "mapped" else ()
+    xs = jnp.zeros((200, *lead, 1))
+    options = dict(vmap=True, batch_size=2) if lead else {}
+    learner = braintrace.compile(Offset(name), "pp_prop", xs[0], decay_or_rank=0.98, **options)
+    if drive == "steps":
+        step = grad(lambda x: learner(x).sum(), learner.param_states)
+        found = for_loop(step, xs)["b",].sum()
+    else:
+        found = learner.etrace_grad(xs, step_fn=lambda x: learner(x).mean(), reduction="sum")["b",]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 # -- positions that mix

@@ -61,10 +61,10 @@ def call_conv2d(x, k, b):
 ROWS = {
     "matmul": (braintrace.matmul, lambda x, w, b: x @ w + b, (4,), [(4, 3), (3,)], "etp_mv", "etp_mm"),
     "matmul-hook": (
-        lambda x, w: braintrace.matmul(x, w, weight_fn=cube),
-        lambda x, w: x @ w**3,
+        lambda x, w, b: braintrace.matmul(x, w, b, weight_fn=cube, bias_fn=jnp.tanh),
+        lambda x, w, b: x @ w**3 + jnp.tanh(b),
         (4,),
-        [(4, 3)],
+        [(4, 3), (3,)],
         "etp_mv",
         "etp_mm",
     ),
@@ -207,14 +207,15 @@ def oracle(dense, linear, weights):
     """Gradients of every step under pp_prop, for the loss `(h * c).sum()`."""
     h = jnp.zeros(dense(linear[0], *weights).shape)
     c = draw(*h.shape, seed=5)
-    ex, ef, gradients = jnp.zeros(linear[0].shape), jnp.zeros(h.shape), []
+    ex, one, ef, gradients = jnp.zeros(linear[0].shape), 0.0, jnp.zeros(h.shape), []
     for n, x in enumerate(linear):
         h = jnp.tanh(0.5 * h + dense(x, *weights))
         df = 1 - h**2
-        ex = DECAY * ex + x
+        ex, one = DECAY * ex + x, DECAY * one + 1
         ef = DECAY * 0.5 * df * ef + (1 - DECAY) * df
         signal = c * ef / (1 - DECAY ** (n + 1))
-        gradients.append(jax.vjp(lambda *ws, ex=ex: dense(ex, *ws), *weights)[1](signal))
+        filtered = lambda *ws, ex=ex, one=one: dense(ex, *ws) + (one - 1) * dense(0 * ex, *ws)  # noqa: E731
+        gradients.append(jax.vjp(filtered, *weights)[1](signal))
     return c, gradients
 
 

@@ -625,6 +625,12 @@ OWN = {  # primitives, shapes of the parameters, static parameters
         [(N_IN, N), (N,)],
         {},
     ),
+    "gain of an affine map": (
+        own("gain", lambda x, w, b, g: g * (x @ w + b), trainable_invars_fn=lambda params: {"w": 1, "b": 2, "g": 3}),
+        [(N_IN, N), (N,), (N,)],
+        {},
+    ),
+    "shifted input": (own("shifted", lambda x, w: (x + 1) @ w), [(N_IN, N)], {}),
     "second output": (own("second", lambda x, w: (x, x @ w), y_outvar_index=1), [(N_IN, N)], {}),
 }
 
@@ -737,7 +743,7 @@ def test_a_bias_that_is_no_parameter():
 
 def test_a_weight_that_is_no_parameter():
     grads = two_steps(lambda m, x: braintrace.matmul(x, W, m.b.value), b=B)
-    np.testing.assert_allclose(grads[("b",)], two_steps_truth(jnp.ones((2, 1)), filtered=False)[0], rtol=1e-5)
+    np.testing.assert_allclose(grads[("b",)], two_steps_truth(jnp.ones((2, 1)))[0], rtol=1e-5)
 
 
 LEAK, DECAY, RAMP = 0.5, 0.9, jnp.array([1.0, 2.0, 3.0])
@@ -766,8 +772,8 @@ def two_steps(op, xs=X[:2], **params):
     return grad(lambda: (learner(xs[1]) * RAMP).sum(), learner.param_states)()
 
 
-def two_steps_truth(xs, filtered=True):
-    x = DECAY * xs[0] + xs[1] if filtered else xs[1]
+def two_steps_truth(xs):
+    x = DECAY * xs[0] + xs[1]
     f = (DECAY * LEAK * (1 - DECAY) + (1 - DECAY)) / (1 - DECAY**2)
     return jnp.outer(x, f * RAMP)
 
@@ -803,7 +809,7 @@ def test_an_operation_without_input():
         "softplus_of", jax.nn.softplus, trainable_invars_fn=lambda params: {"weight": 0}, x_invar_index=None
     )
     grads = two_steps(lambda m, x: p.bind(m.b.value), b=B)
-    expected = two_steps_truth(jnp.ones((2, 1)), filtered=False)[0] * jax.nn.sigmoid(B)
+    expected = two_steps_truth(jnp.ones((2, 1)))[0] * jax.nn.sigmoid(B)
     np.testing.assert_allclose(grads[("b",)], expected, rtol=1e-5)
 
 

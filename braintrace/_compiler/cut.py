@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._jax import Literal, Var, eval_jaxpr, open_jaxpr, prune, structs
+from .._jax import Literal, Var, consts_of, eval_jaxpr, is_tracer, open_jaxpr, prune, structs
 from .._types import Path
+from .constants import known_outputs
 from .descent import bind_without_links
 from .flatten import is_marked
 from .flow import Flow, through_operation, y_label
 from .module_info import ModuleInfo, known_constants
-from .positions import MANY, NONE, Label, combine, is_aligned, no_cut, own_label, propagate, unaligned_axes
+from .positions import MANY, NONE, Label, combine, no_cut, own_label, propagate, unaligned_axes
 from .scope import DIAGONAL, Neighbourhood, Scope
 
 __all__ = [
@@ -49,21 +50,24 @@ class Entry(NamedTuple):
 
 
 class Fold(NamedTuple):
-    """Where the entries of an operation's output act, if each acts on one position of a group, and several on each.
+    """Where the entries of an operation's output act, if each acts on one position of a group of another shape.
 
     Of an operation with sub-steps, those of one sub-step.
 
     ``positions`` holds the position of every entry, one integer array per axis of the group; ``tiles`` is their number
-    where they are equal slices of the last axis.
+    where they are equal slices of the last axis, ``whole`` the group's shape where they are its entries in order.
     """
 
     positions: tuple[np.ndarray, ...]
     tiles: int | None
+    whole: tuple[int, ...] | None
 
     def place(self, value: Any) -> Any:
         """The value of every entry's position; axes in front of those of the group stay."""
         if value is None or jnp.ndim(value) == 0:
             return value
+        if self.whole is not None:
+            return value.reshape(*value.shape[: value.ndim - len(self.whole)], *self.positions[0].shape)
         if self.tiles is not None:
             return jnp.concatenate([value] * self.tiles, -1)
         return value[(..., *self.positions)]
@@ -104,7 +108,7 @@ class Cut(NamedTuple):
     displaced : frozenset of int
         Operations of which some entry acts on another position than its own.
     folds : dict
-        Operation index -> :class:`Fold`, for outputs with several entries for every position (fused gates).
+        Operation index -> :class:`Fold`, for outputs of another shape than the group (fused gates, a reshape).
     values : tuple of Entry
         One per variable of ``inputs``, in the scope ``'full'``.
     """
@@ -151,7 +155,6 @@ def slice_group(info: ModuleInfo, flow: Flow, paths: Sequence[Path], mixing: boo
     eqns = info.jaxpr.eqns
     made_at = {v: i for i, e in enumerate(eqns) for v in e.outvars}
     op_of = {op.y: op for op in flow.ops}
-    shapes = {p: tuple(s.varshape) for p, s in zip(info.compiled_state_paths, info.compiled_model_states) if p in own}
     olds = tuple(info.hidden_path_to_invar[p] for p in paths)
     news = tuple(info.hidden_path_to_outvar[p] for p in paths)
     member_of = {v: set(ps) for v, ps in flow.members.items()}
@@ -162,11 +165,7 @@ def slice_group(info: ModuleInfo, flow: Flow, paths: Sequence[Path], mixing: boo
     passed: set[int] = set()
 
     def belongs(var):
-        labels = flow.labels.get(var, {})
-        moved = lambda s, lab: s[0] == "new" and s[1] in own and not is_aligned(lab, shapes[s[1]])  # noqa: E731
-        if not mixing and any(moved(s, lab) for s, lab in labels.items()):
-            return False
-        return any(s[0] == "y" or s[1] in own for s in labels)
+        return any(s[0] == "y" or s[1] in own for s in flow.labels.get(var, {}))
 
     def passes(op):
         read = [s for v in op.eqn.invars if not isinstance(v, Literal) for s in flow.labels.get(v, {})]
@@ -259,7 +258,7 @@ def differentiate_cut(
     keys = list(part.ys)
     y_shapes = _y_shapes(part)
     inexact = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in part.news]
-    folds = _folds(eqns, part, varshape, slots, inexact)
+    folds = _folds(eqns, part, varshape, slots, inexact, y_labels)
     by_position = [{k: lab for k, lab in labels_of.items() if k not in folds} for labels_of in y_labels]
     whole = scope.kind == "full"
 
@@ -300,16 +299,13 @@ def differentiate_cut(
         len(path) == 3 and (neighbourhood is not None and path[1].idx == 0 or _in_sub_steps(path[2], part.fronts))
         for path in paths
     ]
-    entries: list[Entry] = []
-    varying: list[int] = []
-    for i in range(len(flat)):
-        only, reads = prune(closed, [j == i for j in range(len(flat))])
-        entry = None if any(reads) else _constant(only, inputs, keep_shape[i])
-        if entry is None:
-            entry = Entry("varying", slot=len(varying))
-            varying.append(i)
-        entries.append(entry)
-    program, _ = prune(closed, [i in set(varying) for i in range(len(flat))])
+    known = known_outputs(closed)
+    varying = [i for i in range(len(flat)) if i not in known]
+    entries = [
+        _constant(known[i], keep_shape[i]) if i in known else Entry("varying", slot=varying.index(i))
+        for i in range(len(flat))
+    ]
+    program, _ = prune(closed, [i not in known for i in range(len(flat))])
     zero = Entry("zero")
     result, values = jax.tree.unflatten(tree, entries)
     D = tuple(tuple(zero if e is None else e for e in row) for row, _ in result)
@@ -332,12 +328,23 @@ def _y_shapes(part: Slice) -> dict[int, tuple[int, ...]]:
     return {k: v.aval.shape[part.fronts[k] :] for k, v in part.ys.items()}
 
 
-def _folds(eqns, part, varshape, slots, inexact) -> dict[int, Fold]:
-    """Outputs larger than the group of which every entry acts on one position: labels of F's reverse pass tell."""
-    size, y_shapes = math.prod(varshape), _y_shapes(part)
-    wide = {k: v for k, v in part.ys.items() if math.prod(y_shapes[k]) > size > 0}
+def _folds(eqns, part, varshape, slots, inexact, y_labels) -> dict[int, Fold]:
+    """Outputs of another shape of which every entry acts on one position: labels of F's reverse pass tell."""
+    y_shapes = _y_shapes(part)
+
+    def is_candidate(k):
+        """Whether broadcasting does not say where the entries of an output act."""
+        shape = y_shapes[k]
+        if shape == varshape or not math.prod(shape) or not shape or not varshape:
+            return False
+        return math.prod(shape) == math.prod(varshape) or any(
+            k in labels and _displaced(labels[k], shape, varshape) for labels in y_labels
+        )
+
     folds = {}
-    for k, var in wide.items():
+    for k, var in part.ys.items():
+        if not is_candidate(k):
+            continue
         label: Label | None = None
         for a in sorted({a for a, _ in slots if inexact[a]}):
 
@@ -350,9 +357,11 @@ def _folds(eqns, part, varshape, slots, inexact) -> dict[int, Fold]:
             of = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)  # noqa: E731
             others = {j: of(v) for j, v in part.ys.items() if j != k}
             values = of(var), [of(v) for v in part.olds], others, [of(v) for v in part.externals]
-            jaxpr = open_jaxpr(jax.make_jaxpr(reverse)(of(part.news[a]), *values))
+            closed = jax.make_jaxpr(reverse)(of(part.news[a]), *values)
+            jaxpr = open_jaxpr(closed)
+            known = {v: c for v, c in zip(jaxpr.constvars, consts_of(closed)) if not is_tracer(c)}
             env = {jaxpr.invars[0]: {("new", 0): own_label(part.news[a].aval.shape, len(varshape))}}
-            propagate(jaxpr.eqns, env, no_cut)
+            propagate(jaxpr.eqns, env, no_cut, known)
             found = env.get(jaxpr.outvars[0], {}).get(("new", 0))
             label = found if label is None else label if found is None else tuple(map(combine, label, found))
         if label is None or any(np.any(ids == MANY) for ids in label[1:]):
@@ -362,8 +371,14 @@ def _folds(eqns, part, varshape, slots, inexact) -> dict[int, Fold]:
             if any(np.any(ids != ids[:1]) for ids in index):
                 continue
             index = tuple(ids[0] for ids in index)
-        folds[k] = Fold(index, _tiles(index, y_shapes[k], varshape))
+        folds[k] = Fold(index, _tiles(index, y_shapes[k], varshape), _in_order(index, varshape))
     return folds
+
+
+def _in_order(index, varshape) -> tuple[int, ...] | None:
+    """The group's shape if the entries are its positions one after the other."""
+    flat = np.ravel_multi_index(index, varshape).ravel()
+    return varshape if np.array_equal(flat, np.arange(math.prod(varshape))) else None
 
 
 def _tiles(index, y_shape, varshape) -> int | None:
@@ -521,13 +536,8 @@ def mixed_axes(old_labels, y_labels, y_shapes, varshape) -> tuple[int, ...]:
     return tuple(sorted(axes))
 
 
-def _constant(closed, inputs, whole: bool) -> Entry | None:
-    """The entry if its value can be known now; ``whole``: as an array even if all of it is one number."""
-    try:
-        with jax.ensure_compile_time_eval():
-            value = np.asarray(eval_jaxpr(closed, *[None] * len(inputs))[0])  # none of them is read
-    except Exception:  # a constant of the model is itself traced (compilation inside jit)
-        return None
+def _constant(value: np.ndarray, whole: bool) -> Entry:
+    """The entry of a known value; ``whole``: as an array even if all of it is one number."""
     if not np.any(value):
         return Entry("zero")
     if not whole and value.size and np.all(value == value.flat[0]):

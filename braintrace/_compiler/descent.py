@@ -30,6 +30,7 @@ from .._jax import (
     define_primitive,
     eval_jaxpr,
     open_jaxpr,
+    scan_operands,
     structs,
     sub_jaxprs,
 )
@@ -97,8 +98,8 @@ def bind_without_links(eqn: Any, values: Sequence[Any]) -> list[Any]:
             env.update(zip(e.outvars, bind_without_links(e, [_read(env, v) for v in e.invars])))
         return [_read(env, v) for v in open_jaxpr(body).outvars]
 
-    n = eqn.params["num_consts"]
-    m = n + eqn.params["num_carry"]
+    n, carried = scan_operands(eqn)
+    m = n + carried
     closed = jax.make_jaxpr(run)(*structs(open_jaxpr(body).invars))
 
     def sub_step(carry, xs):
@@ -133,7 +134,7 @@ class Descent:
 
     def __init__(self, eqn: Any, body: Any, live: Sequence[bool], trained: Sequence[bool]):
         self.eqn, self.body = eqn, open_jaxpr(body)
-        self.consts, self.carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        self.consts, self.carry = scan_operands(eqn)
         self.bound = dict(zip(self.body.constvars, consts_of(body)))
         self.same = {*self.bound, *self.body.invars[: self.consts]}
         self.live = {v for v, is_live in zip(self.body.invars, live) if is_live}

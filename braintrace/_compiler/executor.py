@@ -244,14 +244,12 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
         """Output, new values by path, and ``((xs, dfs), Ds)``."""
         graph = self.graph
         info = graph.module_info
-        invals = [*leaves, *jax.tree.leaves([values[p] for p in info.compiled_state_paths])]
+        states = [info.reals(p, x) for p in info.compiled_state_paths for x in jax.tree.leaves(values[p])]
+        invals = [*leaves, *states]
         operands = [r.operand_program.operands(invals) for r in graph.operations]
         outs, record = graph.tape(invals, operands, graph.tape.zeros()._replace(new=zeros))
-        rest = outs[info.num_var_out :]
-        new = {
-            p: t.unflatten([rest[i] for i in numbers])
-            for p, t, numbers in zip(info.compiled_state_paths, info.state_trees, info.state_leaves)
-        }
+        out, values = info.results(outs)
+        new = dict(zip(info.compiled_state_paths, values))
         dense = lambda g, entries: g.dense([e.read(record.varying[g.index]) for e in entries])  # noqa: E731
         xs = {r.key: x for r, x in zip(graph.hidden_param_op_relations, record.x)}
         dfs = {
@@ -259,7 +257,7 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
             for r in graph.hidden_param_op_relations
             for g in r.hidden_groups
         }
-        return info.out_tree.unflatten(outs[: info.num_var_out]), new, ((xs, dfs), self._transitions(record))
+        return out, new, ((xs, dfs), self._transitions(record))
 
     def _transitions(self, record):
         traced = self.graph.traced

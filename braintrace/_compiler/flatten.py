@@ -31,12 +31,14 @@ from .._jax import (
     is_tracer,
     open_jaxpr,
     prune,
+    scan_operands,
     source_line,
     structs,
     sub_jaxprs,
 )
 from .._ops.primitive import ETPPrimitive
 from .._types import CompilationError, Path, path_str
+from .constants import Constants
 from .descent import Descent
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel, emit
 from .forward_only import is_forward_only, with_reverse_rule
@@ -100,8 +102,9 @@ def flatten(
 class _Frame:
     """Values and origins of one jaxpr while it is evaluated."""
 
-    def __init__(self, closed, values, origins, hidden_out, taken, depth):
+    def __init__(self, closed, values, origins, hidden_out, taken, depth, constants):
         jaxpr = open_jaxpr(closed)
+        self.constants = constants
         self.env = dict(zip(jaxpr.constvars, ((c, Origin()) for c in consts_of(closed))))
         self.env |= dict(zip(jaxpr.invars, zip(values, origins)))
         self.hidden = {v for v, h in zip(jaxpr.outvars, hidden_out) if h and not isinstance(v, Literal)}
@@ -110,8 +113,13 @@ class _Frame:
         self.taken, self.depth = taken, depth
         self.gates: dict[Any, Any] = {}
 
-    def read(self, var):
+    def waiting(self, var):
+        """As :meth:`read`; the value of a constant may not be known yet."""
         return (var.val, Origin()) if isinstance(var, Literal) else self.env[var]
+
+    def read(self, var):
+        value, origin = self.waiting(var)
+        return self.constants.read([value])[0], origin
 
     def inputs(self, eqn):
         pairs = [self.read(v) for v in eqn.invars]
@@ -126,7 +134,7 @@ class _Frame:
             return var.val
         key = (var, make)
         if key not in self.gates:
-            self.gates[key] = make(self.taken, self.env[var][0])
+            self.gates[key] = make(self.taken, self.read(var)[0])
         return self.gates[key]
 
 
@@ -134,9 +142,10 @@ class _Flattener:
     def __init__(self, policy: ControlFlowPolicy):
         self.policy = policy
         self.records: list[CompilationRecord] = []
+        self.constants = Constants()
 
     def run(self, closed, values, origins, hidden_out, taken=None, depth=0):
-        frame = _Frame(closed, values, origins, hidden_out, taken, depth)
+        frame = _Frame(closed, values, origins, hidden_out, taken, depth, self.constants)
         jaxpr = open_jaxpr(closed)
         for eqn in jaxpr.eqns:
             outs, out_origins = self.equation(eqn, frame)
@@ -145,10 +154,10 @@ class _Flattener:
         return [v for v, _ in results], [o for _, o in results]
 
     def equation(self, eqn, frame):
+        known = [frame.waiting(v)[0] for v in eqn.invars]
+        if not eqn.effects and _foldable(eqn, known):
+            return self.constants.outputs(eqn, known), [Origin()] * len(eqn.outvars)
         values, origins = frame.inputs(eqn)
-        if not eqn.effects and _foldable(eqn, values):
-            with jax.ensure_compile_time_eval():
-                return bind_equation(eqn, values), [Origin()] * len(eqn.outvars)
         body = call_body(eqn) if is_jit(eqn) or is_remat(eqn) else None
         if body is not None and (is_jit(eqn) or self.is_relevant(eqn, frame)):
             return self.run(body, values, origins, frame.hidden_out(eqn), frame.taken, frame.depth)
@@ -245,7 +254,7 @@ class _Flattener:
     def scan(self, eqn, frame):
         length, limit = eqn.params["length"], self.policy.scan_unroll_limit
         _, origins = frame.inputs(eqn)
-        consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        consts, carry = scan_operands(eqn)
         sliced = frozenset[Path]().union(*(o.weights for o in origins[consts + carry :]))
         if sliced:
             path = min(sliced, key=path_str)
@@ -305,10 +314,10 @@ class _Flattener:
 
     def cannot_descend(self, eqn, frame) -> str | None:
         _, origins = frame.inputs(eqn)
-        params = eqn.params
-        carried = origins[params["num_consts"] :][: params["num_carry"]]
+        consts, carry = scan_operands(eqn)
+        carried = origins[consts:][:carry]
         nested = [e for e in equations_within(eqn) if e.primitive.name in LOOPS]
-        if params["reverse"]:
+        if eqn.params["reverse"]:
             return "it runs backward"
         if nested:
             return f"it holds a {nested[0].primitive.name}{_at(nested[0])}"
@@ -340,7 +349,8 @@ class _Flattener:
         self.enter(eqn, frame)
         values, origins = frame.inputs(eqn)
         params = eqn.params
-        n, m = params["num_consts"], params["num_consts"] + params["num_carry"]
+        n, carried = scan_operands(eqn)
+        m = n + carried
         consts, carry, xs = values[:n], values[n:m], values[m:]
         const_origins, carry_origins, x_origins = (
             origins[:n],

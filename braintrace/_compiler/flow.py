@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,11 +17,11 @@ from .descent import holds_link
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flatten import LOOPS, equations_within, is_marked
 from .module_info import ModuleInfo, known_constants
-from .positions import NONE, Label, Labels, mixes, own_label, propagate, transfer
+from .positions import NONE, Label, Labels, mixes, moves, own_label, propagate, touches_own_position, transfer
 
 __all__ = ["Flow", "MarkedOp", "Reach", "analyse_flow", "analyse_reach", "through_operation", "title_of", "y_label"]
 
-MIXING = frozenset(["dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"])
+MIXING = frozenset(["conv_general_dilated", "ragged_dot", "ragged_dot_general"])
 
 
 class MarkedOp(NamedTuple):
@@ -94,6 +95,7 @@ class Flow(NamedTuple):
     members: dict[Var, list[Path]]  # variables that hold a new hidden value
     labels: dict[Any, Labels]  # of every variable, as what reads it sees them
     into: dict[Path, Labels]  # what reaches a new hidden value without passing another one
+    links: dict[Path, frozenset[Path]]  # hidden states whose own position reaches that of a new hidden value
     diagnostics: tuple[CompilationRecord, ...] = ()
 
 
@@ -105,24 +107,16 @@ def analyse_flow(info: ModuleInfo, mixing: bool = False) -> Flow:
     eqns = info.jaxpr.eqns
     ops = [MarkedOp(i, p, e) for i, (p, e) in enumerate((p, e) for p, e in enumerate(eqns) if is_marked(e))]
     op_at = {op.position: op for op in ops}
-    hidden = info.states_of(brainstate.HiddenState)
-    env: dict[Any, Labels] = {}
-    into: dict[Path, Labels] = {}
-    members: dict[Var, list[Path]] = {}
-    for path, state in hidden.items():
-        invar, outvar = info.hidden_path_to_invar[path], info.hidden_path_to_outvar[path]
-        env[invar] = {("old", path): own_label(invar.aval.shape, len(state.varshape))}
-        if isinstance(outvar, Literal) or outvar in info.jaxpr.invars:
-            into[path] = {} if isinstance(outvar, Literal) else dict(env.get(outvar, {}))
-        else:
-            members.setdefault(outvar, []).append(path)
-
     constants = known_constants(info)
+    members: dict[Var, list[Path]] = {}
+    for path in info.states_of(brainstate.HiddenState):
+        outvar = info.hidden_path_to_outvar[path]
+        if not isinstance(outvar, Literal) and outvar not in info.jaxpr.invars:
+            members.setdefault(outvar, []).append(path)
     feeds = _upstream(eqns, members)
     records: list[CompilationRecord] = []
-    position = 0
 
-    def cut(eqn, inputs):
+    def cut(position, eqn, inputs):
         op = op_at.get(position)
         if op is not None:
             through: Labels = {}
@@ -136,14 +130,14 @@ def analyse_flow(info: ModuleInfo, mixing: bool = False) -> Flow:
             own = {("y", op.index): y_label(op.y.aval.shape, op.front)}
             return [(through | own) if v is op.y else {} for v in eqn.outvars]
         of_hidden = not mixing and any(s[0] in ("old", "new") for lab in inputs for s in lab)
-        if eqn.primitive.name in MIXING and of_hidden:
+        if of_hidden and is_product(eqn):
             return [{} for _ in eqn.outvars]
         if eqn.primitive.name in LOOPS and of_hidden:
             return cut_in_loop(eqn, inputs)
         return None
 
     def cut_in_loop(eqn, inputs):
-        if not any(e.primitive.name in MIXING for e in equations_within(eqn)):
+        if not any(is_product(e) for e in equations_within(eqn)):
             return None
         outs = transfer(eqn, inputs, constants)
         kept = [{s: lab for s, lab in labels.items() if s[0] == "y" or not mixes(lab)} for labels in outs]
@@ -151,8 +145,23 @@ def analyse_flow(info: ModuleInfo, mixing: bool = False) -> Flow:
             records.append(_mixing_record(eqn))
         return kept
 
-    for position, eqn in enumerate(eqns):
-        propagate([eqn], env, cut, constants)
+    env, into = _labelled(info, members, cut, constants)
+    flow = Flow(tuple(ops), members, env, into, {}, tuple(records))
+    return flow._replace(links=_links(info, flow, cut, constants))
+
+
+def _labelled(info, members, cut, constants) -> tuple[dict[Any, Labels], dict[Path, Labels]]:
+    """Labels of every variable, and of what reaches each new hidden value without passing another one."""
+    hidden = info.states_of(brainstate.HiddenState)
+    env: dict[Any, Labels] = {}
+    into: dict[Path, Labels] = {}
+    for path, state in hidden.items():
+        invar, outvar = info.hidden_path_to_invar[path], info.hidden_path_to_outvar[path]
+        env[invar] = {("old", path): own_label(invar.aval.shape, len(state.varshape))}
+        if isinstance(outvar, Literal) or outvar not in members:
+            into[path] = {} if isinstance(outvar, Literal) else dict(env.get(outvar, {}))
+    for position, eqn in enumerate(info.jaxpr.eqns):
+        propagate([eqn], env, functools.partial(cut, position), constants)
         for var in eqn.outvars:
             for i, path in enumerate(members.get(var, ())):
                 into[path] = env.get(var, {}) if i == 0 else into[members[var][0]]
@@ -160,7 +169,38 @@ def analyse_flow(info: ModuleInfo, mixing: bool = False) -> Flow:
                 # What reads the variable from here on reads the first of the states that it is the new value of.
                 path = members[var][0]
                 env[var] = {("new", path): own_label(var.aval.shape, len(hidden[path].varshape))}
-    return Flow(tuple(ops), members, env, into, tuple(records))
+    return env, into
+
+
+def _links(info, flow: Flow, cut, constants) -> dict[Path, frozenset[Path]]:
+    shapes = {p: tuple(s.varshape) for p, s in info.states_of(brainstate.HiddenState).items()}
+
+    def linked(into):
+        return {
+            (target, s[1])
+            for target, labels in into.items()
+            for s, label in labels.items()
+            if s[0] != "y" and shapes[s[1]] == shapes[target] and touches_own_position(label, shapes[target])
+        }
+
+    found = linked(flow.into)
+    mixed = {(t, s[1]) for t, labels in flow.into.items() for s, lab in labels.items() if s[0] != "y" and mixes(lab)}
+    if any(t != s and shapes[t] == shapes[s] for t, s in mixed - found):
+        # Where labels of several terms came together as a mixture, some of the terms may still be position-wise.
+        def apart(position, eqn, inputs):
+            outs = cut(position, eqn, inputs)
+            return moves(eqn, inputs, constants) if outs is None else outs
+
+        found |= linked(_labelled(info, flow.members, apart, constants)[1])
+    return {p: frozenset(s for t, s in found if t == p) for p in shapes}
+
+
+def is_product(eqn: Any) -> bool:
+    """Whether an equation is a product that sums over positions."""
+    if eqn.primitive.name == "dot_general":
+        ((contracted, _), _) = eqn.params["dimension_numbers"]
+        return any(eqn.invars[0].aval.shape[k] > 1 for k in contracted)
+    return eqn.primitive.name in MIXING
 
 
 def _upstream(eqns, variables) -> set:

@@ -181,8 +181,9 @@ def _groups(
     groups = []
     for index, paths in enumerate(partitioned):
         members = tuple(states[p] for p in paths)
-        varshape, slots = tuple(members[0].varshape), slots_of(members)
+        varshape = tuple(members[0].varshape)
         part = slice_group(info, flow, paths, scope.mixing)
+        slots = slots_of(part.olds, varshape)
         snap = None
         if scope.kind == "sparse_n":
             snap, record = find_neighbourhood(info, flow, part, paths, varshape, len(slots), scope)

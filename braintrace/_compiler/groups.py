@@ -16,7 +16,6 @@ from .cut import Cut, Transition
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flow import Flow
 from .module_info import ModuleInfo
-from .positions import touches_own_position
 from .scope import Neighbourhood
 
 __all__ = ["HiddenGroup", "partition", "slots_of"]
@@ -35,7 +34,7 @@ class HiddenGroup(NamedTuple):
     varshape : tuple of int
         The shape V of one hidden variable, batch axis included.
     num_state : int
-        S, the number of hidden variables per position.
+        S, the number of hidden variables per position; a complex state counts as two, its real and imaginary part.
     cut : Cut
         The derivatives D and df with every operation's output held fixed, and their compile-time structure.
     inside : frozenset of int
@@ -166,41 +165,42 @@ class HiddenGroup(NamedTuple):
                 )
 
     def concat_hidden(self, values: Iterable[Any]) -> Any:
-        """Stack one array per member (no units) to shape ``V + (S,)``."""
+        """Stack one array per member (no units, complex ones as their parts) to shape ``V + (S,)``."""
         values = list(values)
         if len(values) != len(self.hidden_states):
             raise ValueError(f"{self.name} has {len(self.hidden_states)} members, got {len(values)} arrays.")
         parts = []
-        for path, state, value in zip(self.hidden_paths, self.hidden_states, values):
-            grouped = isinstance(state, brainstate.HiddenGroupState)
-            expected = self.varshape + ((state.num_state,) if grouped else ())
-            if tuple(value.shape) != expected:
-                raise ValueError(f"{path_str(path)!r} takes shape {expected}, got {tuple(value.shape)}.")
-            parts.append(value if grouped else value[..., None])
+        for path, old, value in zip(self.hidden_paths, self.program.part.olds, values):
+            if tuple(value.shape) != old.aval.shape:
+                raise ValueError(f"{path_str(path)!r} takes shape {old.aval.shape}, got {tuple(value.shape)}.")
+            parts.append(value if value.ndim > len(self.varshape) else value[..., None])
         return jnp.concatenate(parts, axis=-1)
 
     def split_hidden(self, value: Any) -> list[Any]:
         """The inverse of :meth:`concat_hidden`."""
         if tuple(value.shape) != (*self.varshape, self.num_state):
             raise ValueError(f"{self.name} takes shape {(*self.varshape, self.num_state)}, got {tuple(value.shape)}.")
-        out, start = [], 0
-        for state in self.hidden_states:
-            if isinstance(state, brainstate.HiddenGroupState):
-                out.append(value[..., start : start + state.num_state])
-            else:
-                out.append(value[..., start])
-            start += state.num_state
+        out: list[Any] = [None] * len(self.hidden_paths)
+        for number, (i, component) in enumerate(self.slots):
+            one = value[..., number]
+            if component is None:
+                out[i] = one
+            elif component == 0:
+                out[i] = value[..., number : number + self.program.part.olds[i].aval.shape[-1]]
         return out
 
+    @property
+    def slots(self) -> list[tuple[int, int | None]]:
+        """The S hidden variables: (member number, component or None)."""
+        return slots_of(self.program.part.olds, self.varshape)
 
-def slots_of(states: Iterable[brainstate.HiddenState]) -> list[tuple[int, int | None]]:
-    """The S hidden variables of a group: (member number, component or None)."""
+
+def slots_of(olds: Iterable[Any], varshape: tuple[int, ...]) -> list[tuple[int, int | None]]:
+    """The hidden variables that variables of the step hold: (number of the variable, component or None)."""
     out: list[tuple[int, int | None]] = []
-    for i, state in enumerate(states):
-        if isinstance(state, brainstate.HiddenGroupState):
-            out.extend((i, c) for c in range(state.num_state))
-        else:
-            out.append((i, None))
+    for i, old in enumerate(olds):
+        behind = old.aval.shape[len(varshape) :]
+        out.extend((i, c) for c in range(behind[0])) if behind else out.append((i, None))
     return out
 
 
@@ -228,10 +228,10 @@ def partition(
     order = {p: i for i, p in enumerate(hidden)}
     for target, labels in flow.into.items():
         shape = tuple(hidden[target].varshape)
-        for (kind, source), label in labels.items():
+        for kind, source in labels:
             if kind == "y" or source == target or tuple(hidden[source].varshape) != shape:
                 continue
-            if touches_own_position(label, shape) or (mixing and not _listed_apart(target, source)):
+            if source in flow.links[target] or (mixing and not _listed_apart(target, source)):
                 a, b = sorted((root(target), root(source)), key=order.__getitem__)
                 parent[b] = a
     components: dict[Path, list[Path]] = {}

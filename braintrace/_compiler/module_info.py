@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import brainstate
@@ -14,6 +14,7 @@ from brainstate.util import FlattedDict
 
 from .._jax import Var, consts_of, is_tracer, open_jaxpr
 from .._types import NotSupportedError, Path, path_str
+from .complex_states import Parts, before_cast, with_real_parts
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flatten import Origin, flatten
 from .policy import ControlFlowPolicy
@@ -46,7 +47,9 @@ class ModuleInfo(NamedTuple):
     hidden_path_to_invar : dict
         Path of a hidden state to its input variable.
     hidden_path_to_outvar : dict
-        Path of a hidden state to the output variable that holds its new value.
+        Path of a hidden state to the variable that holds its new value, before a last change of precision.
+    complex_hidden : dict
+        Path of a complex hidden state to how the program's reals, its real and imaginary part, make up the value.
     weight_path_to_invars : dict
         Path of a parameter to its input variables, one per leaf.
     invar_to_weight_path : dict
@@ -66,6 +69,7 @@ class ModuleInfo(NamedTuple):
     state_trees: tuple[Any, ...]
     hidden_path_to_invar: dict[Path, Var]
     hidden_path_to_outvar: dict[Path, Any]
+    complex_hidden: dict[Path, Parts]
     weight_path_to_invars: dict[Path, list[Var]]
     invar_to_weight_path: dict[Var, Path]
     num_var_out: int
@@ -74,6 +78,19 @@ class ModuleInfo(NamedTuple):
     @property
     def jaxpr(self) -> Any:
         return open_jaxpr(self.closed_jaxpr)
+
+    def reals(self, path: Path, leaf: Any) -> Any:
+        """A leaf of a state as the program takes it."""
+        return self.complex_hidden[path].split(leaf) if path in self.complex_hidden else leaf
+
+    def results(self, outs: Sequence[Any]) -> tuple[Any, list[Any]]:
+        """The program's flat outputs as the model's output and the new values of the touched states, in order."""
+        leaves = outs[self.num_var_out :]
+        values = []
+        for path, tree, numbers in zip(self.compiled_state_paths, self.state_trees, self.state_leaves):
+            parts = self.complex_hidden.get(path)
+            values.append(tree.unflatten([leaves[i] if parts is None else parts.join(leaves[i]) for i in numbers]))
+        return self.out_tree.unflatten(outs[: self.num_var_out]), values
 
     def dict(self) -> dict[str, Any]:
         return self._asdict()
@@ -193,13 +210,23 @@ def extract_module_info(
     traced_step = traced.get_jaxpr(*args, **kwargs)
     closed, records = flatten(traced_step, origins, len(out_leaves), hidden_out, policy)
     diagnostics += records
-    jaxpr = open_jaxpr(closed)
     first_in, first_out = len(in_leaves), len(out_leaves)
+    hidden = [i for i, s in enumerate(states) if isinstance(s, brainstate.HiddenState)]
+    complex_hidden = {}
+    for i in hidden:
+        aval = open_jaxpr(closed).invars[first_in + positions[i][0]].aval
+        if jax.numpy.issubdtype(aval.dtype, jax.numpy.complexfloating):
+            complex_hidden[i] = Parts(len(aval.shape) > len(states[i].varshape), aval.dtype)
+    if complex_hidden:
+        numbers = {i: positions[i][0] for i in complex_hidden}
+        parts = {(first_in + n, first_out + n): complex_hidden[i] for i, n in numbers.items()}
+        closed = with_real_parts(closed, parts)
+    jaxpr = open_jaxpr(closed)
+    made_at = {v: e for e in jaxpr.eqns for v in e.outvars}
 
     def invars(i):
         return [jaxpr.invars[first_in + p] for p in positions[i]]
 
-    hidden = [i for i, s in enumerate(states) if isinstance(s, brainstate.HiddenState)]
     weights = {paths[i]: invars(i) for i, s in enumerate(states) if isinstance(s, brainstate.ParamState)}
     return ModuleInfo(
         closed_jaxpr=closed,
@@ -211,7 +238,10 @@ def extract_module_info(
         out_tree=out_tree,
         state_trees=tuple(jax.tree.structure(s._value) for s in states),
         hidden_path_to_invar={paths[i]: invars(i)[0] for i in hidden},
-        hidden_path_to_outvar={paths[i]: jaxpr.outvars[first_out + positions[i][0]] for i in hidden},
+        hidden_path_to_outvar={
+            paths[i]: before_cast(jaxpr.outvars[first_out + positions[i][0]], made_at) for i in hidden
+        },
+        complex_hidden={paths[i]: p for i, p in complex_hidden.items()},
         weight_path_to_invars=weights,
         invar_to_weight_path={v: p for p, vs in weights.items() for v in vs},
         num_var_out=len(out_leaves),

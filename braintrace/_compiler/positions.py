@@ -11,29 +11,40 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from .._jax import Literal, bind_equation, call_body, consts_of, is_jit, is_remat, is_tracer, open_jaxpr, structs
+from .._jax import (
+    Literal,
+    bind_equation,
+    call_body,
+    consts_of,
+    has_custom_rule,
+    is_tracer,
+    open_jaxpr,
+    scan_operands,
+    structs,
+)
+from .movement import MOVES, moved, scatter_hits
 
 __all__ = [
-    "MANY", "NONE", "Label", "Labels", "combine", "dependence", "is_aligned", "mixes", "no_cut", "own_label",
-    "propagate", "transfer", "unaligned_axes",
+    "MANY", "NONE", "Label", "Labels", "combine", "dependence", "is_aligned", "mixes", "moves", "no_cut", "own_label",
+    "propagate", "touches_own_position", "transfer", "unaligned_axes",
 ]  # fmt: skip
 
 Label = tuple[np.ndarray, ...]
-Source = tuple[str, Any]  # a kind and what it names
+Source = tuple  # a kind and what it names; of several ways that it moves, the way too
 Labels = dict[Source, Label]
 NONE, MANY = -1, -2
 
 ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp conj "
-    "convert_element_type copy copy_p cos cosh digamma div erf erf_inv erfc exp exp2 expm1 floor imag igamma "
-    "igamma_grad_a igammac integer_pow is_finite lgamma log log1p logistic max min mul ne neg nextafter not "
-    "optimization_barrier polygamma pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n "
-    "sign sin sinh sqrt square sub tan tanh zeta".split()
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp complex conj "
+    "convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma "
+    "igamma_grad_a igammac imag integer_pow is_finite le lgamma log log1p log2 logistic lt max min mul ne neg "
+    "nextafter not one_minus_square or polygamma polynomial pow real reduce_precision regularized_incomplete_beta rem "
+    "round rsqrt select_n sign sin sinh sqrt square sub tan tanh xor zeta".split()
 )
 SCANS = frozenset(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"])
 REDUCTIONS = frozenset(["reduce_sum", "reduce_max", "reduce_min", "reduce_prod"])
@@ -83,7 +94,7 @@ def dependence(eqn: Any) -> list[dict[int, Label]]:
         {("input", i): own_label(v.aval.shape, v.aval.ndim)} if _differentiable(v.aval) else {}
         for i, v in enumerate(eqn.invars)
     ]
-    outs = _transfer(eqn, inputs, {}, False)
+    outs = _transfer(eqn, inputs, {}, _How())
     return [
         {i: label for (_, i), label in labels.items() if _differentiable(v.aval)}
         for v, labels in zip(eqn.outvars, outs)
@@ -95,49 +106,84 @@ def propagate(
     env: dict[Any, Labels],
     outputs_of: Callable[[Any, list[Labels]], list[Labels] | None],
     constants: Mapping[Any, Any] | None = None,
-    _nested: bool = False,
+    _how: _How | None = None,
 ) -> None:
     """Run labels through equations, adding the labels of every output variable to ``env``.
 
     ``outputs_of(eqn, input_labels)`` may decide the output labels of an equation itself (a cut); ``None`` leaves
     them to the equation's own rule.
     """
-    constants = constants or {}
+    constants, how = constants or {}, _how or _How()
     for eqn in eqns:
         inputs = [{} if isinstance(v, Literal) else env.get(v, {}) for v in eqn.invars]
         outs = outputs_of(eqn, inputs)
         if outs is None:
-            outs = _transfer(eqn, inputs, constants, _nested)
+            outs = _transfer(eqn, inputs, constants, how)
         for var, labels in zip(eqn.outvars, outs):
-            if labels and jax.numpy.issubdtype(var.aval.dtype, jax.numpy.inexact):
+            if labels and (how.all_values or _differentiable(var.aval)):
                 env[var] = {s: lab for s, lab in labels.items() if not np.all(lab[0] == NONE)}
 
 
 def transfer(eqn: Any, inputs: list[Labels], constants: Mapping[Any, Any]) -> list[Labels]:
     """Labels of the outputs of one equation."""
-    return _transfer(eqn, inputs, constants, False)
+    return _transfer(eqn, inputs, constants, _How())
+
+
+def moves(eqn: Any, inputs: list[Labels], constants: Mapping[Any, Any]) -> list[Labels]:
+    """As :func:`transfer`, following each way by which single positions move on its own, without those that mix them.
+
+    So that a sum of a value and its mean, or of a value and its neighbour, still holds the value itself. Sources are
+    ``(kind, name, way)`` here; there are as many of one name as there are ways.
+    """
+    apart = [{(*s[:2], _way(label)): label for s, label in labels.items()} for labels in inputs]
+    outs: list[Labels] = []
+    for labels in transfer(eqn, apart, constants):
+        mixed = {s: functools.reduce(np.logical_or, [ids == MANY for ids in label]) for s, label in labels.items()}
+        pure = {s: tuple(np.where(mixed[s], NONE, ids) for ids in label) for s, label in labels.items()}
+        outs.append({(*s[:2], _way(label)): label for s, label in list(pure.items())[:_WAYS]})
+    return outs
+
+
+_WAYS = 16  # that are followed from one source to one variable: more of them are no longer a handful of terms
+
+
+def _way(label: Label) -> int:
+    return hash(tuple(ids.tobytes() for ids in label))
+
+
+class _How(NamedTuple):
+    """How deep in derivatives of equations the labels are, and whether they follow values without a derivative too."""
+
+    depth: int = 0
+    all_values: bool = False
+
+    def derived(self) -> _How:
+        return self._replace(depth=self.depth + 1)
 
 
 def no_cut(eqn: Any, inputs: list[Labels]) -> None:
     del eqn, inputs
 
 
-def _transfer(eqn, inputs, constants, nested) -> list[Labels]:
-    if not any(inputs) or eqn.primitive.name in ENDS:
+def _transfer(eqn, inputs, constants, how) -> list[Labels]:
+    ends = eqn.primitive.name in ENDS and not how.all_values
+    if ends or not any(inputs):
         return [{} for _ in eqn.outvars]
-    body = call_body(eqn) if is_jit(eqn) or is_remat(eqn) else None
-    if body is not None:
+    if eqn.primitive.name in LOOPS:
+        return LOOPS[eqn.primitive.name](eqn, inputs, how)
+    body = call_body(eqn)
+    if body is not None and not (has_custom_rule(eqn) and not how.all_values):
         known = {
             w: constants[v]
             for v, w in zip(eqn.invars, open_jaxpr(body).invars)
             if not isinstance(v, Literal) and v in constants
         }
-        return _through(body, inputs, nested, known)
-    if eqn.primitive.name in LOOPS:
-        return LOOPS[eqn.primitive.name](eqn, inputs, nested)
+        return _through(body, inputs, how, known)
+    if eqn.primitive.name == "optimization_barrier":
+        return [dict(labels) for labels in inputs]
     rule = _rule_for(eqn, constants)
     if rule is None:
-        return _many_or_derived(eqn, inputs, nested)
+        return _many_or_derived(eqn, inputs, how)
     sources = dict.fromkeys(s for labels in inputs for s in labels)
     out_shapes = [v.aval.shape for v in eqn.outvars]
     outs: list[Labels] = [{} for _ in eqn.outvars]
@@ -150,12 +196,12 @@ def _transfer(eqn, inputs, constants, nested) -> list[Labels]:
     return outs
 
 
-def _through(body, inputs, nested, known=None) -> list[Labels]:
+def _through(body, inputs, how, known=None) -> list[Labels]:
     """Labels of the outputs of a body."""
     inner = open_jaxpr(body)
     env = {v: dict(labels) for v, labels in zip(inner.invars, inputs)}
     known = (known or {}) | {v: c for v, c in zip(inner.constvars, consts_of(body)) if not is_tracer(c)}
-    propagate(inner.eqns, env, no_cut, known, nested)
+    propagate(inner.eqns, env, no_cut, known, how)
     return [{} if isinstance(v, Literal) else env.get(v, {}) for v in inner.outvars]
 
 
@@ -176,19 +222,19 @@ def _settled(step: Callable[[list[Labels]], list[Labels]], carry: list[Labels]) 
         carry = new
 
 
-def _through_while(eqn, inputs, nested) -> list[Labels]:
+def _through_while(eqn, inputs, how) -> list[Labels]:
     skipped, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     fixed, carry = inputs[skipped : skipped + consts], inputs[skipped + consts :]
-    return _settled(lambda carry: _through(eqn.params["body_jaxpr"], [*fixed, *carry], nested), carry)
+    return _settled(lambda carry: _through(eqn.params["body_jaxpr"], [*fixed, *carry], how), carry)
 
 
-def _through_scan(eqn, inputs, nested) -> list[Labels]:
-    n = eqn.params["num_consts"]
-    m = n + eqn.params["num_carry"]
+def _through_scan(eqn, inputs, how) -> list[Labels]:
+    n, carried = scan_operands(eqn)
+    m = n + carried
     fixed, carry, xs = inputs[:n], inputs[n:m], inputs[m:]
     # A slice of a scanned operand depends on what any of its slices depends on.
     now = [{s: tuple(_reduce(ids, (0,)) for ids in label) for s, label in labels.items()} for labels in xs]
-    step = lambda carry: _through(eqn.params["jaxpr"], [*fixed, *carry, *now], nested)  # noqa: E731
+    step = lambda carry: _through(eqn.params["jaxpr"], [*fixed, *carry, *now], how)  # noqa: E731
     carry = _settled(lambda carry: step(carry)[: m - n], carry)
     outs = step(carry)
     shapes = [v.aval.shape for v in eqn.outvars[m - n :]]
@@ -199,20 +245,26 @@ def _through_scan(eqn, inputs, nested) -> list[Labels]:
     return [*(carry if eqn.params["length"] == 0 else outs[: m - n]), *ys]
 
 
-def _through_cond(eqn, inputs, nested) -> list[Labels]:
-    branches = [_through(body, inputs[1:], nested) for body in eqn.params["branches"]]
+def _through_cond(eqn, inputs, how) -> list[Labels]:
+    branches = [_through(body, inputs[1:], how) for body in eqn.params["branches"]]
     return [functools.reduce(_join, labels) for labels in zip(*branches)]
 
 
 LOOPS = {"while": _through_while, "scan": _through_scan, "cond": _through_cond}
 
 
-def _many_or_derived(eqn, inputs, nested) -> list[Labels]:
-    """An equation without a rule: look at its derivative, which is made of simpler equations."""
-    if not nested:
-        for derive in (_by_jvp, _by_vjp):
+def _many_or_derived(eqn, inputs, how) -> list[Labels]:
+    """An equation without a rule: look at its derivative, which is made of simpler equations.
+
+    Forward mode does not see into a function that has a reverse rule alone. Where neither derivative tells, what its
+    body reads does.
+    """
+    ways = (_by_vjp, _by_jvp, _by_value) if has_custom_rule(eqn) else (_by_jvp, _by_vjp)
+    # The derivative of a linear primitive is made of that primitive again.
+    if how.depth == 0 or (has_custom_rule(eqn) and how.depth < 8):
+        for derive in ways:
             try:
-                return derive(eqn, inputs)
+                return derive(eqn, inputs, how.derived())
             except Exception:  # no such derivative: try the next way, else the safe answer below
                 continue
     sources = {s: len(lab) for labels in inputs for s, lab in labels.items()}
@@ -227,7 +279,11 @@ def _differentiable(aval) -> bool:
     return jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact)
 
 
-def _by_jvp(eqn, inputs):
+def _by_value(eqn, inputs, how):
+    return _through(call_body(eqn), inputs, how._replace(all_values=True))
+
+
+def _by_jvp(eqn, inputs, how):
     active = [i for i, labels in enumerate(inputs) if labels and _differentiable(eqn.invars[i].aval)]
 
     def jvp(primals, tangents):
@@ -241,39 +297,47 @@ def _by_jvp(eqn, inputs):
 
     jaxpr = open_jaxpr(jax.make_jaxpr(jvp)(structs(eqn.invars), structs([eqn.invars[i] for i in active])))
     env = {v: inputs[i] for i, v in zip(active, jaxpr.invars[len(eqn.invars) :])}
-    propagate(jaxpr.eqns, env, no_cut, None, True)
+    propagate(jaxpr.eqns, env, no_cut, None, how)
     return [{} if isinstance(v, Literal) else env.get(v, {}) for v in jaxpr.outvars]
 
 
-def _by_vjp(eqn, inputs):
-    """A reverse rule alone (``custom_vjp``): position-wise if its cotangents are."""
+def _by_vjp(eqn, inputs, how):
+    """By the reverse rule: where each cotangent of an input has a single origin, the output entry there reads it."""
     active = [i for i, labels in enumerate(inputs) if labels and _differentiable(eqn.invars[i].aval)]
-    outs = [v for v in eqn.outvars if _differentiable(v.aval)]
+    outs = [k for k, v in enumerate(eqn.outvars) if _differentiable(v.aval)]
 
     def vjp(primals, cotangents):
         def f(*xs):
             values = list(primals)
             for i, x in zip(active, xs):
                 values[i] = x
-            return [y for v, y in zip(eqn.outvars, bind_equation(eqn, values)) if _differentiable(v.aval)]
+            found = bind_equation(eqn, values)
+            return [found[k] for k in outs]
 
         return jax.vjp(f, *[primals[i] for i in active])[1](cotangents)
 
-    jaxpr = open_jaxpr(jax.make_jaxpr(vjp)(structs(eqn.invars), structs(outs)))
-    env = {v: {j: own_label(v.aval.shape, len(v.aval.shape))} for j, v in enumerate(jaxpr.invars[len(eqn.invars) :])}
-    propagate(jaxpr.eqns, env, no_cut, None, True)
+    jaxpr = open_jaxpr(jax.make_jaxpr(vjp)(structs(eqn.invars), structs([eqn.outvars[k] for k in outs])))
+    env = {v: {j: own_label(v.aval.shape, len(v.aval.shape))} for j, v in zip(outs, jaxpr.invars[len(eqn.invars) :])}
+    propagate(jaxpr.eqns, env, no_cut, None, how)
     result: list[Labels] = [{} for _ in eqn.outvars]
-    index = [eqn.outvars.index(v) for v in outs]
-    for i, cot in zip(active, jaxpr.outvars):
-        for j, lab in ({} if isinstance(cot, Literal) else env.get(cot, {})).items():
-            shape = eqn.outvars[index[j]].aval.shape
-            if shape != eqn.invars[i].aval.shape or not is_aligned(lab, shape):
+    for i, cotangent in zip(active, jaxpr.outvars):
+        for k, origin in ({} if isinstance(cotangent, Literal) else env.get(cotangent, {})).items():
+            if mixes(origin):
                 raise ValueError("mixes positions")
-            for s, source_label in inputs[i].items():
-                known = result[index[j]].get(s)
-                merged = source_label if known is None else tuple(map(combine, known, source_label))
-                result[index[j]][s] = merged
+            shape = eqn.outvars[k].aval.shape
+            read = {s: tuple(_sent(ids, origin, shape) for ids in label) for s, label in inputs[i].items()}
+            result[k] = _join(result[k], read)
     return result
+
+
+def _sent(ids: np.ndarray, origin: Label, shape: tuple[int, ...]) -> np.ndarray:
+    """The integers of an input at the output entries that ``origin`` names for them."""
+    there = (origin[0] != NONE) & (ids != NONE)
+    at, big = tuple(axis[there] for axis in origin[1:]), np.iinfo(np.int32).max
+    low, top = np.full(shape, big, np.int32), np.full(shape, NONE, np.int32)
+    np.minimum.at(low, at, ids[there])
+    np.maximum.at(top, at, ids[there])
+    return np.where(low == big, NONE, np.where(low == top, top, MANY)).astype(np.int32)
 
 
 # -- rules on one integer array per operand ---------------------------------------------------------------------
@@ -323,15 +387,8 @@ def _moving(move: Callable[..., np.ndarray]):
 
 
 def _of_integers(eqn):
-    """Data movement that the primitive itself does as well to integers."""
-
-    def rule(ids, out_shapes):
-        operands = [_filled(i, v.aval.shape) for i, v in zip(ids, eqn.invars)]
-        with jax.ensure_compile_time_eval():
-            out = eqn.primitive.bind(*operands, **eqn.params)
-        return [np.asarray(o, np.int32) for o in (out if eqn.primitive.multiple_results else [out])]
-
-    return rule
+    """Data movement, which takes integers as it takes anything else."""
+    return lambda ids, _: moved(eqn, [_filled(i, v.aval.shape) for i, v in zip(ids, eqn.invars)])
 
 
 def _broadcast_in_dim(x, *dynamic, shape, broadcast_dimensions, out_shape, **_):
@@ -348,12 +405,12 @@ def _slice(x, *, start_indices, limit_indices, strides, **_):
 
 def _pad(x, value, *, padding_config, out_shape, **_):
     del value
+    spread = np.full([max(0, n + (n - 1) * inner) for n, (_, _, inner) in zip(x.shape, padding_config)], NONE, np.int32)
+    spread[tuple(slice(None, None, inner + 1) for _, _, inner in padding_config)] = x
+    # Negative padding takes entries away.
+    kept = spread[tuple(slice(max(0, -lo), n - max(0, -hi)) for n, (lo, hi, _) in zip(spread.shape, padding_config))]
     out = np.full(out_shape, NONE, np.int32)
-    low = [max(0, lo) for lo, _, _ in padding_config]
-    steps = [inner + 1 for _, _, inner in padding_config]
-    if any(lo < 0 or hi < 0 for lo, hi, _ in padding_config):
-        return np.full(out_shape, MANY, np.int32)
-    out[tuple(slice(lo, lo + (n - 1) * st + 1, st) for lo, st, n in zip(low, steps, x.shape))] = x
+    out[tuple(slice(max(0, lo), max(0, lo) + n) for n, (lo, _, _) in zip(kept.shape, padding_config))] = kept
     return out
 
 
@@ -423,39 +480,24 @@ INDEXED = {
 
 
 def _indexed(eqn, constants):
-    """With known indices, the primitive itself moves the integers; ``None`` where they are not known."""
-    data = INDEXED[eqn.primitive.name]
+    """With known indices, the same movement of the integers; ``None`` where they are not known."""
+    name, data = eqn.primitive.name, INDEXED[eqn.primitive.name]
     indices = {}
     for i, v in enumerate(eqn.invars):
         if i not in data:
             if not isinstance(v, Literal) and v not in constants:
                 return None
             indices[i] = np.asarray(v.val if isinstance(v, Literal) else constants[v])
-    name = eqn.primitive.name
 
     def rule(ids, out_shapes):
         operands = [indices.get(i, _filled(x, v.aval.shape)) for i, (x, v) in enumerate(zip(ids, eqn.invars))]
-        with jax.ensure_compile_time_eval():
-            if name.startswith("scatter"):
-                place = functools.partial(
-                    jax.lax.scatter, dimension_numbers=eqn.params["dimension_numbers"], mode=eqn.params["mode"]
-                )
-                target, index, update = operands
-                hits = jax.lax.scatter_add(
-                    np.zeros_like(target),
-                    index,
-                    np.ones_like(update),
-                    dimension_numbers=eqn.params["dimension_numbers"],
-                    mode=eqn.params["mode"],
-                )
-                base = target if name == "scatter" else np.full_like(target, NONE)
-                out = np.asarray(place(base, index, update))
-                out = out if name == "scatter" else combine(target, out)
-                out = np.where(np.asarray(hits) > 1, MANY, out)
-            else:
-                params = dict(eqn.params, fill_value=NONE) if name == "gather" else eqn.params
-                out = np.asarray(eqn.primitive.bind(*operands, **params))
-        return [out.astype(np.int32)]
+        if not name.startswith("scatter"):
+            return moved(eqn, operands, **({"fill_value": NONE} if name == "gather" else {}))
+        target, index, update = operands
+        base = target if name == "scatter" else np.full_like(target, NONE)
+        out = MOVES["scatter"](base, index, update, **eqn.params)
+        out = out if name == "scatter" else combine(target, out)
+        return [np.where(scatter_hits(target, index, update, eqn.params) > 1, MANY, out).astype(np.int32)]
 
     return rule
 

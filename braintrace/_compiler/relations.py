@@ -9,11 +9,12 @@ import brainstate
 import jax
 import numpy as np
 
-from .._jax import Literal, Var, eval_jaxpr, prune, sub_program
+from .._jax import Literal, Var, eval_jaxpr, hashed, sub_program
 from .._ops.primitive import ETPPrimitive
 from .._ops.stacked import StackedPrimitive
 from .._types import Path, path_str
 from .cut import Fold
+from .dependence import Dependence, dependence
 from .descent import holds_link
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flatten import is_marked
@@ -100,6 +101,8 @@ class HiddenParamOpRelation(NamedTuple):
         Whether every path from the output to the loss is through its hidden groups position by position.
     offset_keys : tuple of str
         Trained operands whose gradient does not depend on the input (a bias).
+    affine_keys : tuple of str
+        Trained operands whose gradient depends on the input, and is not known to vanish with it.
     linear_keys : tuple of str
         Trained operands whose gradient does not depend on the operands themselves (no hook).
     """
@@ -122,6 +125,7 @@ class HiddenParamOpRelation(NamedTuple):
     operand_program: OperandProgram
     residual_free: bool
     offset_keys: tuple[str, ...]
+    affine_keys: tuple[str, ...]
     linear_keys: tuple[str, ...]
 
     @property
@@ -189,17 +193,49 @@ class HiddenParamOpRelation(NamedTuple):
         return f"HiddenParamOpRelation({path_str(self.path)!r}, {self.title}, groups={groups})"
 
 
+class _Step:
+    """A step, and what is asked about its variables and operations again and again."""
+
+    def __init__(self, info: ModuleInfo, flow: Flow):
+        self.info, self.flow = info, flow
+        jaxpr = info.jaxpr
+        self.number = {v: i for i, v in enumerate(jaxpr.invars)}
+        self.made_at = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.outvars}
+        self.outputs = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+        self.readers: dict[Any, list[int]] = {}
+        for i, eqn in enumerate(jaxpr.eqns):
+            for v in eqn.invars:
+                if not isinstance(v, Literal):
+                    self.readers.setdefault(v, []).append(i)
+        self._dependence: dict[Any, Dependence] = {}
+
+    def dependence(self, op: MarkedOp, trained: Mapping[str, Any], fixed: Mapping[int, Any]) -> Dependence:
+        """:func:`dependence` of an operation, found once for all that differ in nothing it asks about."""
+        arguments = op.primitive, op.eqn.params, op.x, op.y, trained, fixed
+        shape_of = lambda v: None if v is None else (v.aval.shape, v.aval.dtype)  # noqa: E731
+        operands = tuple((k, shape_of(v)) for k, v in (*trained.items(), *fixed.items()))
+        params = tuple(op.eqn.params.items())
+        key = hashed(op.primitive, op.primitive.rules, params, shape_of(op.x), shape_of(op.y), operands)
+        if key is None:
+            return dependence(*arguments)
+        if key not in self._dependence:
+            self._dependence[key] = dependence(*arguments)
+        return self._dependence[key]
+
+
 def operand_program(info: ModuleInfo, flow: Flow, op: MarkedOp) -> tuple[OperandProgram | None, dict[str, Path], str]:
     """The trained operands of an operation as a program of step inputs.
 
     Returns ``(program, first parameter path by key, why not)``; the program is ``None`` if no operand comes from a
     parameter. An operand that is a constant, or computed from hidden values, is not trained.
     """
-    jaxpr = info.jaxpr
-    made_at = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.outvars}
-    op_positions = {o.position for o in flow.ops}
+    return _operand_program(_Step(info, flow), op)
+
+
+def _operand_program(step: _Step, op: MarkedOp) -> tuple[OperandProgram | None, dict[str, Path], str]:
+    info, jaxpr, number, made_at = step.info, step.info.jaxpr, step.number, step.made_at
+    op_positions = {o.position for o in step.flow.ops}
     hidden = set(info.hidden_path_to_invar.values())
-    number = {v: i for i, v in enumerate(jaxpr.invars)}
     paths: dict[str, Path] = {}
     needed: set[int] = set()
     leaves: set[Any] = set()
@@ -260,8 +296,9 @@ def find_relations(
     relations: list[HiddenParamOpRelation] = []
     plain: list[HiddenParamOpRelation] = []
     calls: dict[Path, int] = {}
+    step = _Step(info, flow)
     for op in flow.ops:
-        program, paths, why = operand_program(info, flow, op)
+        program, paths, why = _operand_program(step, op)
         name = op.primitive.name
         if program is None:
             records.append(
@@ -320,11 +357,11 @@ def find_relations(
         opaque = [k for k in reach.ops(op.y) - {op.index} if not flow.ops[k].primitive.gradient_enabled]
         others = [k for k in opaque if _direct_groups(flow, group_of, k) & set(usable)]
         through = bool(others or reach.links(op.y))
-        relation = _relation(info, flow, op, program, paths, used, calls.setdefault(first, 0), through)
+        relation = _relation(step, op, program, paths, used, calls.setdefault(first, 0), through)
         if not usable:
             plain.append(relation)
             if not fed:
-                records.append(_excluded(info, name, first, op, flow, reach))
+                records.append(_excluded(step, name, first, op, reach))
             continue
         relations.append(relation)
         calls[first] += 1
@@ -370,12 +407,13 @@ def find_relations(
     return tuple(relations), tuple(plain), records
 
 
-def _relation(info, flow, op, program, paths, used, call, mixed) -> HiddenParamOpRelation:
+def _relation(step, op, program, paths, used, call, mixed) -> HiddenParamOpRelation:
+    info = step.info
     connected = tuple(p for g in used for p in g.hidden_paths)
     states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
     trainable = {k: op.operands[k] for k in paths}
     fixed = _fixed_vars(op, paths)
-    offset, linear = _dependence(op, trainable, fixed)
+    reads = step.dependence(op, trainable, fixed)
     return HiddenParamOpRelation(
         key=(next(iter(paths.values())), call),
         primitive=op.primitive,
@@ -393,33 +431,11 @@ def _relation(info, flow, op, program, paths, used, call, mixed) -> HiddenParamO
         op_index=op.index,
         parameter_paths=_parameter_paths(info, program),
         operand_program=program,
-        residual_free=bool(used) and _residual_free(info, flow, op, used),
-        offset_keys=offset,
-        linear_keys=linear,
+        residual_free=bool(used) and _residual_free(step, op, used),
+        offset_keys=reads.offset,
+        affine_keys=reads.affine,
+        linear_keys=reads.linear,
     )
-
-
-def _dependence(op, trainable, fixed) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Keys whose weight gradient ignores the input, and keys whose gradient ignores the weights."""
-    shape_of = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)  # noqa: E731
-    weights = {k: shape_of(v) for k, v in trainable.items()}
-    operands = {i: shape_of(v) for i, v in fixed.items()}
-
-    def gradient(x, weights, fixed, cotangent):
-        return op.primitive.weight_vjp(x, cotangent, weights, op.eqn.params, fixed, bound=True)
-
-    x = None if op.x is None else shape_of(op.x)
-    closed = jax.make_jaxpr(gradient)(x, weights, operands, shape_of(op.y))
-    offset, linear = [], []
-    for i, key in enumerate(sorted(weights)):
-        _, reads = prune(closed, [j == i for j in range(len(weights))])
-        reads_x = x is not None and reads[0]
-        reads_weights = any(reads[int(x is not None) :][: len(weights)])
-        if not reads_x:
-            offset.append(key)
-        if not reads_weights:
-            linear.append(key)
-    return tuple(offset), tuple(linear)
 
 
 def _fixed_vars(op: MarkedOp, trained) -> Mapping[int, Any]:
@@ -448,7 +464,8 @@ def _direct_groups(flow, group_of, k) -> set[int]:
     return {group_of[p].index for p, labels in flow.into.items() if ("y", k) in labels}
 
 
-def _excluded(info, name, path, op, flow, reach) -> CompilationRecord:
+def _excluded(step, name, path, op, reach) -> CompilationRecord:
+    info, flow = step.info, step.flow
     linked = {v for position in reach.links(op.y) for v in info.jaxpr.eqns[position].invars}
     blocking = sorted((reach.ops(op.y) | {o.index for o in flow.ops if o.y in linked}) - {op.index})
     if blocking and reach.groups(op.y):
@@ -463,7 +480,7 @@ def _excluded(info, name, path, op, flow, reach) -> CompilationRecord:
             context={
                 "blocking_primitives": tuple(o.primitive.name for o in others),
                 "blocking_weight_paths": tuple(
-                    p for o in others for p in dict.fromkeys(operand_program(info, flow, o)[1].values())
+                    p for o in others for p in dict.fromkeys(_operand_program(step, o)[1].values())
                 ),
             },
         )
@@ -477,21 +494,23 @@ def _excluded(info, name, path, op, flow, reach) -> CompilationRecord:
     )
 
 
-def _residual_free(info: ModuleInfo, flow: Flow, op: MarkedOp, groups: Sequence[HiddenGroup]) -> bool:
+def _residual_free(step: _Step, op: MarkedOp, groups: Sequence[HiddenGroup]) -> bool:
     """Follow y to wherever it leaves F; stop at hidden values, which the signal accounts for."""
     if any(op.index not in g.cut.aligned for g in groups):
         return False
-    jaxpr = info.jaxpr
+    eqns, members, outputs = step.info.jaxpr.eqns, step.flow.members, step.outputs
     inside = {p for g in groups for p in g.inside}
-    carried = {op.y}
-    outputs = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
-    if op.y in flow.members:
+    if op.y in members:
         return True
     if op.y in outputs:
         return False
-    for position, eqn in enumerate(jaxpr.eqns):
-        if position == op.position or not any(v in carried for v in eqn.invars if not isinstance(v, Literal)):
+    pending, seen = list(step.readers.get(op.y, ())), {op.position}
+    while pending:
+        position = pending.pop()
+        if position in seen:
             continue
+        seen.add(position)
+        eqn = eqns[position]
         differentiable = [v for v in eqn.outvars if jax.numpy.issubdtype(v.aval.dtype, jax.numpy.inexact)]
         if not differentiable or eqn.primitive.name == "stop_gradient":
             continue
@@ -499,9 +518,9 @@ def _residual_free(info: ModuleInfo, flow: Flow, op: MarkedOp, groups: Sequence[
         if position not in inside or holds_link(eqn) or through:
             return False
         for var in differentiable:
-            if var in flow.members:
+            if var in members:
                 continue
             if var in outputs:
                 return False
-            carried.add(var)
+            pending.extend(step.readers.get(var, ()))
     return True

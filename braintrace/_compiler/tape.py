@@ -13,13 +13,14 @@ that XLA computes it once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from .._jax import Literal, bind_equation, consts_of, eval_jaxpr, open_jaxpr, prune
+from .._jax import Literal, bind_equation, consts_of, eval_jaxpr, prune
 from .._types import Path
 from .descent import bind_without_links, holds_link, is_link
 from .flatten import is_marked
@@ -56,16 +57,15 @@ class Tape(NamedTuple):
         ``(step inputs, operands, zeros) -> (step outputs, record)``, all flat.
     zeros_like : Zeros
         Shapes of the zeros that the program takes: only those whose cotangent can be other than zero.
-    recorder : ClosedJaxpr
-        ``(step inputs, operands) -> record`` alone, without side effects.
+    recorder : Recorder
+        ``(step inputs, operands) -> record`` alone.
     """
 
     program: Any
     in_tree: Any
     out_tree: Any
     zeros_like: Any
-    recorder: Any
-    record_tree: Any
+    recorder: Recorder
 
     def zeros(self) -> Zeros:
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.zeros_like)
@@ -79,8 +79,27 @@ class Tape(NamedTuple):
 
     def record(self, invals: Sequence[Any], operands: Sequence[Mapping[str, Any]]) -> TapeRecord:
         """What the step leaves for the trace update, without running the rest of it."""
+        program, tree = self.recorder.program
         flat = jax.tree.leaves((list(invals), [dict(o) for o in operands]))
-        return jax.tree.unflatten(self.record_tree, eval_jaxpr(self.recorder, *flat))
+        return jax.tree.unflatten(tree, eval_jaxpr(program, *flat))
+
+
+class Recorder:
+    """What a step leaves for the trace update, as a program without side effects; made when first asked for."""
+
+    def __init__(self, worlds: _Worlds, invals: Any, operands: Any):
+        self._worlds, self._shapes = worlds, (invals, operands)
+
+    @functools.cached_property
+    def program(self) -> tuple[Any, Any]:
+        """``(step inputs, operands) -> record`` as a closed jaxpr, and the structure of the record."""
+
+        def record(invals, operands):
+            return self._worlds.run(invals, operands, Zeros({}, {}, {}), effects=False)[1]
+
+        closed, shape = jax.make_jaxpr(record, return_shape=True)(*self._shapes)
+        tree: Any = jax.tree.structure(shape)
+        return prune(closed, [True] * tree.num_leaves)[0], tree
 
 
 class _World(NamedTuple):
@@ -118,33 +137,25 @@ def build_tape(
         closed, out_shape = jax.make_jaxpr(evaluator.run, return_shape=True)(invals, operands, zeros)
         return closed, jax.tree.structure(out_shape), jax.tree.structure((invals, operands, zeros))
 
-    closed, out_tree, _ = trace(everything)
-    # Keep only the zeros that the step's outputs (not the records) can feel.
-    num_outs = len(jaxpr.outvars)
-    _, reads = prune(closed, [i < num_outs for i in range(len(open_jaxpr(closed).outvars))])
-    reads_of = jax.tree.unflatten(jax.tree.structure((invals, operands, everything)), reads)[2]
-    kept: Any = Zeros(
-        new=everything.new,
-        old={p: s for p, s in everything.old.items() if reads_of.old[p]},
-        y=everything.y,
-    )
+    # Keep only the zeros that the step's outputs (not the records) can feel: equations as a whole tell of most.
+    felt = evaluator.felt(everything)
+    kept = everything._replace(old={p: s for p, s in everything.old.items() if p in felt})
     closed, out_tree, in_tree = trace(kept)
+    num_outs = len(jaxpr.outvars)
+    _, reads = prune(closed, [i < num_outs for i in range(out_tree.num_leaves)])
+    reads_of = jax.tree.unflatten(in_tree, reads)[2]
+    if not all(reads_of.old.values()):
+        kept = kept._replace(old={p: s for p, s in kept.old.items() if reads_of.old[p]})
+        closed, out_tree, in_tree = trace(kept)
     closed, _ = prune(closed, [True] * out_tree.num_leaves)
-
-    def record(invals, operands):
-        return evaluator.run(invals, operands, Zeros({}, {}, {}), effects=False)[1]
-
-    recorder, record_shape = jax.make_jaxpr(record, return_shape=True)(invals, operands)
-    record_tree: Any = jax.tree.structure(record_shape)
-    recorder, _ = prune(recorder, [True] * record_tree.num_leaves)
-    return Tape(closed, in_tree, out_tree, kept, recorder, record_tree)
+    return Tape(closed, in_tree, out_tree, kept, Recorder(evaluator, invals, operands))
 
 
 class _Worlds:
     """Evaluates the step in several worlds at once; see the module's docstring."""
 
     def __init__(self, info, flow, reach, groups, operations):
-        self.info, self.flow, self.groups, self.operations = info, flow, groups, operations
+        self.info, self.groups, self.operations = info, groups, operations
         self.eqns = info.jaxpr.eqns
         self.consts = dict(zip(info.jaxpr.constvars, consts_of(info.closed_jaxpr)))
         self.number = {v: i for i, v in enumerate(info.jaxpr.invars)}
@@ -152,7 +163,8 @@ class _Worlds:
         self.group_of = {p: g.index for g in groups for p in g.hidden_paths}
         self.path_of_old = {v: p for p, v in info.hidden_path_to_invar.items()}
         self.owner = {v: paths[0] for v, paths in flow.members.items()}
-        self.operation_at = {flow.ops[r.op_index].position: i for i, r in enumerate(operations)}
+        self.position_of = [flow.ops[r.op_index].position for r in operations]
+        self.operation_at = {position: i for i, position in enumerate(self.position_of)}
         # Whatever leads into F, or into anything that leads there, sees bare old values.
         downstream = [
             frozenset().union(*(reach.groups(info.hidden_path_to_outvar[p]) for p in g.hidden_paths if self._is_var(p)))
@@ -229,24 +241,44 @@ class _Worlds:
 
     # -- evaluation ---------------------------------------------------------------------------------------------
 
-    def run(self, invals, operands, zeros, effects=True):
+    def felt(self, zeros) -> set[Path]:
+        """Old values whose added zeros the outputs depend on, taking every equation as a whole."""
+        sinks = self._sinks()
+        plan = self._plan(sinks, True, zeros)
+        found: dict[Any, set[Path]] = {}
+
+        def of(var, world):
+            need = self._needs(var, world)
+            if need is not None:
+                return found[need[0], self._key(*need)]
+            path = None if isinstance(var, Literal) else self.path_of_old.get(var)
+            return {path} if path in zeros.old and self.group_of[path] not in world.bare_old else set()
+
+        for position in sorted(plan):
+            for key, world in plan[position].items():
+                worlds = [w for w in (world, self._linked(position, world, zeros)) if w is not None]
+                found[position, key] = set().union(*(of(v, w) for v in self._inputs(position) for w in worlds))
+        return set().union(*(of(*sink) for sink in sinks))
+
+    def _sinks(self):
+        """The outputs of the step, and the worlds that they are read in."""
         info = self.info
         sinks = [(v, _REST) for v in info.jaxpr.outvars[: info.num_var_out]]
         for path, outvar in zip(self._leaf_paths(), info.jaxpr.outvars[info.num_var_out :]):
             sinks.append((outvar, _REST if path is None else self._own_world(path)))
+        return sinks
+
+    def run(self, invals, operands, zeros, effects=True):
+        info = self.info
+        sinks = self._sinks()
         traced = {g.index for r in self.operations for g in r.hidden_groups}
         frontiers = [
             [(v, _World(self.leads_to[g.index], None)) for v in g.cut.inputs] if g.index in traced else None
             for g in self.groups
         ]
-        xs = [
-            None if r.x_var is None else (r.x_var, self.x_world[self.flow.ops[r.op_index].position])
-            for r in self.operations
-        ]
-        fixed = [
-            {i: (v, self.x_world[self.flow.ops[r.op_index].position]) for i, v in r.fixed_vars.items()}
-            for r in self.operations
-        ]
+        worlds = [self.x_world[position] for position in self.position_of]
+        xs = [None if r.x_var is None else (r.x_var, world) for r, world in zip(self.operations, worlds)]
+        fixed = [{i: (v, world) for i, v in r.fixed_vars.items()} for r, world in zip(self.operations, worlds)]
         wanted = [*sinks, *(f for fs in frontiers for f in fs or ()), *(x for x in xs if x is not None)]
         wanted += [item for items in fixed for item in items.values()]
 
@@ -258,7 +290,7 @@ class _Worlds:
         for path, (var, world) in zip(leaf_paths, sinks):
             value = jnp.asarray(read((var, world)))
             if path is not None and path in zeros.new:
-                value = value + zeros.new[path]
+                value = value + zeros.new[path].astype(value.dtype)
             outs.append(value)
         stop = jax.lax.stop_gradient
         varying = tuple(
@@ -367,7 +399,7 @@ class _Worlds:
         value = values[position, key][self.eqns[position].outvars.index(var)]
         path = self.owner.get(var)
         if path is not None and path in zeros.new and world.bare_new != self.group_of[path]:
-            value = value + zeros.new[path]
+            value = value + zeros.new[path].astype(value.dtype)
         return value
 
     def _input(self, var, world, invals, zeros):

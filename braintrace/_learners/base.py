@@ -12,6 +12,7 @@ from brainstate.util import FlattedDict
 from .._compiler.executor import ETraceGraphExecutor
 from .._compiler.graph import ETraceGraph
 from .._compiler.report import CompilationReport
+from .._jax import zeros
 from .._sequence import SequenceDriverMixin
 from .._types import MultiStepData, Path, SingleStepData, head, path_str
 
@@ -65,7 +66,7 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
         self.model4compile = model
         self.graph_executor = graph_executor
         self.is_compiled = False
-        self.running_index = brainstate.LongTermState(jnp.asarray(0, jnp.int32))
+        self.running_index = brainstate.LongTermState(zeros((), jnp.int32))
 
     @property
     def executor(self) -> ETraceGraphExecutor:

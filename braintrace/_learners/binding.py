@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import brainstate
+import brainunit as u
 import jax
 import jax.numpy as jnp
 
-from .._compiler.groups import slots_of
 from .._compiler.tape import TapeRecord
 from .._traces.record import Slots, sensitivities, x_keys
 from .._types import MultiStepData, Path, SingleStepData, path_str
@@ -71,6 +71,9 @@ class Binding(ETraceAlgorithm):
             )
         first = info.in_tree.num_leaves
         expected = [info.jaxpr.invars[first + n].aval for n in info.state_leaves[i]]
+        parts = info.complex_hidden.get(path)
+        if parts is not None:
+            expected = [jax.ShapeDtypeStruct(parts.shape(a.shape), parts.dtype) for a in expected]
         return tree.unflatten([_convert(x, a, path_str(path)) for x, a in zip(leaves, expected)])
 
     def _split(self, values: list[Any]) -> Values:
@@ -81,16 +84,15 @@ class Binding(ETraceAlgorithm):
 
     def _invals(self, leaves: Sequence[Any], values: Values) -> list[Any]:
         parts = tuple(map(iter, values))
-        out = list(leaves)
-        for state in self.graph.module_info.compiled_model_states:
-            out.extend(jax.tree.leaves(next(parts[_kind(state)])))
+        out, info = list(leaves), self.graph.module_info
+        for path, state in zip(info.compiled_state_paths, info.compiled_model_states):
+            out.extend(info.reals(path, x) for x in jax.tree.leaves(next(parts[_kind(state)])))
         return out
 
     def _outvals(self, outs: list[Any]) -> tuple[Any, Values]:
         info = self.graph.module_info
-        out, rest = outs[: info.num_var_out], outs[info.num_var_out :]
-        values = [t.unflatten([rest[i] for i in n]) for t, n in zip(info.state_trees, info.state_leaves)]
-        return info.out_tree.unflatten(out), self._split(values)
+        out, values = info.results(outs)
+        return out, self._split(values)
 
     @staticmethod
     def _first_step(over_time: Sequence[bool], length: int | None, leaves: Sequence[Any]) -> Sequence[Any]:
@@ -98,8 +100,14 @@ class Binding(ETraceAlgorithm):
         return leaves if length is None else [x[0] if m else x for x, m in zip(leaves, over_time)]
 
     def _shifted(self, hidden: list[Any], zeros: dict[Path, jax.Array]) -> list[Any]:
-        """Hidden values plus arrays without units."""
-        return [jax.tree.map(lambda v, z=zeros[p]: v + z, h) for p, h in self._hidden_dict(hidden).items()]
+        """Hidden values plus reals without units."""
+        info = self.graph.module_info
+        of = {p: info.complex_hidden[p].join(z) if p in info.complex_hidden else z for p, z in zeros.items()}
+        return [jax.tree.map(lambda v, z=of[p]: v + z, h) for p, h in self._hidden_dict(hidden).items()]
+
+    def _hidden_reals(self, by_path: Mapping[Path, Any]) -> dict[Path, Any]:
+        """Hidden values without units, complex ones as their parts."""
+        return {p: self.graph.module_info.reals(p, u.get_mantissa(v)) for p, v in by_path.items()}
 
     def _hidden_dict(self, hidden: list[Any]) -> dict[Path, Any]:
         return dict(zip(self.graph.module_info.states_of(brainstate.HiddenState), hidden))
@@ -140,7 +148,7 @@ class Binding(ETraceAlgorithm):
         for g in self.graph.hidden_groups:
             bars = [by_path.get(p) for p in g.hidden_paths]
             bars = [None if b is None or b.dtype == jax.dtypes.float0 else b for b in bars]
-            picked = [(bars[i], c) for i, c in slots_of(g.hidden_states)]
+            picked = [(bars[i], c) for i, c in g.slots]
             signals.append([b if b is None or c is None else b[..., c] for b, c in picked])
         return signals
 
@@ -163,7 +171,7 @@ def _convert(value: Any, aval: Any, name: str, over_time: bool = False) -> Any:
     dtype = jnp.result_type(value)
     if dtype == aval.dtype and hasattr(value, "dtype"):
         return jnp.asarray(value)
-    kinds = [jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating]
+    kinds: list[Any] = [jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating]
     rank = [next(i for i, k in enumerate(kinds) if jnp.issubdtype(d, k)) for d in (dtype, aval.dtype)]
     if rank[0] > rank[1]:
         raise TypeError(

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import brainstate
-import brainunit as u
 import jax
 import jax.numpy as jnp
 
@@ -249,11 +248,13 @@ class DNI(ParamDimVjpAlgorithm):
 
     def _packed(self, by_path: Mapping[Path, Any]) -> dict[int, jax.Array]:
         """Values per hidden state, without units, as one array per group."""
-        groups = self.graph.hidden_groups
-        return {g.index: g.concat_hidden([u.get_mantissa(by_path[p]) for p in g.hidden_paths]) for g in groups}
+        return self._by_group(self._hidden_reals(by_path))
+
+    def _by_group(self, reals: Mapping[Path, Any]) -> dict[int, jax.Array]:
+        return {g.index: g.concat_hidden([reals[p] for p in g.hidden_paths]) for g in self.graph.hidden_groups}
 
     def _inject_exit_cotangent(self, exit_hiddens, aux):
-        exits = self._packed(exit_hiddens)
+        exits = self._by_group(exit_hiddens)
         estimates = self._attached().apply(aux, exits)
         cotangents: dict[Path, jax.Array] = {}
         for g in self.graph.hidden_groups:
@@ -340,7 +341,7 @@ def train_synthetic_gradient(
     length = common_length((inputs,))
     k = learner._window_length(chunk_size, length, gradient=True) or 1
     for path, zero in learner._hidden_zeros().items():
-        shape = jnp.shape(u.get_mantissa(learner.hidden_states[path].value))
+        shape = learner._hidden_reals({path: learner.hidden_states[path].value})[path].shape
         if shape != zero.shape:
             raise ValueError(
                 f"{path_str(path)!r} has shape {shape}, the learner was compiled for {zero.shape}: it is mapped over "
@@ -378,7 +379,8 @@ def train_synthetic_gradient(
         entry = present()
         still = {p: jax.tree.map(jnp.zeros_like, s.value) for p, s in learner.hidden_states.items()}
         bars = brainstate.transform.grad(window_loss, floating)(window)
-        return fit(entry, jax.lax.stop_gradient(learner._packed(still | bars)))
+        # The cotangent of a complex value is the conjugate of its parts' own.
+        return fit(entry, jax.lax.stop_gradient(learner._packed(jax.tree.map(jnp.conj, still | bars))))
 
     @brainstate.transform.jit
     def epoch(windows, start):

@@ -14,8 +14,10 @@ from .._traces.io import (
     bias_correction,
     contract_io,
     contract_io_chunk,
+    filtered_one,
     init_io,
     join,
+    lift_io,
     split,
     update_io,
 )
@@ -36,7 +38,7 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
 
     .. math::
 
-        \epsilon_x^t &= \alpha_x\, \epsilon_x^{t-1} + x^t, \\
+        \epsilon_x^t &= \alpha_x\, \epsilon_x^{t-1} + x^t \qquad (x = 1 \text{ for a bias}), \\
         \epsilon_f^t &= \alpha_f\, D^t \epsilon_f^{t-1} + (1-\alpha_f)\, \mathrm{df}^t, \\
         \nabla_\theta &\mathrel{+}= \epsilon_x^t \otimes \sum_s L^t_s\, \epsilon^t_{f,s} / (1 - \alpha_f^t),
 
@@ -206,9 +208,10 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
         del running_index, weight_vals, input_is_multi_step
         return join(self._advance_slots(split(old_traces), *xs_and_dfs, Ds))
 
-    def _lift(self, number, traces: IOTrace, operands, fixed):
-        r = self.graph.hidden_param_op_relations[number]
-        return r.primitive.lift(self._x_trace(traces.xs, number), operands, r.eqn_params, fixed, r.y_var.aval)
+    def _lift(self, number, traces: IOTrace, operands, fixed, steps):
+        relation = self.graph.hidden_param_op_relations[number]
+        one = filtered_one(self.decay_x, steps)
+        return lift_io(relation, self._x_trace(traces.xs, number), operands, fixed, one)
 
     def _meet(self, number, traces: IOTrace, signals, steps):
         relation = self.graph.hidden_param_op_relations[number]
@@ -233,17 +236,18 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
         carry = self._advance_slots(carry, xs, dfs, Ds)
         now = cotangents(carry, bars.new, index + 1)
         met = {i for i in (*before, *now) if record.fixed[i]}
-        return carry, (carry.xs if before or now else {}, now, before), met
+        ones = filtered_one(self.decay_x, index + 1), filtered_one(self.decay_x, index)
+        return carry, (carry.xs if before or now else {}, now, before, ones), met
 
     def _chunk_end(self, traces, carry, emitted, operands, front, length):
         del length
-        xs, now, before = emitted.engine
+        xs, now, before, ones = emitted.engine
         gradients = {}
         for i, r in enumerate(self.graph.hidden_param_op_relations):
             inputs = self._x_trace(traces.xs, i), self._x_trace(xs, i)
             cotangents = now.get(i), before.get(i)
             fixed = emitted.fixed.get(i, {})
-            gradients[i] = contract_io_chunk(r, *inputs, *cotangents, operands[i], fixed, 1 + len(front))
+            gradients[i] = contract_io_chunk(r, *inputs, *cotangents, ones, operands[i], fixed, 1 + len(front))
         return join(carry), gradients
 
 

@@ -234,7 +234,9 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
             return signals
         return [[*([None] * len(slots)), *slots] for slots in signals]
 
-    def _lift(self, number, traces, operands, fixed):
+    def _lift(self, number, traces, operands, fixed, steps):
+        del steps
+
         def gradient(signals):
             met = self._met(signals)
             return add([param.contract(p, traces[p.key], met[p.group.index], held, fixed) for p in pairs])

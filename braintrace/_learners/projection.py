@@ -12,6 +12,7 @@ import numpy as np
 
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
+from .._jax import zeros
 from .._traces import projection
 from .._traces.projection import Projection
 from .._types import Path, path_str
@@ -138,14 +139,14 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
         states, thetas = {}, {}
         for g in self._projected_groups():
             dtype = jnp.result_type(*(v.aval.dtype for v in g.program.part.news))
-            states[g.index] = EligibilityTrace(jnp.zeros((*g.varshape, g.num_state), dtype))
+            states[g.index] = EligibilityTrace(zeros((*g.varshape, g.num_state), dtype))
             for path in self._paths_of(g.index):
-                zeros = jax.tree.map(jnp.zeros_like, self.param_states[path].value)
-                thetas[g.index, path] = EligibilityTrace(zeros)
+                like = self.param_states[path].value
+                thetas[g.index, path] = EligibilityTrace(jax.tree.map(lambda x: zeros(x.shape, x.dtype), like))
         self.etrace_s, self.etrace_theta = states, thetas
         # As plain numbers, which every transformation maps.
         self.projection_rng = brainstate.ShortTermState(jax.random.key_data(self._key))
-        self.projection_step = brainstate.ShortTermState(jnp.asarray(0, jnp.int32))
+        self.projection_step = brainstate.ShortTermState(zeros((), jnp.int32))
 
     def reset_state(self, batch_size: int | None = None, **kwargs: Any) -> None:
         """Zero the projections and the step counter, and begin the stream of random signs anew.
@@ -255,9 +256,9 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
             new[g.index] = projection.advance(own, carried, noise, now, self.projection_eps)
         return new, key_data, step + 1
 
-    def _lifts(self, numbers, traces, operands, fixed, weights):
+    def _lifts(self, numbers, traces, operands, fixed, weights, steps):
         """Per group the product of its projected parameters with the parameters themselves."""
-        del operands, fixed
+        del operands, fixed, steps
         values = self._weight_dict(weights)
         out = {}
         for index in self._groups_of(numbers):

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import brainstate
-import brainunit as u
 import jax
 import jax.numpy as jnp
 
@@ -212,7 +211,7 @@ class ETraceVjpAlgorithm(Recording):
         del record, operands, invals
         return xs
 
-    def _lift(self, number: int, traces: Any, operands: dict[str, jax.Array], fixed: Any) -> Any:
+    def _lift(self, number: int, traces: Any, operands: dict[str, jax.Array], fixed: Any, steps: jax.Array) -> Any:
         """Arrays whose cotangents :meth:`_meet` gives, and through which these reach the operands of one relation."""
         raise NotImplementedError
 
@@ -221,11 +220,17 @@ class ETraceVjpAlgorithm(Recording):
         raise NotImplementedError
 
     def _lifts(
-        self, numbers: Iterable[int], traces: Any, operands: Sequence[Any], fixed: Sequence[Any], weights: list[Any]
+        self,
+        numbers: Iterable[int],
+        traces: Any,
+        operands: Sequence[Any],
+        fixed: Sequence[Any],
+        weights: list[Any],
+        steps: jax.Array,
     ) -> Any:
         """What carries the cotangents of :meth:`_meets` to the parameters: by default, :meth:`_lift` per relation."""
         del weights
-        return {i: self._lift(i, traces, operands[i], fixed[i]) for i in numbers}
+        return {i: self._lift(i, traces, operands[i], fixed[i], steps) for i in numbers}
 
     def _meets(self, numbers: Iterable[int], traces: Any, signals: list[Slots], steps: jax.Array) -> Any:
         """Cotangents of :meth:`_lifts`."""
@@ -379,7 +384,7 @@ class ETraceVjpAlgorithm(Recording):
 
         start = (values.hidden, values.others, traces, index)
         (hidden, others, traces, _), out = self._over_time(step, start, over_time, length, leaves)
-        exits = {p: u.get_mantissa(v) for p, v in self._hidden_dict(hidden).items()}
+        exits = self._hidden_reals(self._hidden_dict(hidden))
         estimate = self._inject_exit_cotangent(jax.lax.stop_gradient(exits), aux)
         if estimate is not None and any(map(is_tracer, jax.tree.leaves((leaves, values)))):
             future = self._future(estimate, over_time, length, leaves, bare)
@@ -400,8 +405,8 @@ class ETraceVjpAlgorithm(Recording):
             return (new.hidden, new.others), None
 
         (hidden, _), _ = self._over_time(step, (values.hidden, values.others), over_time, length, leaves)
-        exits = self._hidden_dict(hidden)
-        terms = [(jax.lax.stop_gradient(bar) * u.get_mantissa(exits[p])).sum() for p, bar in estimate.items()]
+        exits = self._hidden_reals(self._hidden_dict(hidden))
+        terms = [(jax.lax.stop_gradient(bar) * exits[p]).sum() for p, bar in estimate.items()]
         return sum(terms, jnp.zeros(()))
 
     def _plain_step(self, leaves, values, held=0):
@@ -447,8 +452,8 @@ class ETraceVjpAlgorithm(Recording):
         read = [i for i in every if any(p in zeros.old for g in relations[i].hidden_groups for p in g.hidden_paths)]
         apply = lambda i, r: r.primitive.apply(record.x[i], operands[i], r.eqn_params, record.fixed[i])  # noqa: E731
         lifted = {
-            "now": self._lifts(every, after, operands, record.fixed, weights),
-            "before": self._lifts(read, traces, operands, record.fixed, weights) if read else {},
+            "now": self._lifts(every, after, operands, record.fixed, weights, index + 1),
+            "before": self._lifts(read, traces, operands, record.fixed, weights, index) if read else {},
             "beside": {i: apply(i, r) for i, r in enumerate(relations) if i in zeros.y},
         }
         own = zeros._replace(y={i: z for i, z in zeros.y.items() if i in lifted["beside"]})
@@ -475,7 +480,7 @@ class ETraceVjpAlgorithm(Recording):
         operands = self._operands(invals)
         fixed = self.graph.tape.record(*jax.lax.stop_gradient((invals, operands))).fixed
         every = range(len(self.graph.hidden_param_op_relations))
-        lifted = self._lifts(every, traces, operands, fixed, values.weights)
+        lifted = self._lifts(every, traces, operands, fixed, values.weights, index)
         zeros = self._hidden_zeros()
 
         def reverse(held, bars):

@@ -326,7 +326,8 @@ def register_primitive(
     name : str
         The primitive's name, as reports show it.
     impl_fn : callable
-        ``impl_fn(*arrays, **static_params)``, linear in its external input; static parameters must be hashable.
+        ``impl_fn(*arrays, **static_params)``, linear in its external input beside offsets, whose input is 1; static
+        parameters must be hashable.
     batched : bool
         Whether axis 0 of the input and of the output is a batch axis.
     gradient_enabled : bool

@@ -1,9 +1,13 @@
-"""The eligibility trace of pp_prop: one filtered input and one filtered sensitivity per relation."""
+"""The eligibility trace of pp_prop: one filtered input and one filtered sensitivity per relation.
+
+An offset of an operation is a weight whose input is 1. What a filter makes of this input is the same number everywhere,
+known from the count of steps, so that there is no array for it: see :func:`filtered_one`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +15,7 @@ import jax.numpy as jnp
 
 from .._compiler.graph import ETraceGraph
 from .._compiler.relations import HiddenParamOpRelation
+from .._jax import zeros
 from .record import (
     Jacobian,
     Sensitivity,
@@ -25,7 +30,10 @@ from .record import (
     x_keys,
 )
 
-__all__ = ["IOTrace", "bias_correction", "contract_io", "contract_io_chunk", "init_io", "join", "split", "update_io"]
+__all__ = [
+    "IOTrace", "bias_correction", "contract_io", "contract_io_chunk", "filtered_one", "init_io", "join", "lift_io",
+    "split", "update_io",
+]  # fmt: skip
 
 
 class IOTrace(NamedTuple):
@@ -51,15 +59,16 @@ def init_io(graph: ETraceGraph) -> IOTrace:
     xs, dfs = {}, {}
     for i, key in x_keys(graph).items():
         aval = x_aval(graph.hidden_param_op_relations[i])
-        xs[key] = jnp.zeros(aval.shape, aval.dtype)
+        xs[key] = zeros(aval.shape, aval.dtype)
     for r in graph.hidden_param_op_relations:
         for g in r.hidden_groups:
             custom = r.primitive.rules.init_pp
             shape = (*r.shape_in(g), g.num_state)
-            zeros = jnp.zeros(shape, r.y_var.aval.dtype)
             if custom is not None and r.sub_steps is None and r.y_var.aval.shape == g.varshape:
-                zeros = custom(r.x_var, r.y_var, r.trainable_vars, g.num_state)
-            dfs[pair_key(r, g.index)] = zeros
+                own = custom(r.x_var, r.y_var, r.trainable_vars, g.num_state)
+            else:
+                own = zeros(shape, r.y_var.aval.dtype)
+            dfs[pair_key(r, g.index)] = own
     return IOTrace(xs, dfs)
 
 
@@ -95,10 +104,44 @@ def update_io(
 
 def bias_correction(decay_f: float, steps: jax.Array) -> jax.Array:
     r""":math:`1 - \alpha^n`, accurate for :math:`\alpha` near 1 and for every n; 1 for an empty trace."""
+    return jnp.where(steps > 0, _faded(decay_f, steps), 1.0)
+
+
+def filtered_one(decay_x: float, steps: jax.Array) -> jax.Array:
+    r"""The x-trace of an input that is always 1: :math:`(1 - \alpha^n) / (1 - \alpha)`."""
+    return _faded(decay_x, steps) / (1.0 - decay_x)
+
+
+def _faded(decay: float, steps: jax.Array) -> jax.Array:
+    r""":math:`1 - \alpha^n`."""
     n = jnp.asarray(steps, jnp.result_type(float))
-    if decay_f == 0.0:
-        return jnp.ones_like(n)
-    return jnp.where(n > 0, -jnp.expm1(n * math.log(decay_f)), 1.0)
+    return jnp.where(n > 0, 1.0, 0.0) if decay == 0.0 else -jnp.expm1(n * math.log(decay))
+
+
+def lift_io(
+    relation: HiddenParamOpRelation,
+    x: Any,
+    operands: Mapping[str, jax.Array],
+    fixed: Mapping[int, Any],
+    one: jax.Array,
+) -> jax.Array:
+    """An array like the output whose cotangent reaches the operands through the filtered input ``x``, and ``one``."""
+
+    def lift(x, factors):
+        moved = {k: _with_factor(w, factors[k]) if k in factors else w for k, w in operands.items()}
+        return relation.primitive.lift(x, moved, relation.eqn_params, fixed, relation.y_var.aval)
+
+    lifted = lift(x, dict.fromkeys(relation.offset_keys, one))
+    if relation.affine_keys:  # linear in the input but for the value where it is zero
+        factors = dict.fromkeys(operands, jnp.zeros_like(one)) | dict.fromkeys(relation.affine_keys, one - 1.0)
+        lifted += lift(jnp.zeros_like(x), factors)
+    return lifted
+
+
+def _with_factor(value, factor):
+    """``value``, with a factor on its cotangent."""
+    still = jax.lax.stop_gradient(value)
+    return still + (factor * (value - still)).astype(value.dtype)
 
 
 def contract_io(
@@ -122,16 +165,20 @@ def contract_io_chunk(
     xs: Any,
     now: jax.Array | None,
     before: jax.Array | None,
+    ones: tuple[jax.Array, jax.Array],
     operands: Any,
     fixed: Any,
     axes: int,
 ) -> dict[str, jax.Array] | None:
     """Gradient of a chunk of K steps from the filtered inputs ``xs`` of its steps, ``x_start`` at its entry.
 
-    ``now[t]`` is the cotangent that meets the trace after step t, ``before[t]`` the one that meets the trace before.
+    ``now[t]`` is the cotangent that meets the trace after step t, ``before[t]`` the one that meets the trace before;
+    ``ones`` are the filtered ones after and before every step.
     """
+    after, ahead = ones
     if before is None:
-        return None if now is None else contraction(relation, xs, now, operands, fixed, axes, bound=False)
+        return None if now is None else contraction(relation, xs, now, operands, fixed, axes, after)
+    after = jnp.concatenate([ahead[:1], after])
     if xs is not None:
         xs = jnp.concatenate([x_start[None], xs])
     # Both meet the same K + 1 traces: after step t is before step t + 1.
@@ -141,4 +188,4 @@ def contract_io_chunk(
         total = total + jnp.concatenate([nothing, now])
     if fixed:
         fixed = jax.tree.map(lambda v: jnp.concatenate([v[:1], v]), fixed)
-    return contraction(relation, xs, total, operands, fixed, axes, bound=False)
+    return contraction(relation, xs, total, operands, fixed, axes, after)

@@ -19,7 +19,7 @@ import numpy as np
 from .._compiler.groups import HiddenGroup
 from .._compiler.positions import MANY, NONE, is_aligned, no_cut, own_label, propagate
 from .._compiler.relations import HiddenParamOpRelation
-from .._jax import open_jaxpr
+from .._jax import open_jaxpr, zeros
 from .._types import path_str
 from .record import Slots, add, contraction, pair_key, placed, spread, unbroadcast, weighted_sum, x_aval
 
@@ -198,7 +198,7 @@ def init(pair: Pair, width: int, dtype: Any) -> SlotTrace:
             full, kept = own[k].shape[:-1], own[k].dtype
         filtered = () if k in relation.offset_keys else x_aval(relation).shape if pair.factorised else None
         behind = () if group.snap is None else (group.snap.num_neighbour,)
-        trace[k] = [jnp.zeros(filtered if a in pair.factorised else (*full, *behind), kept) for a in range(width)]
+        trace[k] = [zeros(filtered if a in pair.factorised else (*full, *behind), kept) for a in range(width)]
     return trace
 
 
@@ -514,10 +514,10 @@ def chunk_coefficients(
     felt = _closure({a for a in range(n) if signals[a] is not None}, has)
     backward = {b for b in range(n) if any(has[a][b] for a in felt)}
     reach = {a: _closure({a}, has) for a in kept}
-    zeros, shape = jnp.zeros(group.varshape, dtype), group.varshape
+    nothing, shape = jnp.zeros(group.varshape, dtype), group.varshape
     start = (
-        {b: zeros for b in backward},
-        {a: {b: zeros + float(a == b) for b in reach[a]} for a in kept},
+        {b: nothing for b in backward},
+        {a: {b: nothing + float(a == b) for b in reach[a]} for a in kept},
     )
 
     def body(carry, item):

@@ -153,22 +153,38 @@ def contraction(
     operands: Any,
     fixed: Any,
     axes: int,
-    bound: bool = True,
+    ones: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Gradient of an operation's operands, summed over ``axes`` leading axes of its inputs and of its cotangent.
 
-    ``bound``: ``x`` is the input itself, not a filtered representation of it.
+    With ``ones``, an array over these axes, ``x`` is a filtered representation of the input, and ``ones`` is what the
+    same filter makes of the input 1 of an offset.
     """
     if operation.sub_steps is not None:
         operation, axes = operation.one, axes + 1
-    p, params = operation.primitive, operation.eqn_params
-    offset = set() if fixed else set(operation.offset_keys)
-    gradient = dict(p.summed_vjp(x, cotangent, operands, params, fixed, axes, bound)) if set(operands) - offset else {}
-    if offset:
-        # A product with ones: XLA's reduction over leading axes is far slower on a CPU.
+        ones = None if ones is None else jnp.broadcast_to(ones[..., None], cotangent.shape[:axes])
+    p, params, bound = operation.primitive, operation.eqn_params, ones is None
+
+    def gradients(x, cotangent):
+        return dict(p.summed_vjp(x, cotangent, operands, params, fixed, axes, bound))
+
+    def times(factor):
+        return (factor.reshape(factor.shape + (1,) * (cotangent.ndim - axes)) * cotangent).astype(cotangent.dtype)
+
+    offset = set(operation.offset_keys)
+    gradient = gradients(x, cotangent) if set(operands) - offset or (fixed and bound) else {}
+    if offset and not fixed:
+        # A product with an array: XLA's reduction over leading axes is far slower on a CPU.
         steps = cotangent.reshape((-1, *cotangent.shape[axes:]))
-        total = jnp.tensordot(jnp.ones(steps.shape[0], steps.dtype), steps, 1)
+        factors = jnp.ones(steps.shape[0], steps.dtype) if ones is None else ones.reshape(-1)
+        total = jnp.tensordot(factors, steps, 1).astype(steps.dtype)
         first = None if x is None else x[(0,) * axes]
         at_first = p.weight_vjp(first, total, operands, params, {}, bound)
         gradient.update({k: at_first[k] for k in offset})
+    elif offset and ones is not None:
+        of_offsets = gradients(x, times(ones))
+        gradient.update({k: of_offsets[k] for k in offset})
+    if operation.affine_keys and ones is not None:
+        at_zero = gradients(jnp.zeros_like(x), times(ones - 1.0))
+        gradient.update({k: gradient[k] + at_zero[k] for k in operation.affine_keys})
     return gradient

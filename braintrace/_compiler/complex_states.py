@@ -1,0 +1,101 @@
+"""Complex hidden values enter the step as their real and imaginary parts.
+
+A step need not be holomorphic in its states (``h.imag``, ``abs(h)``, a threshold of the real part), so that its
+derivative is a real 2 x 2 block per position: the two parts are two hidden variables, as those of a
+``HiddenGroupState`` are. Signals and D are then real; df and traces are complex where a parameter is, in JAX's
+convention, because every row of them is the reverse pass of a real value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._jax import Literal, bind_equation, consts_of, open_jaxpr, structs
+
+__all__ = ["Parts", "before_cast", "with_real_parts"]
+
+
+class Parts(NamedTuple):
+    """A complex value as reals: the parts are a last axis, or twice as long a one if there is one already."""
+
+    grouped: bool
+    dtype: Any
+
+    def split(self, value: Any) -> Any:
+        parts = [jnp.real(value), jnp.imag(value)]
+        return jnp.concatenate(parts, -1) if self.grouped else jnp.stack(parts, -1)
+
+    def join(self, reals: Any) -> Any:
+        number = reals.shape[-1] // 2
+        real, imag = (reals[..., :number], reals[..., number:]) if self.grouped else (reals[..., 0], reals[..., 1])
+        return jax.lax.complex(real, imag)
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the value, from that of its reals."""
+        return (*shape[:-1], shape[-1] // 2) if self.grouped else shape[:-1]
+
+
+def with_real_parts(closed: Any, parts: Mapping[tuple[int, int], Parts]) -> Any:
+    """The program with some inputs and outputs as reals; ``parts`` has their (input, output) numbers.
+
+    Everything that reads one of these outputs within the program reads it by way of its reals.
+    """
+    jaxpr = open_jaxpr(closed)
+    made_at = {v: e for e in jaxpr.eqns for v in e.outvars}
+    joined_at_entry = {i: p for (i, _), p in parts.items()}
+    of_output = {o: (i, p) for (i, o), p in parts.items()}
+    roots = {}
+    for o, (_, p) in of_output.items():
+        root = before_cast(jaxpr.outvars[o], made_at)
+        if root in made_at:
+            roots[root] = p
+
+    def run(*args):
+        env = dict(zip(jaxpr.constvars, consts_of(closed)))
+        for i, (v, x) in enumerate(zip(jaxpr.invars, args)):
+            env[v] = joined_at_entry[i].join(x) if i in joined_at_entry else x
+        reals = {}
+        read = lambda v: v.val if isinstance(v, Literal) else env[v]  # noqa: E731
+        for eqn in jaxpr.eqns:
+            for v, value in zip(eqn.outvars, bind_equation(eqn, [read(v) for v in eqn.invars])):
+                if v in roots:
+                    reals[v] = roots[v].split(value)
+                    value = roots[v].join(reals[v])
+                env[v] = value
+        outs = []
+        for o, v in enumerate(jaxpr.outvars):
+            if o not in of_output:
+                outs.append(read(v))
+                continue
+            i, p = of_output[o]
+            root = before_cast(v, made_at)
+            if v is jaxpr.invars[i]:
+                outs.append(args[i])
+            elif root in reals:
+                outs.append(reals[root].astype(args[i].dtype))
+            else:
+                outs.append(p.split(read(v)))
+        return outs
+
+    inputs = structs(jaxpr.invars)
+    for i, p in joined_at_entry.items():
+        inputs[i] = jax.eval_shape(p.split, inputs[i])
+    return jax.make_jaxpr(run)(*inputs)
+
+
+def before_cast(var: Any, made_at: Mapping[Any, Any]) -> Any:
+    """The variable that a variable is but for its precision."""
+    while not isinstance(var, Literal) and var in made_at:
+        eqn = made_at[var]
+        source = eqn.invars[0]
+        if eqn.primitive.name not in ("convert_element_type", "reduce_precision") or source not in made_at:
+            break
+        kinds = [jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in (var, source)]
+        if kinds[0] != kinds[1] or not jnp.issubdtype(source.aval.dtype, jnp.inexact):
+            break
+        var = source
+    return var

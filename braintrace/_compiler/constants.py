@@ -1,0 +1,201 @@
+"""Equations whose operands are known before the first step, computed without a compiler.
+
+NumPy computes the usual ones, narrow types in 64 bits and rounded once: that is what XLA gives too, but for the last
+digit of some transcendental functions, where XLA's own kernels differ among each other. What is not in the tables here
+waits until a value is asked for; then one program computes all that has been waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._jax import (
+    Literal,
+    bind_equation,
+    call_body,
+    consts_of,
+    has_custom_rule,
+    hashed,
+    is_builtin,
+    is_jit,
+    is_remat,
+    is_tracer,
+    open_jaxpr,
+    primitive_body,
+    prune,
+    sub_jaxprs,
+)
+from .movement import MOVES, moved
+
+__all__ = ["Constants", "known_outputs"]
+
+
+class _Later:
+    """Stands for a value that waits."""
+
+    value: Any = None
+
+
+class Constants:
+    """Evaluates equations of known values."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Any, list[Any], list[_Later]]] = []
+        self._bodies: dict[Any, Any] = {}
+
+    def outputs(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """The outputs of an equation, for :meth:`read`, or as operands here."""
+        values = [v.value if isinstance(v, _Later) and v.value is not None else v for v in values]
+        body = self._body(eqn)
+        if body is not None:
+            return self.run(body, values)
+        outs = None if any(isinstance(v, _Later) for v in values) else _by_numpy(eqn, values)
+        if outs is None:
+            later = [_Later() for _ in eqn.outvars]
+            self._waiting.append((eqn, values, later))
+            return list(later)
+        return outs
+
+    def _body(self, eqn: Any) -> Any | None:
+        """What a call, or a primitive that is a JAX function itself, runs on its operands."""
+        if is_jit(eqn) or is_remat(eqn) or has_custom_rule(eqn):
+            return call_body(eqn)
+        if is_builtin(eqn):
+            return None
+        shapes = tuple((v.aval.shape, v.aval.dtype) for v in eqn.invars)
+        key = hashed(eqn.primitive, tuple(eqn.params.items()), shapes)
+        if key is None:
+            return primitive_body(eqn)
+        if key not in self._bodies:
+            self._bodies[key] = primitive_body(eqn)
+        return self._bodies[key]
+
+    def run(self, closed: Any, values: Sequence[Any]) -> list[Any]:
+        """The outputs of a closed jaxpr of known inputs, as :meth:`outputs`."""
+        jaxpr = open_jaxpr(closed)
+        env = dict(zip(jaxpr.constvars, consts_of(closed))) | dict(zip(jaxpr.invars, values))
+        read = lambda v: v.val if isinstance(v, Literal) else env[v]  # noqa: E731
+        for eqn in jaxpr.eqns:
+            env.update(zip(eqn.outvars, self.outputs(eqn, [read(v) for v in eqn.invars])))
+        return [read(v) for v in jaxpr.outvars]
+
+    def read(self, values: Sequence[Any]) -> list[Any]:
+        """The values themselves."""
+        if any(isinstance(v, _Later) and v.value is None for v in values):
+            self._compute()
+        return [v.value if isinstance(v, _Later) else v for v in values]
+
+    def _compute(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        known = [[None if isinstance(v, _Later) else v for v in values] for _, values, _ in waiting]
+
+        def program(known):
+            found: dict[_Later, Any] = {}
+            for (eqn, values, later), own in zip(waiting, known):
+                operands = [found[v] if isinstance(v, _Later) else x for v, x in zip(values, own)]
+                found.update(zip(later, bind_equation(eqn, operands)))
+            return list(found.values())
+
+        with jax.ensure_compile_time_eval():
+            outs = jax.jit(program)(known)
+        for later, out in zip((v for _, _, made in waiting for v in made), outs):
+            later.value = out
+
+
+def known_outputs(closed: Any) -> dict[int, np.ndarray]:
+    """The outputs of a closed jaxpr that do not depend on its inputs, by number."""
+    jaxpr = open_jaxpr(closed)
+    no, perhaps, surely, unknowable = range(4)
+    depends = dict.fromkeys(jaxpr.invars, surely)
+    depends |= {v: unknowable for v, c in zip(jaxpr.constvars, consts_of(closed)) if is_tracer(c)}
+    for eqn in jaxpr.eqns:
+        found = max((depends.get(v, no) for v in eqn.invars if not isinstance(v, Literal)), default=no)
+        if found == surely and any(True for _ in sub_jaxprs(eqn)):
+            found = perhaps  # an output of a loop or call need not read every input
+        depends.update(dict.fromkeys(eqn.outvars, unknowable if eqn.effects else found))
+    candidates = [depends.get(v, no) if not isinstance(v, Literal) else no for v in jaxpr.outvars]
+    wanted = {i for i, found in enumerate(candidates) if found == no}
+    for i, found in enumerate(candidates):
+        if found == perhaps and not any(prune(closed, [j == i for j in range(len(candidates))])[1]):
+            wanted.add(i)
+    only, _ = prune(closed, [i in wanted for i in range(len(candidates))])
+    constants = Constants()
+    values = constants.read(constants.run(only, [None] * len(jaxpr.invars)))
+    return dict(zip(sorted(wanted), map(np.asarray, values)))
+
+
+def _by_numpy(eqn: Any, values: Sequence[Any]) -> list[np.ndarray] | None:
+    """The outputs of an equation that is in the tables, for a dtype, mode and values that NumPy knows as JAX does."""
+    name = eqn.primitive.name
+    if not any(name in table for table in (MOVES, ELEMENTWISE, REDUCTIONS, OTHERS)):
+        return None
+    try:
+        operands = [np.asarray(x, v.aval.dtype) for x, v in zip(values, eqn.invars)]
+        if name in MOVES:
+            return moved(eqn, operands)
+        with np.errstate(all="ignore"):
+            operands = [x.astype(_wide(x.dtype)) for x in operands]
+            if name in ELEMENTWISE:
+                out = ELEMENTWISE[name](*operands)
+            elif name in REDUCTIONS:
+                out = REDUCTIONS[name](operands[0], axis=tuple(eqn.params["axes"]))
+            else:
+                out = OTHERS[name](*operands, eqn)
+            return [np.asarray(out).astype(eqn.outvars[0].aval.dtype)]
+    except Exception:
+        return None
+
+
+def _wide(dtype: Any) -> Any:
+    for kind, wide in ((jnp.complexfloating, np.complex128), (jnp.floating, np.float64), (jnp.integer, np.int64)):
+        if jnp.issubdtype(dtype, kind) and dtype != np.uint64:
+            return wide
+    return dtype
+
+
+def _converted(x, eqn):
+    target = eqn.outvars[0].aval.dtype
+    if jnp.issubdtype(target, jnp.integer) and not np.all(np.abs(x) < 2.0**31):
+        raise ValueError("beyond the range of integers")
+    return x.real if not jnp.issubdtype(target, jnp.complexfloating) else x
+
+
+def _ratio(a, b):
+    if not np.issubdtype(a.dtype, np.inexact):
+        raise TypeError("integers are divided otherwise")
+    return a / b
+
+
+def _iota(eqn):
+    shape, k = eqn.params["shape"], eqn.params["dimension"]
+    return np.broadcast_to(np.arange(shape[k]).reshape([-1 if i == k else 1 for i in range(len(shape))]), shape)
+
+
+ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
+    "abs": np.abs, "add": np.add, "add_any": np.add, "and": np.bitwise_and, "conj": np.conj, "copy": np.asarray,
+    "copy_p": np.asarray, "cos": np.cos, "cosh": np.cosh, "div": _ratio, "eq": np.equal, "exp": np.exp,
+    "exp2": np.exp2, "expm1": np.expm1, "floor": np.floor, "ge": np.greater_equal, "gt": np.greater, "imag": np.imag,
+    "is_finite": np.isfinite, "le": np.less_equal, "log": np.log, "log1p": np.log1p, "lt": np.less, "max": np.maximum,
+    "min": np.minimum, "mul": np.multiply, "ne": np.not_equal, "neg": np.negative, "not": np.invert,
+    "or": np.bitwise_or, "pow": np.power, "real": np.real, "sin": np.sin, "sinh": np.sinh, "sqrt": np.sqrt,
+    "square": np.square, "stop_gradient": np.asarray, "sub": np.subtract, "tan": np.tan, "tanh": np.tanh,
+    "xor": np.bitwise_xor,
+    "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
+    "logistic": lambda x: 1 / (1 + np.exp(-x)),
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "select_n": lambda which, *cases: np.choose(which, cases),
+}  # fmt: skip
+REDUCTIONS: Mapping[str, Callable[..., Any]] = {
+    "reduce_and": np.all, "reduce_max": np.max, "reduce_min": np.min, "reduce_or": np.any, "reduce_prod": np.prod,
+    "reduce_sum": np.sum,
+}  # fmt: skip
+OTHERS: Mapping[str, Callable[..., Any]] = {
+    "convert_element_type": _converted,
+    "integer_pow": lambda x, eqn: x ** eqn.params["y"],
+    "iota": _iota,
+}

@@ -1,0 +1,112 @@
+"""What the gradient of each trained operand of an operation reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._jax import Literal, call_body, open_jaxpr, prune
+from .._ops.primitive import ETPPrimitive
+
+__all__ = ["Dependence", "dependence"]
+
+_PRODUCTS = frozenset({"mul", "dot_general", "conv_general_dilated"})
+_LINEAR = frozenset({
+    "add", "add_any", "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "cumsum", "dynamic_slice",
+    "expand_dims", "gather", "neg", "pad", "reduce_sum", "reshape", "rev", "scatter-add", "select_n", "slice",
+    "squeeze", "sub", "transpose",
+})  # fmt: skip
+
+
+class Dependence(NamedTuple):
+    """Trained keys by what their gradient reads.
+
+    Attributes
+    ----------
+    offset : tuple of str
+        It does not depend on the input (a bias).
+    affine : tuple of str
+        It depends on the input, and is not known to vanish with it (``w`` of ``(x + 1) @ w``).
+    linear : tuple of str
+        It does not depend on the trained operands.
+    """
+
+    offset: tuple[str, ...]
+    affine: tuple[str, ...]
+    linear: tuple[str, ...]
+
+
+def dependence(
+    primitive: ETPPrimitive,
+    params: Mapping[str, Any],
+    x: Any | None,
+    y: Any,
+    trained: Mapping[str, Any],
+    fixed: Mapping[int, Any],
+) -> Dependence:
+    """Read it off the gradient's program; arguments are variables, trained ones by key and fixed ones by position."""
+    weights = {k: _struct(v) for k, v in trained.items()}
+    operands = {i: _struct(v) for i, v in fixed.items()}
+
+    def program(x, bound):
+        def gradient(x, weights, fixed, cotangent):
+            return primitive.weight_vjp(x, cotangent, weights, params, fixed, bound)
+
+        return jax.make_jaxpr(gradient)(x, weights, operands, _struct(y))
+
+    keys, inputs = sorted(weights), None if x is None else _struct(x)
+    closed, lead = program(inputs, True), int(x is not None)
+    reads = {key: prune(closed, [j == i for j in range(len(keys))])[1] for i, key in enumerate(keys)}
+    offset = tuple(k for k in keys if not any(reads[k][:lead]))
+    linear = tuple(k for k in keys if not any(reads[k][lead:][: len(keys)]))
+    affine: tuple[str, ...] = ()
+    if x is not None:
+        if primitive.rules.pp_x_repr is not None:
+            closed = program(jax.eval_shape(primitive.x_repr, inputs, weights), False)
+        vanish = _vanishes(closed, [True] + [False] * (len(open_jaxpr(closed).invars) - 1))
+        affine = tuple(k for k, zero in zip(keys, vanish) if not zero and k not in offset)
+    return Dependence(offset, affine, linear)
+
+
+def _struct(var: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+
+
+def _vanishes(closed: Any, inputs: Sequence[bool]) -> list[bool]:
+    """Which outputs are known to be zero where the marked inputs are."""
+    jaxpr = open_jaxpr(closed)
+    zeros = {v for v, zero in zip(jaxpr.invars, inputs) if zero}
+
+    def is_zero(v):
+        return np.ndim(v.val) == 0 and v.val == 0 if isinstance(v, Literal) else v in zeros
+
+    for eqn in jaxpr.eqns:
+        zeros.update(v for v, zero in zip(eqn.outvars, _outputs(eqn, [is_zero(v) for v in eqn.invars])) if zero)
+    return [is_zero(v) for v in jaxpr.outvars]
+
+
+def _outputs(eqn: Any, inputs: list[bool]) -> list[bool]:
+    name, body = eqn.primitive.name, call_body(eqn)
+    if name == "scan":
+        consts = eqn.params["num_consts"]
+        carried = slice(consts, consts + eqn.params["num_carry"])
+        after = _vanishes(body, inputs)
+        stays = after[: eqn.params["num_carry"]]
+        if stays != inputs[carried]:
+            inputs[carried] = [a and b for a, b in zip(inputs[carried], stays)]
+            return _outputs(eqn, inputs)
+        return after
+    if body is not None:
+        return _vanishes(body, inputs)
+    smooth = [zero for v, zero in zip(eqn.invars, inputs) if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
+    if name in _PRODUCTS:
+        zero = any(inputs)
+    elif name == "div":
+        zero = inputs[0]
+    else:
+        zero = name in _LINEAR and all(smooth or inputs)
+    return [zero] * len(eqn.outvars)
