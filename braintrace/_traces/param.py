@@ -263,8 +263,11 @@ def _instant_without_input(meta, coefficient, operands, fixed, time):
         return {key: total}
     fixed = jax.tree.map(lambda v: v[0], dict(fixed)) if time else fixed
     ones = jnp.ones(relation.y_var.aval.shape, relation.y_var.aval.dtype)
-    slope = relation.primitive.weight_vjp(None, ones, operands, relation.eqn_params, fixed)
-    return {key: total * slope[key]}
+    slope = lambda cotangent: relation.primitive.weight_vjp(None, cotangent, operands, relation.eqn_params, fixed)[key]  # noqa: E731
+    if not jnp.iscomplexobj(ones):
+        return {key: total * slope(ones)}
+    # Of a complex output the derivative is linear in the two parts of the cotangent, and no more than that.
+    return {key: jnp.real(total) * slope(ones) + jnp.imag(total) * slope(1j * ones)}
 
 
 def _times(meta, coefficient: Any, trace: Mapping[str, jax.Array], extra: int) -> dict[str, jax.Array]:
