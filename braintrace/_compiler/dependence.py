@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._jax import Literal, call_body, open_jaxpr, prune
+from .._jax import Literal, call_body, open_jaxpr, prune, scan_operands
 from .._ops.primitive import ETPPrimitive
 
 __all__ = ["Dependence", "dependence"]
@@ -92,10 +92,10 @@ def _vanishes(closed: Any, inputs: Sequence[bool]) -> list[bool]:
 def _outputs(eqn: Any, inputs: list[bool]) -> list[bool]:
     name, body = eqn.primitive.name, call_body(eqn)
     if name == "scan":
-        consts = eqn.params["num_consts"]
-        carried = slice(consts, consts + eqn.params["num_carry"])
-        after = _vanishes(body, inputs)
-        stays = after[: eqn.params["num_carry"]]
+        consts, number = scan_operands(eqn)
+        carried = slice(consts, consts + number)
+        after = _vanishes(eqn.params["jaxpr"], inputs)
+        stays = after[:number]
         if stays != inputs[carried]:
             inputs[carried] = [a and b for a, b in zip(inputs[carried], stays)]
             return _outputs(eqn, inputs)

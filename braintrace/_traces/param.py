@@ -19,7 +19,7 @@ import numpy as np
 from .._compiler.groups import HiddenGroup
 from .._compiler.positions import MANY, NONE, is_aligned, no_cut, own_label, propagate
 from .._compiler.relations import HiddenParamOpRelation
-from .._jax import open_jaxpr, zeros
+from .._jax import Literal, open_jaxpr, zeros
 from .._types import path_str
 from .record import Slots, add, contraction, pair_key, placed, spread, unbroadcast, weighted_sum, x_aval
 
@@ -115,7 +115,7 @@ def _meta_of_one(relation: HiddenParamOpRelation) -> ParamMeta:
     fixed = {i: _struct(v) for i, v in relation.fixed_vars.items()}
     where = f"{p.name} at {path_str(relation.path)!r}"
     shapes = {k: w.shape for k, w in weights.items()}
-    if lead and any(f.shape[:lead] == y.shape[:lead] and len(f.shape) == y.ndim for f in fixed.values()):
+    if lead and _reads_by_sample(relation, weights, fixed):
         raise NotImplementedError(
             f"An operand of {where} that is not trained has a batch axis. Use braintrace.pp_prop, or apply it outside."
         )
@@ -134,6 +134,21 @@ def _meta_of_one(relation: HiddenParamOpRelation) -> ParamMeta:
     if p.rules.anchors is not None:
         return meta._replace(anchors=p.rules.anchors(one_y, weights, relation.eqn_params))
     return meta._replace(anchors=_find_anchors(meta, x, one_y, weights, fixed, where))
+
+
+def _reads_by_sample(relation, weights, fixed) -> bool:
+    """Whether every sample of the output reads its own part of some untrained operand."""
+    p, y = relation.primitive, relation.y_var.aval
+    if y.shape[0] == 1:  # a single sample reads what there is
+        return False
+    x = None if relation.x_var is None else _struct(relation.x_var)
+    jaxpr = open_jaxpr(jax.make_jaxpr(lambda x, w, f: p.apply(x, w, relation.eqn_params, f))(x, weights, fixed))
+    operands = jaxpr.invars[len(jaxpr.invars) - len(fixed) :]
+    env = {v: {("fixed", i): own_label(v.aval.shape, len(v.aval.shape))} for i, v in enumerate(operands)}
+    propagate(jaxpr.eqns, env, no_cut)
+    own = own_label(y.shape, 1)[1]
+    labels = [] if isinstance(jaxpr.outvars[0], Literal) else env.get(jaxpr.outvars[0], {}).values()
+    return any(len(label) > 1 and np.all((label[1] == own) | (label[1] == NONE)) for label in labels)
 
 
 def _find_anchors(meta, x, y, weights, fixed, where) -> dict[str, Any]:
@@ -196,7 +211,7 @@ def init(pair: Pair, width: int, dtype: Any) -> SlotTrace:
         full = whole if relation.x_var is None else (*batch, *meta.shapes[k])
         if own:
             full, kept = own[k].shape[:-1], own[k].dtype
-        filtered = () if k in relation.offset_keys else x_aval(relation).shape if pair.factorised else None
+        filtered = () if k in relation.offset_keys or relation.x_var is None else x_aval(relation).shape
         behind = () if group.snap is None else (group.snap.num_neighbour,)
         trace[k] = [zeros(filtered if a in pair.factorised else (*full, *behind), kept) for a in range(width)]
     return trace
