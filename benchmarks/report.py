@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 THIS, PUBLISHED, BASELINE = "this", "published", "plain"
-PACKAGES = ["jax", "jaxlib", "brainstate", "brainunit", "brainpy.state", "numpy"]
+PACKAGES = ["jax", "jaxlib", "brainstate", "brainunit", "brainpy", "numpy"]
 
 TITLES = {
     "sequence": "Gradient of a whole sequence",

@@ -63,8 +63,8 @@ from ._types import MultiStepData as MultiStepData
 from ._types import NotSupportedError as NotSupportedError
 from ._types import SingleStepData as SingleStepData
 
-__version__ = "0.3.0"
-__version_info__ = (0, 3, 0)
+__version__ = "1.0.0b1"
+__version_info__ = tuple(map(int, __version__.partition("b")[0].split(".")))
 
 __all__ = [
     "CompilationError",

@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=${VENV:-.venv}
 
 find_python() {
-    local candidate candidates=(python3 python3.13 python3.12 python3.11 python)
+    local candidate candidates=(python3 python3.14 python3.13 python3.12 python3.11 python)
     if [[ -n "${PYTHON:-}" ]]; then candidates=("$PYTHON"); fi
     for candidate in "${candidates[@]}"; do
         if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then

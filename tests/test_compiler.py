@@ -17,6 +17,8 @@ from brainstate.transform import grad
 
 import braintrace
 from braintrace import CompilationRecord, DiagnosticKind, DiagnosticLevel, element_wise, matmul
+from braintrace._compiler.positions import ENDS, RULES
+from braintrace._jax import call_body, is_jit, open_jaxpr
 
 pytestmark = [
     pytest.mark.usefixtures("time_step"),
@@ -136,6 +138,26 @@ def test_links_are_transitive():
         return m.b.value
 
     assert names(compiled(step, hidden="hab")) == [["a", "b", "h"]]
+
+
+ONE_BY_ONE = "abs arccos arcsin arctan cbrt cosh exp exp2 expm1 log log10 log1p log2 reciprocal sinc sqrt square tanh"
+
+
+@pytest.mark.parametrize("module, names", [(jnp, ONE_BY_ONE), (jax.nn, "elu gelu selu sigmoid silu softplus")])
+def test_what_jax_computes_entry_by_entry_needs_no_derivative_to_be_followed(module, names):
+    """Its primitives, and those of its derivative, have rules, in every release of JAX."""
+    x = jnp.array([0.3, 0.5])
+    for function in [getattr(module, name) for name in names.split()]:
+        for f in (function, lambda x: jax.jvp(function, (x,), (x,))[1]):
+            for eqn in inlined(jax.make_jaxpr(f)(x)):
+                real = all(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in (*eqn.invars, *eqn.outvars))
+                name = eqn.primitive.name
+                assert not real or name in RULES or name in ENDS or "custom" in name, (function, eqn)
+
+
+def inlined(jaxpr):
+    for eqn in open_jaxpr(jaxpr).eqns:
+        yield from inlined(call_body(eqn)) if is_jit(eqn) else [eqn]
 
 
 @pytest.mark.parametrize("lead", [(), (4,)])

@@ -761,7 +761,8 @@ def test_deprecated_names_warn_at_every_access(name):
 
 def test_deprecated_name_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "brainpy.state", None)
-    with pytest.warns(DeprecationWarning), pytest.raises(ImportError, match="pip install brainpy.state"):
+    hint = r"pip install 'brainpy>=2\.9'`, on Python 3\.11 with `pip install 'brainpy\.state<0\.2'"
+    with pytest.warns(DeprecationWarning), pytest.raises(ImportError, match=hint):
         bnn.LIF
 
 

@@ -28,6 +28,7 @@ def forward(name: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except ImportError as error:
         raise ImportError(
-            f"braintrace.nn.{name} is now {module}.{name}, but {module} cannot be imported. "
-            f"Install it with `pip install {module}`, then use {module}.{name}."
+            f"braintrace.nn.{name} is now {module}.{name}, but {module} cannot be imported. Install it with "
+            "`pip install 'brainpy>=2.9'`, on Python 3.11 with `pip install 'brainpy.state<0.2'`, then use "
+            f"{module}.{name}."
         ) from error
