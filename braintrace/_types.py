@@ -15,9 +15,13 @@ Path = tuple[Any, ...]
 class NotSupportedError(Exception):
     """A model does something that online learning cannot express."""
 
+    __module__ = "braintrace"
+
 
 class CompilationError(Exception):
     """A model was traced, but nothing in it can be trained online."""
+
+    __module__ = "braintrace"
 
 
 class _Data:

@@ -190,7 +190,7 @@ def test_synthesizers():
     values = made.param_values()
     h = jax.random.normal(jax.random.key(0), (4, 3, 2), jnp.float32)
     expected = (h.reshape(4, 6) @ values["w"][0] + values["b"][0]).reshape(4, 3, 2)
-    np.testing.assert_allclose(made.apply(values, {0: h})[0], expected, rtol=1e-6)
+    np.testing.assert_allclose(made.apply(values, group_hiddens={0: h})[0], expected, rtol=1e-6)
     assert made.apply(values, {0: h.astype(jnp.float64)})[0].dtype == jnp.float64
     assert jnp.all(SyntheticGradient({0: (3, 1)}).weights[0].value == 0)
     with pytest.raises(ValueError, match="group 0 have shape"):

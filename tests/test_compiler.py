@@ -608,7 +608,7 @@ def test_a_record_shows_what_it_has():
 
 def test_names_of_kinds_and_levels():
     assert [level.value for level in DiagnosticLevel] == ["info", "warning", "error"]
-    assert len(DiagnosticKind) == 28 and all(kind.value == kind.name.lower() == kind for kind in DiagnosticKind)
+    assert len(DiagnosticKind) == 30 and all(kind.value == kind.name.lower() == kind for kind in DiagnosticKind)
     with pytest.raises(ValueError):
         compiled(leaky).explain(kind="nothing")
 
@@ -684,6 +684,7 @@ def test_fields_of_the_report():
     assert sorted(report.excluded_weights) == [(("plain",), None), (("q",), "relation_excluded_non_temporal")]
     assert report.dynamic_states == [("t",)]
     assert report.diagnostics is report.graph.diagnostics
+    assert isinstance(braintrace.CompilationReport.graph, property)
     counts = dict(hidden_groups=2, etrace_weights=3, excluded_weights=2, warnings=2, errors=0)
     assert report.counts == counts
     assert repr(report) == f"CompilationReport({', '.join(f'{k}={v}' for k, v in counts.items())})"
@@ -781,6 +782,9 @@ def test_parts_agree_with_the_whole():
     for found in (relations, of_module):
         assert [r.key for r in found] == [r.key for r in graph.hidden_param_op_relations]
     assert all(g.dict() == g._asdict() for g in groups) and all(r.dict() == r._asdict() for r in relations)
+    (group,) = groups
+    assert group.hidden_invars == [minfo.hidden_path_to_invar[p] for p in group.hidden_paths]
+    assert group.hidden_outvars == [minfo.hidden_path_to_outvar[p] for p in group.hidden_paths]
 
 
 def read_inputs(group, cell):
@@ -835,8 +839,17 @@ def test_hidden_perturbation():
     index_h, index_c = hidden_outputs(graph)
     np.testing.assert_allclose(shifted[index_c], new_c + 0.1, rtol=1e-5)
     assert np.abs(shifted[index_h] - new_h).max() > 1e-3  # h reads the new c
-    with pytest.raises(ValueError, match="2 hidden states"):
-        made.eval_jaxpr(inputs, zeros[:1])
+    assert np.array_equal(made.eval_jaxpr(inputs, zeros, (), ())[0], out)
+    h, c = jnp.arange(3.0), 3 + jnp.arange(3.0)
+    (joined,) = made.perturb_data_to_hidden_group_data([h, c], graph.hidden_groups)
+    np.testing.assert_array_equal(joined, jnp.stack([h, c], -1))
+    one = jnp.ones(N)
+    for bad in ([zeros[:1]], [zeros, [one]], [zeros, [], [one]]):
+        with pytest.raises(ValueError, match=r"There must be (2 perturb|0 values of by).*got 1\."):
+            made.eval_jaxpr(inputs, *bad)
+    for method in (made.perturb_data_to_hidden_group_data, made.bypass_hidden_data_to_hidden_group_data):
+        with pytest.raises(ValueError, match=r"There must be (2 perturb|0 values of by).*got 1\."):
+            method([one], graph.hidden_groups)
     assert braintrace.compile_etrace_graph(cell, X, include_hidden_perturb=False).hidden_perturb is None
 
 
@@ -870,6 +883,52 @@ def test_every_new_value_is_perturbed(write):
         shifted = made.eval_jaxpr(inputs, [z + (i == j) for j, z in enumerate(zeros)])
         n = info.num_var_out + where[path][0]
         np.testing.assert_allclose(shifted[n] - plain[n], 1, rtol=1e-5)
+
+
+def test_outputs_that_bypass_the_new_values():
+    """They need no inputs of their own; what is asked about them is answered all the same."""
+
+    def step(m, x):
+        y = matmul(x, m.w.value)
+        m.h.value, m.b.value, old = y + m.h.value, jnp.tanh(y) + m.b.value * m.h.value, m.b.value
+        m.g.value = 0.5 * m.g.value + matmul(x, m.v.value)[:, None]
+        return old + y
+
+    model = Model(step, "hb", g=brainstate.HiddenGroupState(jnp.zeros((N, 2))))
+    on, graph = [braintrace.compile_etrace_graph(model, X, include_output_bypass=flag) for flag in (True, False)]
+    assert repr(on) == repr(graph) and on.diagnostics == graph.diagnostics
+    assert names(graph) == [["h", "b"], ["g"]] and not [k for k in kinds(graph) if "bypass" in k]
+    made = graph.hidden_perturb
+    for name in ("bypass_param_paths", "bypass_vars", "bypass_hidden_paths", "bypass_hidden_vars"):
+        assert getattr(made, name) == () and made._field_defaults[name] == ()
+    for found, shape in zip(made.bypass_hidden_data_to_hidden_group_data((), graph.hidden_groups), [(N, 2)] * 2):
+        np.testing.assert_array_equal(found, jnp.zeros(shape), strict=True)
+    value = jnp.arange(1.0, N + 1)
+    named = made._replace(bypass_hidden_paths=(("b",),))
+    pair, other = named.bypass_hidden_data_to_hidden_group_data([value], graph.hidden_groups)
+    np.testing.assert_array_equal(pair, jnp.stack([jnp.zeros(N), value], -1))
+    np.testing.assert_array_equal(other, jnp.zeros((N, 2)))
+
+
+find_groups = braintrace.find_hidden_groups_from_minfo
+find_relations = braintrace.find_hidden_param_op_relations_from_minfo
+add_perturbation = braintrace.add_hidden_perturbation_from_minfo
+IDS, PATHS = frozenset({1}), frozenset({("h",)})
+IGNORED = dict(descended_scan_eqn_ids=IDS, descended_hidden_paths=PATHS)
+WITHOUT_EFFECT = [  # a call with the graph's step and groups; what it finds of the graph
+    (lambda info, _: find_groups(info, False, None, 9, IDS, PATHS)[0], "hidden_groups"),
+    (lambda info, _: find_groups(info, **IGNORED)[0], "hidden_groups"),
+    (lambda info, group_of: find_relations(info, group_of, IDS), "hidden_param_op_relations"),
+    (lambda info, group_of: find_relations(info, group_of, **IGNORED), "hidden_param_op_relations"),
+    (lambda info, _: add_perturbation(info, IDS, False), "hidden_perturb"),
+    (lambda info, _: add_perturbation(info, include_output_bypass=False, **IGNORED), "hidden_perturb"),
+]
+
+
+@pytest.mark.parametrize("call, part", WITHOUT_EFFECT)
+def test_arguments_without_effect(call, part):
+    _, graph = lstm_graph()
+    assert repr(call(graph.module_info, graph.hid_path_to_group)) == repr(getattr(graph, part))
 
 
 @pytest.mark.parametrize("method, has", [("single-step", True), ("multi-step", False)])
@@ -937,6 +996,27 @@ def test_backward_from_an_executor():
     assert {p for p in state_bars if p in hidden} == set(hidden)
     np.testing.assert_allclose(signals["h",], RAMP, rtol=1e-6)
     np.testing.assert_array_equal(signals["c",], jnp.zeros(N))
+
+
+@pytest.mark.parametrize("bypass", [True, False])
+def test_every_output_has_its_credit_in_an_executor(bypass):
+    def step(m, x):
+        old, y = m.h.value, matmul(x, m.w.value)
+        m.h.value = jnp.tanh(0.5 * old + y)
+        return (old + jnp.sin(y)) * m.v.value[0]
+
+    executor = braintrace.ETraceVjpGraphExecutor(Model(step), include_output_bypass=bypass)
+    assert executor.include_output_bypass is bypass
+    executor.compile_graph(X)
+    bar = jnp.arange(1.0, N + 1)
+    *_, backward, _ = executor.solve_h2w_h2h_l2h_jacobian(X)
+    (x_bar,), bars, _ = backward((bar, {("h",): jnp.zeros(N)}, {}))
+    w, v = (executor.states[name,].value for name in "wv")
+    by_y = bar * v[0] * jnp.cos(X @ w)
+    np.testing.assert_allclose(x_bar, w @ by_y, rtol=1e-6)
+    np.testing.assert_allclose(bars["w",], jnp.outer(X, by_y), rtol=1e-6)
+    np.testing.assert_allclose(bars["h",], bar * v[0], rtol=1e-6)
+    np.testing.assert_allclose(bars["v",][0], bar * jnp.sin(X @ w), rtol=1e-6)
 
 
 def test_an_executor_says_what_it_takes():

@@ -286,7 +286,7 @@ def test_refused(call, error, message):
 
 @pytest.mark.parametrize("error", [braintrace.NotSupportedError, braintrace.CompilationError])
 def test_exception_classes(error):
-    assert error.__bases__ == (Exception,)
+    assert error.__bases__ == (Exception,) and error.__module__ == "braintrace"
 
 
 def test_states_that_changed_after_compilation_are_named():

@@ -262,6 +262,7 @@ def test_urlstm_bias_is_the_logit_of_a_uniform():
 
 def test_lru_eigenvalues_start_on_the_ring():
     cell = bnn.LRUCell(N_IN, 500, r_min=0.4, r_max=0.9, max_phase=1.5)
+    assert (cell.d_model, cell.d_hidden, cell.r_min, cell.r_max, cell.max_phase) == (N_IN, 500, 0.4, 0.9, 1.5)
     radius, phase = np.exp(-np.exp(cell.nu_log.value)), np.exp(cell.theta_log.value)
     assert 0.4 <= radius.min() < 0.45 and 0.85 < radius.max() <= 0.9
     assert 0 < phase.min() and 1.4 < phase.max() <= 1.5
@@ -651,7 +652,8 @@ def test_readout_integrates_with_units():
 @every_batch
 def test_leaky_rate_readout(batch):
     with brainstate.environ.context(dt=0.5 * u.ms):
-        readout = bnn.LeakyRateReadout(N_IN, N_OUT, r_init=init.Constant(1.0))
+        readout = bnn.LeakyRateReadout(N_IN, N_OUT, r_init=(one := init.Constant(1.0)))
+    assert readout.r_init is one
     assert readout.tau == 5.0 * u.ms
     close(readout.decay, np.exp(-0.1))
     assert list(readout.states(brainstate.ParamState)) == [("W",)]

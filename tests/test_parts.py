@@ -15,7 +15,7 @@ def test_fixed_random_feedback():
     assert part.B.shape == (part.n_target, part.n_layer) == (3, 200)
     assert abs(float(part.B.std()) - 0.5) < 0.05
     y = jnp.ones((2, 4, 3))
-    np.testing.assert_allclose(part.project(y), y @ part.B)
+    np.testing.assert_allclose(part.project(y_target=y), y @ part.B)
 
 
 def test_kappa_filter():

@@ -1,6 +1,7 @@
 """Rules whose transition Jacobian sees the recurrent mixing, against dense Jacobians of the same step in plain JAX."""
 
 import contextlib
+import re
 
 import brainevent
 import brainstate
@@ -262,7 +263,8 @@ def test_sparse_neighbourhoods():
             followed = [sorted(snap.neighbours[p][snap.valid[p]]) for p in range(5)]
             assert followed == [sorted(np.flatnonzero(row)) for row in np.linalg.matrix_power(reach.astype(int), n - 1)]
             assert list(snap.neighbours[:, 0]) == list(range(5))
-            assert not snap.conservative
+            assert not snap.conservative and snap.reason == "" and snap.n == n
+            assert not snap.is_saturated and not snap.is_degenerate
         grads = learner.etrace_grad(xs, step_fn=lambda x: (learner(x) ** 2).sum(), reduction="sum")
         model = learner.model4compile
         if exact is None:
@@ -275,6 +277,51 @@ def test_sparse_neighbourhoods():
             exact = brainstate.transform.grad(loss, model.states(brainstate.ParamState))()
         error = max(float(jnp.abs(grads[k] - exact[k]).max()) for k in exact)
         assert (error < 1e-12) == (n == 4), (n, error)
+
+
+PATTERNS = {  # adjacency, order: is_saturated, is_degenerate
+    "none": (np.eye(4), 3, False, True),
+    "ring, some": (np.roll(np.eye(4), 1, axis=1), 3, False, False),
+    "ring, all": (np.roll(np.eye(4), 1, axis=1), 4, True, False),
+    "chain": (np.eye(4, k=1), 9, False, False),
+    "unknown": (None, 2, True, False),
+    "one position": (np.ones((1, 1)), 2, True, True),
+}
+
+
+@pytest.mark.parametrize("row", PATTERNS)
+def test_summaries_of_a_neighbourhood(row):
+    adjacency, n, saturated, degenerate = PATTERNS[row]
+    size = 4 if adjacency is None else len(adjacency)
+    found = neighbourhood(None if adjacency is None else adjacency.astype(bool), (0,), (size,), n, "why")
+    assert (found.n, found.is_saturated, found.is_degenerate, found.reason) == (n, saturated, degenerate, "why")
+
+
+WHY_UNKNOWN = [
+    (lambda s, w: s @ w + jnp.roll(s, 1), "hidden values enter 0 marked operations"),
+    (lambda s, w: braintrace.matmul(braintrace.matmul(s, w), w), "hidden values enter 2 marked operations"),
+    (lambda s, w: braintrace.matmul(s, w) + jnp.roll(s, 1), "beside etp_mv"),
+    (lambda s, w: jnp.roll(braintrace.matmul(s, w), 1), "output of etp_mv changes its positions"),
+    (lambda s, w: braintrace.matmul(s, w * s), "another operand of etp_mv"),
+    (lambda s, w: braintrace.matmul(jnp.tile(s, 2), jnp.tile(w, (2, 1))), r"does not map the shape \(4,\)"),
+    (lambda s, w: braintrace.matmul(s.reshape(2, 2), w[:2, :2]).reshape(4), r"does not map the shape \(4,\)"),
+]
+
+
+@pytest.mark.parametrize("mix, reason", WHY_UNKNOWN, ids=[reason for _, reason in WHY_UNKNOWN])
+def test_why_a_pattern_is_unknown(mix, reason):
+    class Mixed(Model):
+        def update(self, x):
+            s = self.s[0].value
+            self.s[0].value = jnp.tanh(braintrace.matmul(x, self.w["in"].value) + mix(s, self.w["rec"].value))
+            return self.s[0].value
+
+    model = Mixed("recurrent")
+    brainstate.nn.init_all_states(model)
+    with pytest.warns(UserWarning, match=f"known pattern \\(.*{reason}.*\\): every"):
+        graph = braintrace.compile_etrace_graph(model, inputs()[0], include_recurrent_mixing=True, sparse_n=2)
+    (group,) = graph.hidden_groups
+    assert group.snap.conservative and group.snap.is_saturated and re.search(reason, group.snap.reason)
 
 
 def test_a_sparse_jacobian_is_never_formed_whole():
@@ -516,7 +563,8 @@ def test_operations_of_ones_own():
         with pytest.raises(NotImplementedError, match="no_anchor at 'w.rec'.*snap_anchor"):
             braintrace.compile(Custom(unanchored()), braintrace.SnAp, xs[0], n=n)
     conservative = braintrace.compile(Custom(anchored()), braintrace.SnAp, xs[0], n=2)
-    assert conservative.graph.hidden_groups[0].snap.conservative
+    snap = conservative.graph.hidden_groups[0].snap
+    assert snap.conservative and snap.is_saturated and "own_anchor has no rule snap_adjacency" in snap.reason
 
     def ring(params, size):  # q is what p may depend on
         return np.roll(np.eye(size, dtype=bool), 1, axis=0)

@@ -22,7 +22,11 @@ class DiagnosticLevel(str, enum.Enum):  # noqa: UP042
 
 
 class DiagnosticKind(str, enum.Enum):  # noqa: UP042
-    """What a :class:`CompilationRecord` tells; the value is the name in lower case."""
+    """What a :class:`CompilationRecord` tells; the value is the name in lower case.
+
+    No record is of the kinds ``OUTPUT_BYPASSES_HIDDEN`` and ``OUTPUT_BYPASS_DROPPED``, which scripts may ask for: the
+    reverse pass through the step yields the credit of every output, whether or not it passes a new hidden value.
+    """
 
     RELATION_INCLUDED = "relation_included"
     RELATION_EXCLUDED_NO_PARAMSTATE = "relation_excluded_no_paramstate"
@@ -51,6 +55,8 @@ class DiagnosticKind(str, enum.Enum):  # noqa: UP042
     SNAP_PATTERN_DEGENERATE = "snap_pattern_degenerate"
     TRANSITION_TAIL_BOUNDED = "transition_tail_bounded"
     HIDDEN_GROUP_MERGED = "hidden_group_merged"
+    OUTPUT_BYPASSES_HIDDEN = "output_bypasses_hidden"
+    OUTPUT_BYPASS_DROPPED = "output_bypass_dropped"
     STATE_MISMATCH = "state_mismatch"
 
 

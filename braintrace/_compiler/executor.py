@@ -118,6 +118,8 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
         As for :class:`ETraceGraphExecutor`.
     full_jacobian : bool
         Whether groups give their whole Jacobian, as a product with tangents, instead of its blocks per position.
+    include_output_bypass : bool
+        Kept as an attribute; it changes no gradient, see :func:`compile_etrace_graph`.
 
     Raises
     ------
@@ -145,6 +147,7 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
         snap_max_jacobian_elements: int = CEILING,
         control_flow: ControlFlowPolicy | None = None,
         full_jacobian: bool = False,
+        include_output_bypass: bool = True,
     ):
         super().__init__(model, include_recurrent_mixing, sparse_n, snap_max_jacobian_elements, control_flow)
         if vjp_method not in ("single-step", "multi-step"):
@@ -153,6 +156,7 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
             self._scope = scope_of(True, None, snap_max_jacobian_elements, full=True)
         self.vjp_method = vjp_method
         self.full_jacobian = full_jacobian
+        self.include_output_bypass = include_output_bypass
         self._needs_perturbation = self.is_single_step_vjp
 
     @property

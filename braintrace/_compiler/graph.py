@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
 import brainstate
@@ -98,6 +98,7 @@ def compile_etrace_graph(
     sparse_n: int | None = None,
     snap_max_jacobian_elements: int = CEILING,
     control_flow: ControlFlowPolicy | None = None,
+    include_output_bypass: bool = True,
 ) -> ETraceGraph:
     """Trace one step of a model with initialised states and find what can be trained online.
 
@@ -118,6 +119,9 @@ def compile_etrace_graph(
         The most elements that the Jacobian of a group may have between neighbours.
     control_flow : ControlFlowPolicy, optional
         What to do with loops and branches.
+    include_output_bypass : bool
+        Accepted, and changes no gradient: every output gets its credit, whether it reads a new hidden value, an old one
+        or an operation's output directly, because the step is differentiated as a whole.
 
     Returns
     -------
@@ -146,6 +150,7 @@ def compile_etrace_graph(
     >>> [r.path for r in graph.hidden_param_op_relations]
     [('Wz', 'weight'), ('Wh', 'weight')]
     """
+    del include_output_bypass
     scope = scope_of(include_recurrent_mixing, sparse_n, snap_max_jacobian_elements)
     return compile_in_scope(model, args, scope, include_hidden_perturb, control_flow)
 
@@ -217,6 +222,8 @@ def find_hidden_groups_from_minfo(
     include_recurrent_mixing: bool = False,
     sparse_n: int | None = None,
     snap_max_jacobian_elements: int = CEILING,
+    descended_scan_eqn_ids: Set[int] = frozenset(),
+    descended_hidden_paths: Set[Path] = frozenset(),
 ) -> tuple[list[HiddenGroup], dict[Path, HiddenGroup]]:
     """The hidden groups of a traced model.
 
@@ -226,6 +233,8 @@ def find_hidden_groups_from_minfo(
         From :func:`extract_module_info`.
     include_recurrent_mixing, sparse_n, snap_max_jacobian_elements
         As in :func:`compile_etrace_graph`.
+    descended_scan_eqn_ids, descended_hidden_paths
+        Accepted, without effect: what is followed inside long loops stands in ``minfo``.
 
     Returns
     -------
@@ -247,6 +256,7 @@ def find_hidden_groups_from_minfo(
     >>> groups
     [HiddenGroup(index=0, members=['h', 'c'], varshape=(3,), S=2)]
     """
+    del descended_scan_eqn_ids, descended_hidden_paths
     scope = scope_of(include_recurrent_mixing, sparse_n, snap_max_jacobian_elements)
     return _groups(minfo, analyse_flow(minfo), scope)[:2]
 
@@ -289,7 +299,11 @@ def find_hidden_groups_from_module(
 
 
 def find_hidden_param_op_relations_from_minfo(
-    minfo: ModuleInfo, hid_path_to_group: Mapping[Path, HiddenGroup]
+    minfo: ModuleInfo,
+    hid_path_to_group: Mapping[Path, HiddenGroup],
+    descended_scan_eqn_ids: Set[int] = frozenset(),
+    *,
+    descended_hidden_paths: Set[Path] = frozenset(),
 ) -> tuple[HiddenParamOpRelation, ...]:
     """The relations of a traced model.
 
@@ -299,6 +313,8 @@ def find_hidden_param_op_relations_from_minfo(
         From :func:`extract_module_info`.
     hid_path_to_group : mapping
         From :func:`find_hidden_groups_from_minfo`.
+    descended_scan_eqn_ids, descended_hidden_paths
+        Accepted, without effect: what is followed inside long loops stands in ``minfo``.
 
     Returns
     -------
@@ -315,6 +331,7 @@ def find_hidden_param_op_relations_from_minfo(
     >>> braintrace.find_hidden_param_op_relations_from_minfo(minfo, group_of)
     (HiddenParamOpRelation('W.weight', etp_mv, groups=[0]),)
     """
+    del descended_scan_eqn_ids, descended_hidden_paths
     flow = analyse_flow(minfo)
     groups = sorted({g.index: g for g in hid_path_to_group.values()}.values(), key=lambda g: g.index)
     relations, _, records = find_relations(minfo, flow, _reach(minfo, flow, hid_path_to_group), groups)

@@ -10,7 +10,7 @@ import brainstate
 import jax
 import jax.numpy as jnp
 
-from .._jax import open_jaxpr
+from .._jax import Var, open_jaxpr
 from .._types import NotSupportedError, Path, path_str
 from .cut import Cut, Transition
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
@@ -42,7 +42,9 @@ class HiddenGroup(NamedTuple):
     program : Transition
         Those equations as a program.
     snap : Neighbourhood or None
-        The positions that each position influences, in the scope ``'sparse_n'``.
+        The positions that each position influences, in the scope ``'sparse_n'``: ``neighbours`` and ``valid`` of shape
+        ``(num_position, num_neighbour)``, within ``n - 1`` steps; ``is_saturated`` where each influences all,
+        ``is_degenerate`` where each influences itself alone, ``conservative`` for the ``reason`` that is given.
     """
 
     index: int  # type: ignore[assignment]
@@ -58,6 +60,16 @@ class HiddenGroup(NamedTuple):
     @property
     def name(self) -> str:
         return f"hidden_group_{self.index}"
+
+    @property
+    def hidden_invars(self) -> list[Var]:
+        """The variables of the step that hold the members' old values."""
+        return list(self.program.part.olds)
+
+    @property
+    def hidden_outvars(self) -> list[Any]:
+        """The variables of the step that hold the members' new values; a literal where the step writes a number."""
+        return list(self.program.part.news)
 
     @property
     def trace_state_width(self) -> int:

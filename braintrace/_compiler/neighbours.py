@@ -57,13 +57,16 @@ def find_neighbourhood(
         )
     else:
         influence = _influence(eqns, flow, part, varshape, axes)
-        found = neighbourhood(influence, axes, varshape, scope.order)
+        if isinstance(influence, str):
+            found = neighbourhood(None, axes, varshape, scope.order, influence)
+        else:
+            found = neighbourhood(influence, axes, varshape, scope.order)
         if found.conservative:
             tell(
                 DiagnosticKind.SNAP_PATTERN_CONSERVATIVE,
                 DiagnosticLevel.WARNING,
                 f"How the positions of {names} influence each other is not that of a single recurrent product with a "
-                "known pattern: every position is taken as the neighbour of every other.",
+                f"known pattern ({found.reason}): every position is taken as the neighbour of every other.",
             )
     elements = found.num_position * (found.num_neighbour * num_state) ** 2
     if elements > scope.ceiling:
@@ -76,27 +79,32 @@ def find_neighbourhood(
     return found, records
 
 
-def _influence(eqns, flow: Flow, part: Slice, varshape, axes) -> np.ndarray | None:
-    """``[p, q]``: p influences q; ``None`` unless one operation on the last axis does all of the mixing."""
-    if len(part.passed) != 1 or axes != (len(varshape) - 1,):
-        return None
+def _influence(eqns, flow: Flow, part: Slice, varshape, axes) -> np.ndarray | str:
+    """``[p, q]``: p influences q; why that is unknown unless one operation on the last axis does all of the mixing."""
+    if len(part.passed) != 1:
+        return f"hidden values enter {len(part.passed)} marked operations instead of one"
+    if axes != (len(varshape) - 1,):
+        return f"positions mix along the axes {axes} of the shape {varshape}, and not along the last one alone"
     op = flow.ops[next(iter(part.passed))]
-    if op.x is None or op.x.aval.shape != varshape or op.y.aval.shape != varshape or _steers(flow, op):
-        return None
+    name = op.primitive.name
+    if op.x is None or op.x.aval.shape != varshape or op.y.aval.shape != varshape:
+        return f"{name} does not map the shape {varshape} onto itself"
+    if _steers(flow, op):
+        return f"another operand of {name} than its input depends on hidden values"
     # Without passing through the operation, it stands as the identity: all else must be position by position.
     by_old, by_y = slice_labels(eqns, part._replace(passed=frozenset()), varshape)
     if any(unaligned_axes(label, varshape) for labels in by_old for label in labels.values()):
-        return None
+        return f"hidden values change their positions beside {name}"
     if any(op.index in labels and unaligned_axes(labels[op.index], varshape) for labels in by_y):
-        return None
+        return f"the output of {name} changes its positions on the way to the hidden values"
     rule = op.primitive.rules.snap_adjacency
     pattern: Any = None if rule is None else rule(op.eqn.params, varshape[-1])
     if pattern is None:
-        return None
+        return f"{name} has no rule snap_adjacency, or one that returns None"
     pattern = np.asarray(pattern, bool)
     if pattern.shape != (varshape[-1],) * 2:
         raise ValueError(
-            f"The rule snap_adjacency of {op.primitive.name} must return an array of shape {(varshape[-1],) * 2}, got "
+            f"The rule snap_adjacency of {name} must return an array of shape {(varshape[-1],) * 2}, got "
             f"{pattern.shape}."
         )
     return pattern.T

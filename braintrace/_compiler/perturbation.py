@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import brainstate
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from .._jax import Literal, Var, bind_equation, consts_of, eval_jaxpr, open_jaxpr
 from .._types import Path, path_str
+from .groups import HiddenGroup
 from .module_info import ModuleInfo, extract_module_info
 
 __all__ = ["HiddenPerturbation", "add_hidden_perturbation_from_minfo", "add_hidden_perturbation_in_module"]
@@ -30,24 +31,58 @@ class HiddenPerturbation(NamedTuple):
     perturb_hidden_states : tuple of HiddenState
     perturb_jaxpr : ClosedJaxpr
         ``(step inputs, perturbations) -> step outputs``, flat.
+    bypass_param_paths, bypass_hidden_paths : tuple of path
+        Empty: a parameter or an old hidden value that reaches the output beside the new hidden values needs no input of
+        its own, for the step is differentiated as a whole.
+    bypass_vars, bypass_hidden_vars : tuple of Var
+        Their inputs, in the same order: none.
     """
 
     perturb_vars: tuple[Var, ...]
     perturb_hidden_paths: tuple[Path, ...]
     perturb_hidden_states: tuple[brainstate.HiddenState, ...]
     perturb_jaxpr: Any
+    bypass_param_paths: tuple[Path, ...] = ()
+    bypass_vars: tuple[Var, ...] = ()
+    bypass_hidden_paths: tuple[Path, ...] = ()
+    bypass_hidden_vars: tuple[Var, ...] = ()
 
     def init_perturb_data(self) -> list[jax.Array]:
         """Zeros, one array per hidden state."""
         return [jnp.zeros(v.aval.shape, v.aval.dtype) for v in self.perturb_vars]
 
-    def eval_jaxpr(self, inputs: Sequence[Any], perturb_data: Sequence[Any]) -> list[Any]:
-        """Flat outputs of the step for flat inputs and one perturbation per hidden state."""
-        if len(perturb_data) != len(self.perturb_vars):
+    def eval_jaxpr(
+        self,
+        inputs: Sequence[Any],
+        perturb_data: Sequence[Any],
+        bypass_data: Sequence[Any] = (),
+        bypass_hidden_data: Sequence[Any] = (),
+    ) -> list[Any]:
+        """Flat outputs of the step for flat inputs, one perturbation per hidden state and one value per bypass."""
+        self._check_number(perturb_data, self.perturb_hidden_paths, "perturbations")
+        self._check_number(bypass_data, self.bypass_param_paths, "values of bypassing parameters")
+        self._check_number(bypass_hidden_data, self.bypass_hidden_paths, "values of bypassing hidden states")
+        return eval_jaxpr(self.perturb_jaxpr, *inputs, *perturb_data, *bypass_data, *bypass_hidden_data)
+
+    def perturb_data_to_hidden_group_data(
+        self, perturb_data: Sequence[Any], hidden_groups: Sequence[HiddenGroup]
+    ) -> list[jax.Array]:
+        """One array per hidden state, as one of shape ``V + (S,)`` per group."""
+        self._check_number(perturb_data, self.perturb_hidden_paths, "perturbations")
+        return _by_group(dict(zip(self.perturb_hidden_paths, perturb_data)), hidden_groups)
+
+    def bypass_hidden_data_to_hidden_group_data(
+        self, bypass_hidden_data: Sequence[Any], hidden_groups: Sequence[HiddenGroup]
+    ) -> list[jax.Array]:
+        """One array per path of :attr:`bypass_hidden_paths`, as one of shape ``V + (S,)`` per group, else zero."""
+        self._check_number(bypass_hidden_data, self.bypass_hidden_paths, "values of bypassing hidden states")
+        return _by_group(dict(zip(self.bypass_hidden_paths, bypass_hidden_data)), hidden_groups)
+
+    def _check_number(self, data, paths, name) -> None:
+        if len(data) != len(paths):
             raise ValueError(
-                f"There are {len(self.perturb_vars)} hidden states, got {len(perturb_data)} perturbations."
+                f"There must be {len(paths)} {name}, one for each of {[path_str(p) for p in paths]}, got {len(data)}."
             )
-        return eval_jaxpr(self.perturb_jaxpr, *inputs, *perturb_data)
 
     def dict(self) -> dict[str, Any]:
         return self._asdict()
@@ -57,13 +92,30 @@ class HiddenPerturbation(NamedTuple):
         return f"HiddenPerturbation({shapes})"
 
 
-def add_hidden_perturbation_from_minfo(minfo: ModuleInfo) -> HiddenPerturbation:
+def _by_group(values: Mapping[Path, Any], groups: Sequence[HiddenGroup]) -> list[jax.Array]:
+    def member(path, old):
+        return values[path] if path in values else jnp.zeros(old.aval.shape, old.aval.dtype)
+
+    return [g.concat_hidden([member(p, v) for p, v in zip(g.hidden_paths, g.hidden_invars)]) for g in groups]
+
+
+def add_hidden_perturbation_from_minfo(
+    minfo: ModuleInfo,
+    descended_scan_eqn_ids: Set[int] = frozenset(),
+    include_output_bypass: bool = True,
+    *,
+    descended_hidden_paths: Set[Path] = frozenset(),
+) -> HiddenPerturbation:
     """Add an input to every new hidden value of a traced step.
 
     Parameters
     ----------
     minfo : ModuleInfo
         From :func:`extract_module_info`.
+    descended_scan_eqn_ids, descended_hidden_paths
+        Accepted, without effect: what is followed inside long loops stands in ``minfo``.
+    include_output_bypass : bool
+        Accepted, without effect: see :func:`compile_etrace_graph`.
 
     Returns
     -------
@@ -78,6 +130,7 @@ def add_hidden_perturbation_from_minfo(minfo: ModuleInfo) -> HiddenPerturbation:
     >>> braintrace.add_hidden_perturbation_from_minfo(minfo)
     HiddenPerturbation({'h': (3,), 'c': (3,)})
     """
+    del descended_scan_eqn_ids, include_output_bypass, descended_hidden_paths
     jaxpr = minfo.jaxpr
     states = minfo.states_of(brainstate.HiddenState)
     added_to: dict[Any, list[int]] = {}

@@ -37,7 +37,12 @@ class CompilationReport:
     """
 
     def __init__(self, graph: ETraceGraph):
-        self.graph = graph
+        self._graph = graph
+
+    @property
+    def graph(self) -> ETraceGraph:
+        """The compiled model that the report is about."""
+        return self._graph
 
     @property
     def diagnostics(self) -> tuple[CompilationRecord, ...]:

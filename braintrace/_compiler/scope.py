@@ -85,6 +85,10 @@ class Neighbourhood(NamedTuple):
         Whether nothing was known of the coupling, so that every position is a neighbour of every other.
     sources : array or None
         Per position those that influence it in one step, itself included, padded with -1; ``None`` where all do.
+    n : int
+        A position's neighbours are those that it influences within ``n - 1`` steps.
+    reason : str
+        Why nothing is known of the coupling, where ``conservative``; else empty.
     """
 
     axes: tuple[int, ...]
@@ -93,6 +97,8 @@ class Neighbourhood(NamedTuple):
     valid: np.ndarray
     conservative: bool
     sources: np.ndarray | None
+    n: int
+    reason: str = ""
 
     @property
     def num_position(self) -> int:
@@ -101,6 +107,16 @@ class Neighbourhood(NamedTuple):
     @property
     def num_neighbour(self) -> int:
         return self.neighbours.shape[1]
+
+    @property
+    def is_saturated(self) -> bool:
+        """Whether every position is a neighbour of every other."""
+        return self.num_neighbour == self.num_position and bool(self.valid.all())
+
+    @property
+    def is_degenerate(self) -> bool:
+        """Whether every position is its only neighbour."""
+        return self.num_neighbour == 1
 
     def columns(self, row: Any, number: Any) -> Any:
         """Of a row of a Jacobian, ``V``, what can be other than zero: ``(lead, sources)``."""
@@ -151,7 +167,7 @@ class Neighbourhood(NamedTuple):
 
 
 def neighbourhood(
-    adjacency: np.ndarray | None, axes: tuple[int, ...], varshape: tuple[int, ...], order: int
+    adjacency: np.ndarray | None, axes: tuple[int, ...], varshape: tuple[int, ...], order: int, reason: str = ""
 ) -> Neighbourhood:
     """From ``adjacency[p, q]``, whether p influences q in one step (``None``: every q), to that of several steps."""
     number = math.prod(varshape[k] for k in axes)
@@ -172,7 +188,8 @@ def neighbourhood(
     valid = neighbours >= 0
     if sources is not None and sources.shape[1] == number:
         sources = None
-    return Neighbourhood(axes, varshape, np.where(valid, neighbours, 0), valid, adjacency is None, sources)
+    neighbours = np.where(valid, neighbours, 0)
+    return Neighbourhood(axes, varshape, neighbours, valid, adjacency is None, sources, order, reason)
 
 
 def _padded(rows: Any) -> np.ndarray:

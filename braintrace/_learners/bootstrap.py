@@ -92,7 +92,7 @@ class SyntheticGradient(brainstate.nn.Module):
         return weights | {("synth_b", i): s for i, s in self.biases.items()}
 
     def apply(
-        self, param_values: Mapping[str, Mapping[int, jax.Array]], hiddens: Mapping[int, jax.Array]
+        self, param_values: Mapping[str, Mapping[int, jax.Array]], group_hiddens: Mapping[int, jax.Array]
     ) -> dict[int, jax.Array]:
         """Estimates for hidden values without units.
 
@@ -100,7 +100,7 @@ class SyntheticGradient(brainstate.nn.Module):
         ----------
         param_values : dict
             As :meth:`param_values` gives them.
-        hiddens : dict
+        group_hiddens : dict
             Group index -> array of shape ``V + (S,)``; axes in front of the last two may have other sizes.
 
         Returns
@@ -114,7 +114,7 @@ class SyntheticGradient(brainstate.nn.Module):
             For another size of the last two axes, or an unknown group.
         """
         out = {}
-        for i, h in hiddens.items():
+        for i, h in group_hiddens.items():
             if i not in self.group_shapes or h.shape[-2:] != self.group_shapes[i][-2:]:
                 raise ValueError(
                     f"The hidden values of group {i} have shape {h.shape}; the synthesizer was made for "

@@ -47,9 +47,9 @@ class FixedRandomFeedback:
         self.n_layer = n_layer
         self.B = jax.lax.stop_gradient(init_scale * jax.random.normal(key, (n_target, n_layer)))
 
-    def project(self, y: jax.Array) -> jax.Array:
-        """``y @ B`` for ``y`` of shape ``(..., n_target)``."""
-        return y @ self.B
+    def project(self, y_target: jax.Array) -> jax.Array:
+        """``y_target @ B`` for ``y_target`` of shape ``(..., n_target)``."""
+        return y_target @ self.B
 
 
 class KappaFilter(brainstate.ShortTermState):

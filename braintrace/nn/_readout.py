@@ -73,6 +73,11 @@ class LeakyRateReadout(Recurrent):
         self.decay = u.math.exp(-brainstate.environ.get_dt() / tau)
         self.W = brainstate.ParamState(initialize(w_init, (self.in_size[-1], self.out_size[-1])))
 
+    @property
+    def r_init(self) -> Initializer:
+        """What made the initial state."""
+        return self.state_init
+
     def update(self, x: ArrayLike) -> ArrayLike:
         """Integrate `x` of shape ``(..., in)`` for one step and return the new ``r``."""
         self.r.value = self.decay * self.r.value + dense(x, self.W.value)
