@@ -60,9 +60,8 @@ def is_tracer(x: Any) -> bool:
 
 def zeros(shape: Sequence[int], dtype: Any) -> jax.Array:
     """Zeros that no kernel is compiled for; where a program is being traced, of that program."""
-    if is_tracer(jax.device_put(np.zeros((), dtype))):
-        return jnp.zeros(shape, dtype)
-    return jax.device_put(np.zeros(shape, dtype))
+    value = jax.device_put(np.zeros(shape, dtype))
+    return jnp.zeros(shape, dtype) if is_tracer(value) else value
 
 
 def trace_context() -> Any:
