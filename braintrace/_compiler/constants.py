@@ -28,6 +28,7 @@ from .._jax import (
     open_jaxpr,
     primitive_body,
     prune,
+    reads,
     sub_jaxprs,
 )
 from .movement import MOVES, moved
@@ -121,9 +122,9 @@ def known_outputs(closed: Any) -> dict[int, np.ndarray]:
     candidates = [depends.get(v, no) if not isinstance(v, Literal) else no for v in jaxpr.outvars]
     wanted = {i for i, found in enumerate(candidates) if found == no}
     for i, found in enumerate(candidates):
-        if found == perhaps and not any(prune(closed, [j == i for j in range(len(candidates))])[1]):
+        if found == perhaps and not any(reads(closed, [j == i for j in range(len(candidates))])):
             wanted.add(i)
-    only, _ = prune(closed, [i in wanted for i in range(len(candidates))])
+    only = prune(closed, [i in wanted for i in range(len(candidates))])
     constants = Constants()
     values = constants.read(constants.run(only, [None] * len(jaxpr.invars)))
     return {i: np.asarray(v, jaxpr.outvars[i].aval.dtype) for i, v in zip(sorted(wanted), values)}

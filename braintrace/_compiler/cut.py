@@ -367,7 +367,7 @@ def differentiate_cut(
         _constant(known[i], keep_shape[i]) if i in known else Entry("varying", slot=varying.index(i))
         for i in range(len(flat))
     ]
-    program, _ = prune(closed, [i not in known for i in range(len(flat))])
+    program = prune(closed, [i not in known for i in range(len(flat))])
     zero = Entry("zero")
     result, values = jax.tree.unflatten(tree, entries)
     D = tuple(tuple(zero if e is None else e for e in row) for row, _ in result)
