@@ -21,8 +21,8 @@ from jax.interpreters import partial_eval as pe
 __all__ = [
     'ClosedJaxpr', 'Jaxpr', 'Literal', 'Primitive', 'Var', 'at_source', 'bind_equation', 'call_body', 'close',
     'consts_of', 'define_primitive', 'eval_jaxpr', 'has_custom_rule', 'hashed', 'is_builtin', 'is_jit', 'is_remat',
-    'is_tracer', 'open_jaxpr', 'primitive_body', 'prune', 'scan_operands', 'source_line', 'structs', 'sub_jaxprs',
-    'sub_program', 'trace_context', 'zeros',
+    'is_tracer', 'open_jaxpr', 'primitive_body', 'prune', 'reads', 'scan_operands', 'source_line', 'structs',
+    'sub_jaxprs', 'sub_program', 'trace_context', 'zeros',
 ]  # fmt: skip
 
 JIT_NAMES = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call", "custom_lin_call", "xla_call"})
@@ -60,9 +60,8 @@ def is_tracer(x: Any) -> bool:
 
 def zeros(shape: Sequence[int], dtype: Any) -> jax.Array:
     """Zeros that no kernel is compiled for; where a program is being traced, of that program."""
-    if is_tracer(jax.device_put(np.zeros((), dtype))):
-        return jnp.zeros(shape, dtype)
-    return jax.device_put(np.zeros(shape, dtype))
+    value = jax.device_put(np.zeros(shape, dtype))
+    return jnp.zeros(shape, dtype) if is_tracer(value) else value
 
 
 def trace_context() -> Any:
@@ -168,15 +167,16 @@ def bind_equation(eqn: Any, values: Sequence[Any]) -> list[Any]:
     return list(out) if primitive.multiple_results else [out]
 
 
-def prune(closed: Any, used_outputs: Sequence[bool]) -> tuple[Any, list[bool]]:
-    """Drop the outputs not asked for and every equation that only they need.
-
-    Returns the smaller closed jaxpr, still with all of its inputs, and which inputs it reads.
-    """
+def prune(closed: Any, used_outputs: Sequence[bool] | None = None) -> Any:
+    """The closed jaxpr, still with all of its inputs, without the outputs not asked for and what only they need."""
     jaxpr = open_jaxpr(closed)
-    smaller, used_inputs = pe.dce_jaxpr(jaxpr, list(used_outputs), instantiate=True)
-    _, reads = pe.dce_jaxpr(smaller, [True] * len(smaller.outvars), instantiate=False)
-    return close(smaller, consts_of(closed)), list(reads)
+    used = [True] * len(jaxpr.outvars) if used_outputs is None else list(used_outputs)
+    return close(pe.dce_jaxpr(jaxpr, used, instantiate=True)[0], consts_of(closed))
+
+
+def reads(closed: Any, used_outputs: Sequence[bool]) -> list[bool]:
+    """Which inputs the outputs asked for need."""
+    return list(pe.dce_jaxpr(open_jaxpr(closed), list(used_outputs), instantiate=False)[1])
 
 
 def sub_program(closed: Any, invars: Sequence[Any], outvars: Sequence[Any], eqns: Sequence[Any]) -> Any:

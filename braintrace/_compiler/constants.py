@@ -28,6 +28,7 @@ from .._jax import (
     open_jaxpr,
     primitive_body,
     prune,
+    reads,
     sub_jaxprs,
 )
 from .movement import MOVES, moved
@@ -121,12 +122,12 @@ def known_outputs(closed: Any) -> dict[int, np.ndarray]:
     candidates = [depends.get(v, no) if not isinstance(v, Literal) else no for v in jaxpr.outvars]
     wanted = {i for i, found in enumerate(candidates) if found == no}
     for i, found in enumerate(candidates):
-        if found == perhaps and not any(prune(closed, [j == i for j in range(len(candidates))])[1]):
+        if found == perhaps and not any(reads(closed, [j == i for j in range(len(candidates))])):
             wanted.add(i)
-    only, _ = prune(closed, [i in wanted for i in range(len(candidates))])
+    only = prune(closed, [i in wanted for i in range(len(candidates))])
     constants = Constants()
     values = constants.read(constants.run(only, [None] * len(jaxpr.invars)))
-    return dict(zip(sorted(wanted), map(np.asarray, values)))
+    return {i: np.asarray(v, jaxpr.outvars[i].aval.dtype) for i, v in zip(sorted(wanted), values)}
 
 
 def _by_numpy(eqn: Any, values: Sequence[Any]) -> list[np.ndarray] | None:
@@ -165,10 +166,14 @@ def _converted(x, eqn):
     return x.real if not jnp.issubdtype(target, jnp.complexfloating) else x
 
 
-def _ratio(a, b):
-    if not np.issubdtype(a.dtype, np.inexact):
-        raise TypeError("integers are divided otherwise")
-    return a / b
+def _quotient(a, b):
+    if np.issubdtype(a.dtype, np.inexact):
+        return a / b
+    return np.where(b == 0, -1, (a - _remainder(a, b)) // np.where(b == 0, 1, b))
+
+
+def _remainder(a, b):
+    return np.fmod(a, b) if np.issubdtype(a.dtype, np.inexact) else np.where(b == 0, a, np.fmod(a, b))
 
 
 def _iota(eqn):
@@ -177,14 +182,15 @@ def _iota(eqn):
 
 
 ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
-    "abs": np.abs, "add": np.add, "add_any": np.add, "and": np.bitwise_and, "conj": np.conj, "copy": np.asarray,
-    "copy_p": np.asarray, "cos": np.cos, "cosh": np.cosh, "div": _ratio, "eq": np.equal, "exp": np.exp,
+    "abs": np.abs, "acos": np.arccos, "add": np.add, "add_any": np.add, "and": np.bitwise_and, "asin": np.arcsin,
+    "atan": np.arctan, "atan2": np.arctan2, "ceil": np.ceil, "conj": np.conj, "copy": np.asarray,
+    "copy_p": np.asarray, "cos": np.cos, "cosh": np.cosh, "div": _quotient, "eq": np.equal, "exp": np.exp,
     "exp2": np.exp2, "expm1": np.expm1, "floor": np.floor, "ge": np.greater_equal, "gt": np.greater, "imag": np.imag,
     "is_finite": np.isfinite, "le": np.less_equal, "log": np.log, "log1p": np.log1p, "lt": np.less, "max": np.maximum,
     "min": np.minimum, "mul": np.multiply, "ne": np.not_equal, "neg": np.negative, "not": np.invert,
-    "or": np.bitwise_or, "pow": np.power, "real": np.real, "sin": np.sin, "sinh": np.sinh, "sqrt": np.sqrt,
-    "square": np.square, "stop_gradient": np.asarray, "sub": np.subtract, "tan": np.tan, "tanh": np.tanh,
-    "xor": np.bitwise_xor,
+    "or": np.bitwise_or, "pow": np.power, "real": np.real, "rem": _remainder, "sign": np.sign, "sin": np.sin,
+    "sinh": np.sinh, "sqrt": np.sqrt, "square": np.square, "stop_gradient": np.asarray, "sub": np.subtract,
+    "tan": np.tan, "tanh": np.tanh, "xor": np.bitwise_xor,
     "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
     "logistic": lambda x: 1 / (1 + np.exp(-x)),
     "rsqrt": lambda x: 1 / np.sqrt(x),

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._jax import Literal, Var, consts_of, eval_jaxpr, is_tracer, open_jaxpr, prune, structs
+from .._jax import Literal, Var, consts_of, eval_jaxpr, hashed, is_tracer, open_jaxpr, prune, structs
 from .._types import Path
 from .constants import known_outputs
 from .descent import bind_without_links
@@ -28,7 +28,8 @@ from .positions import MANY, NONE, Label, combine, no_cut, own_label, propagate,
 from .scope import DIAGONAL, Neighbourhood, Scope
 
 __all__ = [
-    "Cut", "Entry", "Fold", "Slice", "Transition", "differentiate_cut", "mixed_axes", "slice_group", "slice_labels",
+    "Cut", "Cuts", "Entry", "Fold", "Slice", "Transition", "differentiate_cut", "mixed_axes", "slice_group",
+    "slice_labels",
 ]  # fmt: skip
 
 
@@ -89,6 +90,30 @@ class Slice(NamedTuple):
     passed: frozenset = frozenset()  # operations that F passes through, transparent ones apart
     mixing: bool = False  # whether F passes through what mixes positions
 
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        return (*self.olds, *self.ys.values(), *self.externals)
+
+    def form(self, eqns: Sequence[Any]) -> Any | None:
+        """Equal for two slices that differ in nothing but their variables; ``None`` where that cannot be told."""
+        number = {v: i for i, v in enumerate((*self.inputs, *self.constants))}
+        kind = lambda v: (v.aval.shape, v.aval.dtype)  # noqa: E731
+        name = lambda v: (kind(v), np.asarray(v.val).tobytes()) if isinstance(v, Literal) else number[v]  # noqa: E731
+        body = []
+        for position in self.positions:
+            eqn = eqns[position]
+            read = tuple(map(name, eqn.invars))
+            made = tuple((number.setdefault(v, len(number)), kind(v)) for v in eqn.outvars)
+            body.append((eqn.primitive, tuple(eqn.params.items()), read, made))
+        return hashed(
+            tuple(map(kind, self.inputs)),
+            tuple(map(id, self.constants.values())),
+            tuple((self.fronts[k], k in self.passed) for k in self.ys),
+            (len(self.olds), len(self.ys), self.mixing),
+            tuple(body),
+            tuple(map(name, self.news)),
+        )
+
 
 class Cut(NamedTuple):
     """D and df of a group.
@@ -124,6 +149,16 @@ class Cut(NamedTuple):
 
     def varying(self, values: Sequence[Any]) -> list[Any]:
         return eval_jaxpr(self.program, *values)
+
+    def renamed(self, inputs: tuple[Any, ...], number: Mapping[int, int]) -> Cut:
+        """The same for a program of other variables, whose operations have other indices."""
+        return self._replace(
+            df={number[k]: row for k, row in self.df.items()},
+            inputs=inputs,
+            aligned=frozenset(map(number.__getitem__, self.aligned)),
+            displaced=frozenset(map(number.__getitem__, self.displaced)),
+            folds={number[k]: fold for k, fold in self.folds.items()},
+        )
 
 
 class Transition:
@@ -238,6 +273,33 @@ def evaluate_slice(eqns: Sequence[Any], part: Slice, olds, ys, externals) -> lis
     return [jnp.asarray(read(v)) for v in part.news]
 
 
+class Cuts:
+    """The cuts of a step's groups; those of groups whose slices differ in nothing but their variables are made once."""
+
+    def __init__(self, info: ModuleInfo):
+        self._info = info
+        self._found: dict[Any, tuple[Slice, Cut]] = {}
+
+    def make(
+        self,
+        part: Slice,
+        varshape: tuple[int, ...],
+        slots: Sequence[Any],
+        scope: Scope = DIAGONAL,
+        neighbourhood: Neighbourhood | None = None,
+    ) -> Cut:
+        """As :func:`differentiate_cut`."""
+        form = part.form(self._info.jaxpr.eqns) if neighbourhood is None else None
+        key = None if form is None else hashed(form, varshape, tuple(slots), scope)
+        if key not in self._found:
+            cut = differentiate_cut(self._info, part, varshape, slots, scope, neighbourhood)
+            if key is None:
+                return cut
+            self._found[key] = part, cut
+        alike, cut = self._found[key]
+        return cut.renamed(part.inputs, dict(zip(alike.ys, part.ys)))
+
+
 def differentiate_cut(
     info: ModuleInfo,
     part: Slice,
@@ -253,7 +315,7 @@ def differentiate_cut(
     """
     eqns = info.jaxpr.eqns
     labels, y_labels = slice_labels(eqns, part, varshape)
-    inputs = (*part.olds, *part.ys.values(), *part.externals)
+    inputs = part.inputs
     num_old, num_y = len(part.olds), len(part.ys)
     keys = list(part.ys)
     y_shapes = _y_shapes(part)
@@ -305,7 +367,7 @@ def differentiate_cut(
         _constant(known[i], keep_shape[i]) if i in known else Entry("varying", slot=varying.index(i))
         for i in range(len(flat))
     ]
-    program, _ = prune(closed, [i not in known for i in range(len(flat))])
+    program = prune(closed, [i not in known for i in range(len(flat))])
     zero = Entry("zero")
     result, values = jax.tree.unflatten(tree, entries)
     D = tuple(tuple(zero if e is None else e for e in row) for row, _ in result)

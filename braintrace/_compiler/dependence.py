@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._jax import Literal, call_body, open_jaxpr, prune, scan_operands
+from .._jax import Literal, call_body, open_jaxpr, reads, scan_operands
 from .._ops.primitive import ETPPrimitive
 
 __all__ = ["Dependence", "dependence"]
@@ -60,9 +60,9 @@ def dependence(
 
     keys, inputs = sorted(weights), None if x is None else _struct(x)
     closed, lead = program(inputs, True), int(x is not None)
-    reads = {key: prune(closed, [j == i for j in range(len(keys))])[1] for i, key in enumerate(keys)}
-    offset = tuple(k for k in keys if not any(reads[k][:lead]))
-    linear = tuple(k for k in keys if not any(reads[k][lead:][: len(keys)]))
+    read = {key: reads(closed, [j == i for j in range(len(keys))]) for i, key in enumerate(keys)}
+    offset = tuple(k for k in keys if not any(read[k][:lead]))
+    linear = tuple(k for k in keys if not any(read[k][lead:][: len(keys)]))
     affine: tuple[str, ...] = ()
     if x is not None:
         if primitive.rules.pp_x_repr is not None:

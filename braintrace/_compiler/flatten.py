@@ -96,7 +96,7 @@ def flatten(
         return outs
 
     flat = jax.make_jaxpr(step)(*avals)
-    return prune(flat, [True] * len(open_jaxpr(flat).outvars))[0], flattener.records
+    return prune(flat), flattener.records
 
 
 class _Frame:

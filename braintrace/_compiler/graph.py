@@ -9,7 +9,7 @@ import brainstate
 
 from .._jax import Literal
 from .._types import Path
-from .cut import Transition, differentiate_cut, slice_group
+from .cut import Cuts, Transition, slice_group
 from .descent import holds_link
 from .diagnostics import CompilationRecord, DiagnosticKind, emit
 from .flow import Flow, Reach, analyse_flow, analyse_reach
@@ -183,7 +183,7 @@ def _groups(
         flow = analyse_flow(info, mixing=True)
     partitioned, records = partition(info, flow, scope.mixing)
     states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
-    groups = []
+    groups, cuts = [], Cuts(info)
     for index, paths in enumerate(partitioned):
         members = tuple(states[p] for p in paths)
         varshape = tuple(members[0].varshape)
@@ -193,7 +193,7 @@ def _groups(
         if scope.kind == "sparse_n":
             snap, record = find_neighbourhood(info, flow, part, paths, varshape, len(slots), scope)
             records.extend(record)
-        cut = differentiate_cut(info, part, varshape, slots, scope, snap)
+        cut = cuts.make(part, varshape, slots, scope, snap)
         transition = Transition(info, part)
         inside = frozenset(part.positions)
         groups.append(HiddenGroup(index, paths, members, varshape, len(slots), cut, inside, transition, snap))

@@ -53,7 +53,7 @@ ENDS = frozenset(["stop_gradient", "etp_link"])
 
 def own_label(shape: tuple[int, ...], axes: int) -> Label:
     """The label of a source itself: entry ``p`` depends on position ``p`` of its first ``axes`` axes."""
-    grids = [np.zeros(shape, np.int32)]
+    grids = [np.broadcast_to(np.int32(0), shape)]
     for k in range(axes):
         index = np.arange(shape[k], dtype=np.int32).reshape([-1 if i == k else 1 for i in range(len(shape))])
         grids.append(np.broadcast_to(index, shape))

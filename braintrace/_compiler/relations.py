@@ -201,13 +201,22 @@ class _Step:
         jaxpr = info.jaxpr
         self.number = {v: i for i, v in enumerate(jaxpr.invars)}
         self.made_at = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.outvars}
+        self.hidden = set(info.hidden_path_to_invar.values())
         self.outputs = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+        self.op_positions = {op.position for op in flow.ops}
         self.readers: dict[Any, list[int]] = {}
         for i, eqn in enumerate(jaxpr.eqns):
             for v in eqn.invars:
                 if not isinstance(v, Literal):
                     self.readers.setdefault(v, []).append(i)
         self._dependence: dict[Any, Dependence] = {}
+        self._programs: dict[int, tuple[OperandProgram | None, dict[str, Path], str]] = {}
+
+    def operand_program(self, op: MarkedOp) -> tuple[OperandProgram | None, dict[str, Path], str]:
+        """:func:`operand_program`, found once."""
+        if op.index not in self._programs:
+            self._programs[op.index] = _operand_program(self, op)
+        return self._programs[op.index]
 
     def dependence(self, op: MarkedOp, trained: Mapping[str, Any], fixed: Mapping[int, Any]) -> Dependence:
         """:func:`dependence` of an operation, found once for all that differ in nothing it asks about."""
@@ -229,13 +238,11 @@ def operand_program(info: ModuleInfo, flow: Flow, op: MarkedOp) -> tuple[Operand
     Returns ``(program, first parameter path by key, why not)``; the program is ``None`` if no operand comes from a
     parameter. An operand that is a constant, or computed from hidden values, is not trained.
     """
-    return _operand_program(_Step(info, flow), op)
+    return _Step(info, flow).operand_program(op)
 
 
 def _operand_program(step: _Step, op: MarkedOp) -> tuple[OperandProgram | None, dict[str, Path], str]:
     info, jaxpr, number, made_at = step.info, step.info.jaxpr, step.number, step.made_at
-    op_positions = {o.position for o in step.flow.ops}
-    hidden = set(info.hidden_path_to_invar.values())
     paths: dict[str, Path] = {}
     needed: set[int] = set()
     leaves: set[Any] = set()
@@ -252,10 +259,10 @@ def _operand_program(step: _Step, op: MarkedOp) -> tuple[OperandProgram | None, 
                 roots.add(v)
                 if v in info.invar_to_weight_path:
                     found.append(v)
-                blocked |= v in hidden
+                blocked |= v in step.hidden
             elif v in made_at and made_at[v] not in positions:
                 positions.add(made_at[v])
-                blocked |= made_at[v] in op_positions
+                blocked |= made_at[v] in step.op_positions
                 pending.extend(w for w in jaxpr.eqns[made_at[v]].invars if not isinstance(w, Literal))
         if not found:
             continue
@@ -298,7 +305,7 @@ def find_relations(
     calls: dict[Path, int] = {}
     step = _Step(info, flow)
     for op in flow.ops:
-        program, paths, why = _operand_program(step, op)
+        program, paths, why = step.operand_program(op)
         name = op.primitive.name
         if program is None:
             records.append(
@@ -480,7 +487,7 @@ def _excluded(step, name, path, op, reach) -> CompilationRecord:
             context={
                 "blocking_primitives": tuple(o.primitive.name for o in others),
                 "blocking_weight_paths": tuple(
-                    p for o in others for p in dict.fromkeys(_operand_program(step, o)[1].values())
+                    p for o in others for p in dict.fromkeys(step.operand_program(o)[1].values())
                 ),
             },
         )

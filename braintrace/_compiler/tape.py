@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._jax import Literal, bind_equation, consts_of, eval_jaxpr, prune
+from .._jax import Literal, bind_equation, consts_of, eval_jaxpr, prune, reads
 from .._types import Path
 from .descent import bind_without_links, holds_link, is_link
 from .flatten import is_marked
@@ -99,7 +99,7 @@ class Recorder:
 
         closed, shape = jax.make_jaxpr(record, return_shape=True)(*self._shapes)
         tree: Any = jax.tree.structure(shape)
-        return prune(closed, [True] * tree.num_leaves)[0], tree
+        return prune(closed), tree
 
 
 class _World(NamedTuple):
@@ -142,13 +142,11 @@ def build_tape(
     kept = everything._replace(old={p: s for p, s in everything.old.items() if p in felt})
     closed, out_tree, in_tree = trace(kept)
     num_outs = len(jaxpr.outvars)
-    _, reads = prune(closed, [i < num_outs for i in range(out_tree.num_leaves)])
-    reads_of = jax.tree.unflatten(in_tree, reads)[2]
-    if not all(reads_of.old.values()):
-        kept = kept._replace(old={p: s for p, s in kept.old.items() if reads_of.old[p]})
+    read: Zeros = jax.tree.unflatten(in_tree, reads(closed, [i < num_outs for i in range(out_tree.num_leaves)]))[2]
+    if not all(read.old.values()):
+        kept = kept._replace(old={p: s for p, s in kept.old.items() if read.old[p]})
         closed, out_tree, in_tree = trace(kept)
-    closed, _ = prune(closed, [True] * out_tree.num_leaves)
-    return Tape(closed, in_tree, out_tree, kept, Recorder(evaluator, invals, operands))
+    return Tape(prune(closed), in_tree, out_tree, kept, Recorder(evaluator, invals, operands))
 
 
 class _Worlds:

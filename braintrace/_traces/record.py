@@ -84,6 +84,8 @@ def x_aval(relation: HiddenParamOpRelation) -> jax.ShapeDtypeStruct:
     weights = {k: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for k, v in relation.trainable_vars.items()}
     var: Any = relation.x_var
     x = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+    if relation.primitive.rules.pp_x_repr is None and jnp.issubdtype(x.dtype, jnp.inexact):
+        return x  # the input itself
     return jax.eval_shape(relation.primitive.x_repr, x, weights)
 
 

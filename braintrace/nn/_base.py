@@ -51,7 +51,8 @@ def as_activation(activation: str | Callable) -> Callable:
 
 def cat(x: ArrayLike, h: ArrayLike) -> ArrayLike:
     """Join input and hidden state along the last axis, the input first."""
-    return u.math.concatenate([x, h], axis=-1)
+    bare = not any(isinstance(part, u.Quantity) for part in (x, h))
+    return (jnp if bare else u.math).concatenate([x, h], axis=-1)
 
 
 class Recurrent(brainstate.nn.Module):
