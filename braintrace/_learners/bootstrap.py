@@ -72,12 +72,13 @@ class SyntheticGradient(brainstate.nn.Module):
         self.group_shapes = {i: tuple(shape) for i, shape in group_shapes.items()}
         self.weights: dict[int, brainstate.ParamState] = {}
         self.biases: dict[int, brainstate.ParamState] = {}
+        key = jax.random.key(seed)
         for i, shape in self.group_shapes.items():
             if len(shape) < 2:
                 raise ValueError(f"The shape {shape} of group {i} has no axes of units and of hidden variables.")
             width = math.prod(shape[-2:])
-            key = jax.random.fold_in(jax.random.key(seed), i)
-            self.weights[i] = brainstate.ParamState(scale * jax.random.normal(key, (width, width), jnp.float32))
+            key, own = jax.random.split(key)
+            self.weights[i] = brainstate.ParamState(scale * jax.random.normal(own, (width, width), jnp.float32))
             self.biases[i] = brainstate.ParamState(jnp.zeros(width, jnp.float32))
 
     def param_values(self) -> dict[str, dict[int, jax.Array]]:
@@ -93,7 +94,7 @@ class SyntheticGradient(brainstate.nn.Module):
         return weights | {("synth_b", i): s for i, s in self.biases.items()}
 
     def apply(
-        self, param_values: Mapping[str, Mapping[int, jax.Array]], hiddens: Mapping[int, jax.Array]
+        self, param_values: Mapping[str, Mapping[int, jax.Array]], group_hiddens: Mapping[int, jax.Array]
     ) -> dict[int, jax.Array]:
         """Estimates for hidden values without units.
 
@@ -101,7 +102,7 @@ class SyntheticGradient(brainstate.nn.Module):
         ----------
         param_values : dict
             As :meth:`param_values` gives them.
-        hiddens : dict
+        group_hiddens : dict
             Group index -> array of shape ``V + (S,)``; axes in front of the last two may have other sizes.
 
         Returns
@@ -115,7 +116,7 @@ class SyntheticGradient(brainstate.nn.Module):
             For another size of the last two axes, or an unknown group.
         """
         out = {}
-        for i, h in hiddens.items():
+        for i, h in group_hiddens.items():
             if i not in self.group_shapes or h.shape[-2:] != self.group_shapes[i][-2:]:
                 raise ValueError(
                     f"The hidden values of group {i} have shape {h.shape}; the synthesizer was made for "
