@@ -1,17 +1,21 @@
 import doctest
 import importlib
 import inspect
+import json
+import pathlib
 import subprocess
 import sys
 
 import brainevent
 import brainstate
+import braintools
 import brainunit as u
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from brainstate.nn import init
+from helpers import PRECISIONS
 
 import braintrace
 import braintrace.nn as bnn
@@ -211,6 +215,14 @@ def test_state_initialisers_fill_the_whole_state(state_init):
     close(cell.h.value, 2.0)
 
 
+def test_initial_states_may_bring_their_own_batch_axis():
+    cell = make("GRUCell", state_init=values((BATCH, N_OUT)))
+    close(cell.h.value, values((BATCH, N_OUT)), tol=0)
+    cell.h.value = cell(values((BATCH, N_IN)))
+    cell.reset_state()
+    close(cell.h.value, values((BATCH, N_OUT)), tol=0)
+
+
 def test_random_initial_states_differ_between_samples():
     cell = make("LSTMCell", BATCH, state_init=init.Normal())
     assert (cell.h.value[0] != cell.h.value[1]).all()
@@ -268,6 +280,47 @@ def test_lru_eigenvalues_start_on_the_ring():
     assert 0 < phase.min() and 1.4 < phase.max() <= 1.5
     close(np.exp(cell.gamma_log.value), np.sqrt(1 - radius**2))
     assert abs(np.std(cell.C_re.weight.value["weight"]) * np.sqrt(500) - 1) < 0.1
+    assert (cell.d_model, cell.d_hidden, cell.r_min, cell.r_max, cell.max_phase) == (N_IN, 500, 0.4, 0.9, 1.5)
+
+
+def test_lru_parameters_are_finite_whatever_is_drawn(monkeypatch):
+    monkeypatch.setattr(brainstate.random, "uniform", lambda size: jnp.zeros(size))
+    cell = make("LRUCell")
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves([s.value for s in cell.states().values()]))
+    assert cell(inputs=values(N_IN)).shape == (N_IN,)
+
+
+# --- initial weights ---
+
+
+def initial_sums(layer):
+    """`{path of a leaf: [sum, sum weighted by position]}` of all that the layer written as a string starts with."""
+    brainstate.random.seed(0)
+    with brainstate.environ.context(dt=1.0 * u.ms):
+        module = eval(layer, {**vars(bnn), "Normal": init.Normal, "Uniform": init.Uniform})
+    module.init_state(2)
+    sums = {}
+    for path, state in module.states().items():
+        for key, leaf in jax.tree.leaves_with_path(state.value):
+            entries = np.asarray(leaf, np.float64).ravel()
+            sums[".".join(path) + jax.tree_util.keystr(key)] = [entries.sum(), entries @ np.arange(1, entries.size + 1)]
+    return sums
+
+
+# Made with `initial_sums` in an environment that has braintrace 0.2.6.
+INITIAL = json.loads((pathlib.Path(__file__).parent / "initial_weights.json").read_text())
+
+
+@pytest.mark.parametrize("precision, layer", [(p, layer) for p, table in INITIAL.items() for layer in table])
+def test_a_seed_gives_the_initial_weights_of_0_2_6(precision, layer):
+    """Which numbers a model starts with is part of the result of a script."""
+    with PRECISIONS[precision]():
+        sums = initial_sums(layer)
+    expected = INITIAL[precision][layer]
+    assert set(sums) == set(expected)
+    tol = 1e-5 if precision == "float32" else 1e-12
+    for leaf, (total, weighted) in expected.items():
+        np.testing.assert_allclose(sums[leaf], [total, weighted], rtol=tol, atol=10 * tol, err_msg=leaf)
 
 
 # --- linear layers ---
@@ -282,6 +335,28 @@ def test_linear_maps_the_last_axis(lead, bias):
     x = values((*lead, N_IN))
     close(layer(x), affine(layer.weight.value)(x))
     assert layer(x).shape == (*lead, N_OUT)
+
+
+@pytest.mark.parametrize(
+    "w_init, b_init",
+    [
+        (lambda shape: np.full(shape, 2.0), lambda shape: np.full(shape, 3.0)),
+        (2.0, 3),
+        ([[2.0] * N_OUT] * N_IN, [3.0] * N_OUT),
+        (np.full((1, N_OUT), 2.0), np.full((1, N_OUT), 3.0)),
+        (braintools.init.Constant(2.0), braintools.init.Constant(3.0)),
+    ],
+    ids=["callables", "numbers", "lists", "rows", "braintools"],
+)
+def test_linear_initial_values(w_init, b_init):
+    layer = bnn.Linear(N_IN, N_OUT, w_init=w_init, b_init=b_init)
+    params = layer.weight.value
+    assert {k: (v.shape, v.dtype) for k, v in params.items()} == {
+        "weight": ((N_IN, N_OUT), np.float32),
+        "bias": ((N_OUT,), np.float32),
+    }
+    close(params["weight"], np.full((N_IN, N_OUT), 2.0), tol=0)
+    close(params["bias"], np.full(N_OUT, 3.0), tol=0)
 
 
 MASK = np.arange(N_IN * N_OUT).reshape(N_IN, N_OUT) % 2
@@ -311,7 +386,12 @@ def test_signed_linear_keeps_the_signs(sign, lead):
 
 @pytest.mark.parametrize("lead", [(), (2,), (2, 5)], ids=str)
 @pytest.mark.parametrize(
-    "kwargs", [{}, dict(ws_gain=False), dict(b_init=None), dict(w_mask=ROW), dict(eps=100.0)], ids=str
+    "kwargs",
+    [
+        *[{}, dict(ws_gain=False), dict(b_init=None), dict(eps=100.0)],
+        *[dict(w_mask=mask) for mask in (ROW, MASK, MASK > 0, MASK[1], 0.5, lambda shape: jnp.asarray(ROW))],
+    ],
+    ids=str,
 )
 def test_scaled_ws_linear_standardises_its_columns(kwargs, lead):
     layer = bnn.ScaledWSLinear(N_IN, N_OUT, **({"b_init": init.Normal()} | kwargs))
@@ -327,7 +407,9 @@ def test_scaled_ws_linear_standardises_its_columns(kwargs, lead):
     w = np.asarray(params["weight"])
     w = (w - w.mean(0)) / np.sqrt(np.maximum(w.var(0) * N_IN, kwargs.get("eps", 1e-4)))
     x = values((*lead, N_IN))
-    y = (x @ (w * kwargs.get("w_mask", 1.0))) * np.asarray(params.get("gain", [[1.0]]))[0] + params.get("bias", 0.0)
+    mask = kwargs.get("w_mask", 1.0)
+    mask = mask((N_IN, 1)) if callable(mask) else mask
+    y = (x @ (w * np.asarray(mask))) * np.asarray(params.get("gain", [[1.0]]))[0] + params.get("bias", 0.0)
     close(layer(x), y)
     assert layer(x).shape == (*lead, N_OUT)
 
@@ -372,6 +454,15 @@ def test_layers_keep_the_dtype_of_the_model(name, kwargs):
     bias = {} if name == "SignedWLinear" else {"b_init": half}
     layer = getattr(bnn, name)(N_IN, N_OUT, w_init=half, **bias, **kwargs)
     assert layer(jnp.ones(N_IN, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", ["GRUCell", "LSTMCell", "LRUCell"])
+def test_cells_have_the_precision_of_the_environment(name):
+    with brainstate.environ.context(precision="bf16"):
+        cell = make(name, BATCH)
+        y = cell(jnp.ones((BATCH, N_IN), jnp.bfloat16))
+    leaves = jax.tree.leaves([y, *[s.value for s in cell.states().values()]])
+    assert {leaf.dtype.name for leaf in leaves} == {"bfloat16"}
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -586,11 +677,39 @@ def test_lora(lead, base):
     close(layer(x), x @ np.asarray(a @ b) / 2 + (np.asarray(module(x)) if base else 0.0))
 
 
-def test_lora_sizes():
-    layer = bnn.LoRA(N_IN, 2, N_OUT, in_size=(5, N_IN))
-    assert (layer.in_size, layer.out_size) == ((5, N_IN), (5, N_OUT))
+@pytest.mark.parametrize(
+    "sizes, in_size",
+    [((N_IN, N_OUT), (5, N_IN)), (((5, N_IN), (5, N_OUT)), None), ((N_IN, N_OUT), None), (((N_IN,), (N_OUT,)), N_IN)],
+)
+def test_lora_sizes(sizes, in_size):
+    layer = bnn.LoRA(sizes[0], 2, sizes[1], in_size=in_size)
+    lead = (5,) if (5, N_IN) in (in_size, sizes[0]) else ()
+    assert (layer.in_size, layer.out_size) == ((*lead, N_IN), (*lead, N_OUT))
+    assert (layer.in_features, layer.lora_rank, layer.out_features) == (N_IN, 2, N_OUT)
+    assert jax.tree.map(jnp.shape, layer.weight.value) == {"lora_a": (N_IN, 2), "lora_b": (2, N_OUT)}
+    assert layer(values((*lead, N_IN))).shape == (*lead, N_OUT)
     with pytest.raises(ValueError, match="base_module must be"):
         bnn.LoRA(N_IN, 2, N_OUT, base_module=3)
+    with pytest.raises(AssertionError, match="agree in all axes but the last"):
+        bnn.LoRA((5, N_IN), 2, (6, N_OUT))
+
+
+@pytest.mark.parametrize(
+    "kernel_init",
+    [
+        (values((N_IN, 2)) * u.mS, values((2, N_OUT), seed=1)),
+        (init.Normal(unit=u.mS), init.Normal()),
+        [lambda shape: jnp.ones(shape) * u.mS, 2.0],
+        lambda shape: values(shape) * (u.mS if shape[0] == N_IN else u.UNITLESS),
+    ],
+    ids=["arrays", "initialisers", "callable and number", "one callable"],
+)
+def test_lora_factors_have_their_own_initial_values(kernel_init):
+    layer = bnn.LoRA(N_IN, 2, N_OUT, kernel_init=kernel_init)
+    a, b = layer.weight.value["lora_a"], layer.weight.value["lora_b"]
+    assert u.get_unit(a) == u.mS and u.get_unit(b) == u.UNITLESS
+    x = values(N_IN)
+    close(layer(x * u.mV).to_decimal(u.uA), x @ np.asarray(a.mantissa) @ np.asarray(b) / 2)
 
 
 def test_linear_over_positions_is_one_relation():
@@ -634,6 +753,67 @@ def test_signed_linear_multiplies_units():
     close(y.to_decimal(u.uA), x @ -np.abs(weight))
 
 
+KERNEL = init.XavierNormal(unit=u.mS)
+
+
+@pytest.mark.parametrize("channel_first", [False, True], ids=["last", "first"])
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+def test_convolution_multiplies_units(ndim, channel_first):
+    kwargs = dict(channel_first=channel_first, w_mask=lambda shape: jnp.ones(shape).at[0].set(0.0))
+    layer = convolution(ndim, w_init=KERNEL, b_init=init.Normal(unit=u.nA), **kwargs)
+    plain = convolution(ndim, b_init=init.Normal(), **kwargs)
+    assert layer.out_size == plain.out_size
+    params = layer.weight.value
+    plain.weight.value = {k: v.mantissa * s for (k, v), s in zip(params.items(), (1.0, 1e-3))}
+    x = values((BATCH, *layer.in_size))
+    for x in (x, x[0]):
+        close(layer(x * u.mV).to_decimal(u.uA), plain(x))
+
+
+# layer, leaves of the parameter that its operation carries
+ONLINE = {
+    "convolution": (
+        lambda: bnn.Conv1d((5, 2), 3, 2, w_init=KERNEL, b_init=init.Normal(unit=u.uS)),
+        ["weight", "bias"],
+    ),
+    "low rank": (
+        lambda: bnn.LoRA(N_IN, 2, N_OUT, kernel_init=(init.Normal(unit=u.mS), init.Normal(unit=u.mV))),
+        ["lora_a", "lora_b"],
+    ),
+    "low rank over positions": (lambda: bnn.LoRA((5, N_IN), 2, (5, N_OUT)), ["lora_a", "lora_b"]),
+    "standardised": (lambda: bnn.ScaledWSLinear(N_IN, N_OUT, w_mask=MASK), ["weight"]),
+}
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_layers_learn_online_as_through_time(name):
+    make_layer, leaves = ONLINE[name]
+
+    class Cell(brainstate.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = make_layer()
+
+        def init_state(self, batch_size=None, **_):
+            self.h = brainstate.HiddenState(jnp.zeros((batch_size, *self.layer.out_size)))
+
+        def update(self, x):
+            self.h.value = 0.5 * self.h.value + u.get_mantissa(self.layer(x))
+            return jnp.sin(self.h.value).sum()
+
+    brainstate.random.seed(0)
+    cell = Cell()
+    cell.init_state(BATCH)
+    xs = jnp.asarray(values((3, BATCH, *cell.layer.in_size)))
+    learner = braintrace.compile(cell, "d_rtrl", xs[0], batch_size=BATCH)
+    online = learner.etrace_grad(xs, step_fn=learner, reduction="sum")
+    cell.init_state(BATCH)
+    through_time = brainstate.transform.grad(lambda: sum(cell(x) for x in xs), cell.states(brainstate.ParamState))()
+    for leaf in leaves:
+        actual, desired = (u.get_mantissa(g["layer", "weight"][leaf]) for g in (online, through_time))
+        close(actual, desired, tol=1e-4)
+
+
 def test_readout_integrates_with_units():
     with brainstate.environ.context(dt=1.0 * u.ms):
         readout = bnn.LeakyRateReadout(
@@ -652,9 +832,8 @@ def test_readout_integrates_with_units():
 @every_batch
 def test_leaky_rate_readout(batch):
     with brainstate.environ.context(dt=0.5 * u.ms):
-        readout = bnn.LeakyRateReadout(N_IN, N_OUT, r_init=(one := init.Constant(1.0)))
-    assert readout.r_init is one
-    assert readout.tau == 5.0 * u.ms
+        readout = bnn.LeakyRateReadout(N_IN, N_OUT, r_init=init.Constant(1.0))
+    assert readout.tau == 5.0 * u.ms and isinstance(readout.r_init, init.Constant)
     close(readout.decay, np.exp(-0.1))
     assert list(readout.states(brainstate.ParamState)) == [("W",)]
     assert readout.W.value.shape == (N_IN, N_OUT)

@@ -71,12 +71,13 @@ class SyntheticGradient(brainstate.nn.Module):
         self.group_shapes = {i: tuple(shape) for i, shape in group_shapes.items()}
         self.weights: dict[int, brainstate.ParamState] = {}
         self.biases: dict[int, brainstate.ParamState] = {}
+        key = jax.random.key(seed)
         for i, shape in self.group_shapes.items():
             if len(shape) < 2:
                 raise ValueError(f"The shape {shape} of group {i} has no axes of units and of hidden variables.")
             width = math.prod(shape[-2:])
-            key = jax.random.fold_in(jax.random.key(seed), i)
-            self.weights[i] = brainstate.ParamState(scale * jax.random.normal(key, (width, width), jnp.float32))
+            key, own = jax.random.split(key)
+            self.weights[i] = brainstate.ParamState(scale * jax.random.normal(own, (width, width), jnp.float32))
             self.biases[i] = brainstate.ParamState(jnp.zeros(width, jnp.float32))
 
     def param_values(self) -> dict[str, dict[int, jax.Array]]:

@@ -19,7 +19,8 @@ class FixedRandomFeedback:
     ----------
     n_target, n_layer : int
         Sizes of the error and of the layer.
-    key : JAX key
+    key : JAX key or int
+        An integer is the seed of a key.
     init_scale : float
         Standard deviation of the entries.
 
@@ -42,7 +43,8 @@ class FixedRandomFeedback:
 
     __module__ = "braintrace"
 
-    def __init__(self, n_target: int, n_layer: int, key: jax.Array, init_scale: float = 0.1):
+    def __init__(self, n_target: int, n_layer: int, key: jax.Array | int, init_scale: float = 0.1):
+        key = jax.random.key(key) if isinstance(key, int) else key
         self.n_target = n_target
         self.n_layer = n_layer
         self.B = jax.lax.stop_gradient(init_scale * jax.random.normal(key, (n_target, n_layer)))
@@ -90,8 +92,10 @@ class KappaFilter(brainstate.ShortTermState):
         self.value = jax.tree.map(lambda v, x: (1 - self.kappa) * x + self.kappa * v, self.value, x)
         return self.value
 
-    def reset_state(self, batch_size: int | None = None) -> None:
+    def reset_state(self, batch_size: int | None = None, **kwargs: Any) -> None:
         """Zero the value; ``batch_size`` replaces its leading axis (or becomes the axis of a scalar)."""
+
+        del kwargs
 
         def zeros(v):
             shape = jnp.shape(v) if batch_size is None else (batch_size, *jnp.shape(v)[1:])

@@ -7,23 +7,42 @@ import brainstate
 import brainunit as u
 import jax
 import jax.numpy as jnp
+import numpy as np
 from brainstate.nn import init
 from brainstate.typing import ArrayLike, Size
 
 Initializer: TypeAlias = Callable[..., Any] | ArrayLike  # a callable of the shape, or the values themselves
 
 
-def initialize(initializer: Initializer, shape: tuple[int, ...], batch_size: int | None = None) -> ArrayLike:
-    """Make an array of exactly `shape`, behind a leading batch axis if there is one.
+class Orthogonal(init.Orthogonal):
+    """Orthonormal rows or columns, whichever are fewer, from a normal matrix of the shape of the result.
 
-    A number fills it, an array is broadcast to it (the same values for every sample), a callable is called
-    with the whole shape. Units pass through.
+    `brainstate.nn.init.Orthogonal` draws the transpose of a matrix with more columns than rows: another one of a seed.
     """
-    shape = shape if batch_size is None else (batch_size, *shape)
+
+    def __call__(self, shape, **kwargs):
+        del kwargs
+        rows, cols = shape
+        normal = self.rng.normal(size=shape)
+        tall = normal if rows >= cols else normal.T
+        q, r = jnp.linalg.qr(tall.astype(jnp.promote_types(tall.dtype, jnp.float32)))  # there is none in half precision
+        q = self.scale * (q * jnp.sign(jnp.diag(r))).astype(normal.dtype)
+        return u.maybe_decimal(u.Quantity(q if rows >= cols else q.T, unit=self.unit))
+
+
+def initialize(initializer: Initializer, shape: tuple[int, ...]) -> ArrayLike:
+    """Make an array of exactly `shape`.
+
+    A number fills it, an array is broadcast to it, a callable is called with the whole shape. Units pass through.
+    """
     if u.math.isscalar(initializer):
         initializer = init.Constant(initializer)
-    value = initializer(shape) if callable(initializer) else jax.tree.map(jnp.asarray, initializer)
-    return u.math.broadcast_to(value, shape)
+    value = initializer(shape) if callable(initializer) else u.math.asarray(initializer)
+    value = jax.tree.map(jnp.asarray, value)
+    extra = max(value.ndim - len(shape), 0)
+    if extra and set(value.shape[:extra]) == {1}:  # a row, say, for a bias
+        value = value.reshape(value.shape[extra:])
+    return value if value.shape == shape else u.math.broadcast_to(value, shape)
 
 
 def set_sizes(module: brainstate.nn.Module, in_size: Size, out_size: Size) -> None:
@@ -70,10 +89,16 @@ class Recurrent(brainstate.nn.Module):
         """Create the hidden states, each of shape `(batch_size, *out_size)`, or `out_size` without a batch."""
         del kwargs
         for name in self.hidden:
-            setattr(self, name, brainstate.HiddenState(initialize(self.state_init, self.out_size, batch_size)))
+            setattr(self, name, brainstate.HiddenState(self._initial(batch_size)))
 
     def reset_state(self, batch_size: int | None = None, **kwargs):
         """Refill the existing hidden states with their initial values."""
         del kwargs
         for name in self.hidden:
-            getattr(self, name).value = initialize(self.state_init, self.out_size, batch_size)
+            getattr(self, name).value = self._initial(batch_size)
+
+    def _initial(self, batch_size: int | None) -> ArrayLike:
+        lead = () if batch_size is None else (batch_size,)
+        if batch_size is None and not callable(self.state_init):  # an array may bring a batch axis of its own
+            lead = np.shape(u.get_mantissa(self.state_init))[: -len(self.out_size)]
+        return initialize(self.state_init, (*lead, *self.out_size))

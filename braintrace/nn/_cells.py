@@ -8,14 +8,14 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import brainstate
+import jax.numpy as jnp
 from brainstate.nn import init
 from brainstate.typing import ArrayLike, Size
 from jax.nn import sigmoid
-from jax.scipy.special import logit
 
 from braintrace._ops import element_wise
 
-from ._base import Initializer, Recurrent, as_activation, cat
+from ._base import Initializer, Orthogonal, Recurrent, as_activation, cat
 from ._linear import Linear
 
 
@@ -74,7 +74,7 @@ class ValinaRNNCell(Recurrent, brainstate.nn.ValinaRNNCell):
         in_size: Size,
         out_size: Size,
         state_init: Initializer = init.ZeroInit(),
-        w_init: Initializer = init.XavierNormal(),
+        w_init: Initializer = init.XavierNormal(distribution="normal"),
         b_init: Initializer | None = init.ZeroInit(),
         activation: str | Callable = "relu",
         name: str | None = None,
@@ -140,7 +140,7 @@ class GRUCell(Recurrent, brainstate.nn.GRUCell):
         self,
         in_size: Size,
         out_size: Size,
-        w_init: Initializer = init.Orthogonal(),
+        w_init: Initializer = Orthogonal(),
         b_init: Initializer | None = init.ZeroInit(),
         state_init: Initializer = init.ZeroInit(),
         activation: str | Callable = "tanh",
@@ -215,7 +215,7 @@ class CFNCell(Recurrent, brainstate.nn.RNNCell):
         self,
         in_size: Size,
         out_size: Size,
-        w_init: Initializer = init.Orthogonal(),
+        w_init: Initializer = Orthogonal(),
         b_init: Initializer | None = init.ZeroInit(),
         state_init: Initializer = init.ZeroInit(),
         activation: str | Callable = "tanh",
@@ -287,7 +287,7 @@ class MGUCell(Recurrent, brainstate.nn.MGUCell):
         self,
         in_size: Size,
         out_size: Size,
-        w_init: Initializer = init.Orthogonal(),
+        w_init: Initializer = Orthogonal(),
         b_init: Initializer | None = init.ZeroInit(),
         state_init: Initializer = init.ZeroInit(),
         activation: str | Callable = "tanh",
@@ -356,13 +356,13 @@ class LSTMCell(Recurrent, brainstate.nn.LSTMCell):
     (2, 4)
     """
 
-    hidden: ClassVar = ("h", "c")
+    hidden: ClassVar = ("c", "h")
 
     def __init__(
         self,
         in_size: Size,
         out_size: Size,
-        w_init: Initializer = init.XavierNormal(),
+        w_init: Initializer = init.XavierNormal(distribution="normal"),
         b_init: Initializer | None = init.ZeroInit(),
         state_init: Initializer = init.ZeroInit(),
         activation: str | Callable = "tanh",
@@ -438,13 +438,13 @@ class URLSTMCell(Recurrent, brainstate.nn.URLSTMCell):
     (2, 4)
     """
 
-    hidden: ClassVar = ("h", "c")
+    hidden: ClassVar = ("c", "h")
 
     def __init__(
         self,
         in_size: Size,
         out_size: Size,
-        w_init: Initializer = init.XavierNormal(),
+        w_init: Initializer = init.XavierNormal(distribution="normal"),
         state_init: Initializer = init.ZeroInit(),
         activation: str | Callable = "tanh",
         name: str | None = None,
@@ -456,7 +456,7 @@ class URLSTMCell(Recurrent, brainstate.nn.URLSTMCell):
         self.Wr = _gate(self, w_init, None)
         self.Wo = _gate(self, w_init, None)
         n = self.out_size[-1]
-        self.bias = brainstate.ParamState(logit(brainstate.random.uniform(1 / n, 1 - 1 / n, self.out_size)))
+        self.bias = brainstate.ParamState(-jnp.log(1 / brainstate.random.uniform(1 / n, 1 - 1 / n, (n,)) - 1))
 
     def update(self, x: ArrayLike) -> ArrayLike:
         """Take one step with `x` of shape ``(..., in)`` and return the new ``h``."""
@@ -520,7 +520,7 @@ class MinimalRNNCell(Recurrent, brainstate.nn.RNNCell):
         self,
         in_size: Size,
         out_size: Size,
-        w_init: Initializer = init.Orthogonal(),
+        w_init: Initializer = Orthogonal(),
         b_init: Initializer | None = init.ZeroInit(),
         state_init: Initializer = init.ZeroInit(),
         phi: Callable | None = None,
@@ -586,7 +586,7 @@ class MiniGRU(Recurrent, brainstate.nn.RNNCell):
         self,
         in_size: Size,
         out_size: Size,
-        w_init: Initializer = init.Orthogonal(),
+        w_init: Initializer = Orthogonal(),
         b_init: Initializer | None = init.ZeroInit(),
         state_init: Initializer = init.ZeroInit(),
         name: str | None = None,
@@ -651,7 +651,7 @@ class MiniLSTM(Recurrent, brainstate.nn.RNNCell):
         self,
         in_size: Size,
         out_size: Size,
-        w_init: Initializer = init.Orthogonal(),
+        w_init: Initializer = Orthogonal(),
         b_init: Initializer | None = init.ZeroInit(),
         state_init: Initializer = init.ZeroInit(),
         name: str | None = None,

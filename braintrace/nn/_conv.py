@@ -4,6 +4,8 @@ from functools import cached_property, partial
 from typing import Any
 
 import brainstate
+import brainunit as u
+import jax.numpy as jnp
 from brainstate.typing import ArrayLike
 
 from braintrace._ops import conv
@@ -19,6 +21,10 @@ class _Conv:
         # One object for the life of the layer: operations compare their hooks by identity.
         return None if self.w_mask is None else partial(masked, self.w_mask)
 
+    def _conv_op(self: Any, x: Any, params: Any) -> ArrayLike:
+        # brainstate's constructor evaluates this on a plain input to learn the shape of the output.
+        return self._convolve(x, {k: jnp.asarray(u.get_mantissa(v)) for k, v in params.items()})
+
     def update(self: Any, x: Any) -> ArrayLike:
         """Convolve `x` of shape ``in_size`` or ``(batch, *in_size)``."""
         lead = x.shape[: -len(self.in_size)]
@@ -27,7 +33,9 @@ class _Conv:
                 f"{type(self).__name__} was made for inputs of shape {tuple(self.in_size)}, with a batch axis in front "
                 f"or without, and got {tuple(x.shape)}."
             )
-        params = self.weight.value
+        return self._convolve(x, self.weight.value)
+
+    def _convolve(self: Any, x: Any, params: Any) -> ArrayLike:
         return conv(
             x,
             params["weight"],

@@ -5,6 +5,7 @@ from functools import partial
 import brainstate
 import jax
 import jax.numpy as jnp
+import numpy as np
 from brainstate.nn import init
 from brainstate.typing import ArrayLike, Size
 
@@ -27,6 +28,13 @@ def _signed(sign: ArrayLike, weight: jax.Array) -> jax.Array:
 def _standardized(eps: float, mask: ArrayLike | None, weight: jax.Array) -> jax.Array:
     weight = brainstate.nn.weight_standardization(weight, eps)
     return weight if mask is None else masked(mask, weight)
+
+
+def _input_mask(mask: Initializer, shape: tuple[int, int]) -> ArrayLike:
+    """A mask with one value for each input where that is all it says, else one for each weight."""
+    column = (shape[0], 1)
+    mask = mask(column) if callable(mask) else mask
+    return initialize(mask, column if np.shape(mask)[-1:] in ((), (1,)) else shape)
 
 
 class Linear(brainstate.nn.Linear):
@@ -168,7 +176,7 @@ class ScaledWSLinear(brainstate.nn.ScaledWSLinear):
     b_init : callable, array or None, optional
         Initial bias, of shape ``(out,)``. ``None`` leaves the bias out.
     w_mask : callable, array or None, optional
-        Mask :math:`m` of the inputs, that broadcasts to ``(in, 1)``.
+        Mask :math:`m` that broadcasts to ``(in, out)``; a callable is asked for ``(in, 1)``, one value for each input.
     ws_gain : bool, optional
         Whether to train a gain :math:`g`, initially one.
     eps : float, optional
@@ -215,7 +223,7 @@ class ScaledWSLinear(brainstate.nn.ScaledWSLinear):
         set_sizes(self, in_size, out_size)
         shape = self.in_size[-1], self.out_size[-1]
         self.eps = eps
-        self.w_mask = None if w_mask is None else initialize(w_mask, (shape[0], 1))
+        self.w_mask = None if w_mask is None else _input_mask(w_mask, shape)
         self._weight_fn = partial(_standardized, eps, self.w_mask)
         params = {"weight": initialize(w_init, shape)}
         if b_init is not None:

@@ -13,6 +13,12 @@ from ._base import Recurrent
 from ._linear import Linear
 
 
+def _open_uniform(n: int) -> ArrayLike:
+    """Uniform between 0 and 1, and never 0, of which the logarithm is infinite."""
+    draw = brainstate.random.uniform(size=(n,))
+    return jnp.maximum(draw, jnp.finfo(draw.dtype).tiny)
+
+
 class LRUCell(Recurrent, brainstate.nn.RNNCell):
     r"""Linear recurrent unit: a diagonal complex recurrence between two linear maps.
 
@@ -35,6 +41,8 @@ class LRUCell(Recurrent, brainstate.nn.RNNCell):
 
     Attributes
     ----------
+    d_model, d_hidden, r_min, r_max, max_phase
+        As given.
     h_re, h_im : HiddenState
         Real and imaginary part of the hidden state, of shape ``(*batch, d_hidden)``, made by `init_state`.
     nu_log, theta_log, gamma_log : ParamState
@@ -60,18 +68,16 @@ class LRUCell(Recurrent, brainstate.nn.RNNCell):
         super().__init__(d_model, d_hidden, init.ZeroInit())
         self.d_model, self.d_hidden = d_model, d_hidden
         self.r_min, self.r_max, self.max_phase = r_min, r_max, max_phase
-        open_uniform = init.Uniform(1e-6, 1 - 1e-6)  # at 0 and 1 the logarithms are infinite
-        theta_log = jnp.log(max_phase * open_uniform(d_hidden))
-        nu_log = jnp.log(-0.5 * jnp.log(r_min**2 + open_uniform(d_hidden) * (r_max**2 - r_min**2)))
-        self.theta_log = brainstate.ParamState(theta_log)
+        self.theta_log = brainstate.ParamState(jnp.log(max_phase * _open_uniform(d_hidden)))
+        nu_log = jnp.log(-0.5 * jnp.log(r_min**2 + _open_uniform(d_hidden) * (r_max**2 - r_min**2)))
         self.nu_log = brainstate.ParamState(nu_log)
         self.gamma_log = brainstate.ParamState(0.5 * jnp.log(-jnp.expm1(-2 * jnp.exp(nu_log))))  # log sqrt(1 - |λ|²)
-        self.D = brainstate.ParamState(brainstate.random.randn(d_model))
         w_init = init.LecunNormal(distribution="normal")
         self.B_re = Linear(d_model, d_hidden, w_init, b_init=None)
         self.B_im = Linear(d_model, d_hidden, w_init, b_init=None)
         self.C_re = Linear(d_hidden, d_model, w_init, b_init=None)
         self.C_im = Linear(d_hidden, d_model, w_init, b_init=None)
+        self.D = brainstate.ParamState(brainstate.random.randn(d_model))
 
     def update(self, inputs: ArrayLike) -> ArrayLike:
         """Take one step with `inputs` of shape ``(..., d_model)`` and return ``y`` of that shape."""

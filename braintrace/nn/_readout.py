@@ -64,11 +64,12 @@ class LeakyRateReadout(Recurrent):
         in_size: Size,
         out_size: Size,
         tau: ArrayLike = 5.0 * u.ms,
-        w_init: Initializer = init.KaimingNormal(),
+        w_init: Initializer = init.KaimingNormal(distribution="normal"),
         r_init: Initializer = init.ZeroInit(),
         name: str | None = None,
     ):
         super().__init__(in_size, out_size, r_init, name)
+        self.r_init = r_init
         self.tau = tau
         self.decay = u.math.exp(-brainstate.environ.get_dt() / tau)
         self.W = brainstate.ParamState(initialize(w_init, (self.in_size[-1], self.out_size[-1])))

@@ -54,7 +54,8 @@ class GroupedLinear(brainstate.nn.Module):
         num_groups: int,
         in_features: int,
         out_features: int,
-        w_init: Initializer = init.KaimingNormal(),
+        # With the fan-in of a kernel (out, in, window) a seed gives the weights of the published layer.
+        w_init: Initializer = init.KaimingNormal(distribution="normal", in_axis=1, out_axis=0),
         b_init: Initializer | None = init.ZeroInit(),
         name: str | None = None,
         param_type: type = brainstate.ParamState,
@@ -149,16 +150,18 @@ class LoRA(brainstate.nn.LoRA):
 
     Parameters
     ----------
-    in_features, lora_rank, out_features : int
-        Size of the input, the rank :math:`r`, and the size of the output.
+    in_features, out_features : int or tuple of int
+        Size of one input and of one output. Axes in front of the last must agree.
+    lora_rank : int
+        The rank :math:`r`.
     base_module : callable, optional
         A layer whose output is added.
-    kernel_init : callable, optional
-        Initial value of both factors.
+    kernel_init : callable or array, or a pair of them, optional
+        Initial value of both factors, or of ``lora_a`` and ``lora_b``. Each may carry a unit of its own.
     param_type : type, optional
         Class of the parameter state.
     in_size : int or tuple of int, optional
-        Size of one input, where it has more axes than the last.
+        Size of one input, where it has more axes than the last; another way to say it than `in_features`.
 
     Attributes
     ----------
@@ -182,26 +185,29 @@ class LoRA(brainstate.nn.LoRA):
 
     def __init__(
         self,
-        in_features: int,
+        in_features: Size,
         lora_rank: int,
-        out_features: int,
+        out_features: Size,
         *,
         base_module: Callable[..., Any] | None = None,
-        kernel_init: Callable[..., Any] = init.LecunNormal(),
+        kernel_init: Initializer | tuple[Initializer, Initializer] = init.LecunNormal(),
         param_type: type = brainstate.ParamState,
         in_size: Size | None = None,
     ):
         brainstate.nn.Module.__init__(self)
         if base_module is not None and not callable(base_module):
             raise ValueError(f"LoRA: base_module must be a layer or function, got {type(base_module).__name__}.")
-        self.in_features, self.lora_rank, self.out_features = in_features, lora_rank, out_features
-        self.in_size = size = (in_features,) if in_size is None else _as_tuple(in_size)
-        self.out_size = (*size[:-1], out_features)
+        set_sizes(self, in_features, out_features)
+        rows, cols = self.in_size[-1], self.out_size[-1]
+        if in_size is not None:
+            set_sizes(self, in_size, (*_as_tuple(in_size)[:-1], cols))
+        self.in_features, self.lora_rank, self.out_features = rows, lora_rank, cols
         self.base_module = base_module
+        a_init, b_init = kernel_init if isinstance(kernel_init, (tuple, list)) else (kernel_init, kernel_init)
         self.weight = param_type(
             {
-                "lora_a": initialize(kernel_init, (in_features, lora_rank)),
-                "lora_b": initialize(kernel_init, (lora_rank, out_features)),
+                "lora_a": initialize(a_init, (rows, lora_rank)),
+                "lora_b": initialize(b_init, (lora_rank, cols)),
             }
         )
 
