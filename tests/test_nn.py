@@ -391,7 +391,7 @@ def test_signed_linear_keeps_the_signs(sign, lead):
         *[{}, dict(ws_gain=False), dict(b_init=None), dict(eps=100.0)],
         *[dict(w_mask=mask) for mask in (ROW, MASK, MASK > 0, MASK[1], 0.5, lambda shape: jnp.asarray(ROW))],
     ],
-    ids=str,
+    ids=["all", "no gain", "no bias", "eps", "row", "full", "bool", "units", "number", "callable"],
 )
 def test_scaled_ws_linear_standardises_its_columns(kwargs, lead):
     layer = bnn.ScaledWSLinear(N_IN, N_OUT, **({"b_init": init.Normal()} | kwargs))

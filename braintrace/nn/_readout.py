@@ -69,7 +69,6 @@ class LeakyRateReadout(Recurrent):
         name: str | None = None,
     ):
         super().__init__(in_size, out_size, r_init, name)
-        self.r_init = r_init
         self.tau = tau
         self.decay = u.math.exp(-brainstate.environ.get_dt() / tau)
         self.W = brainstate.ParamState(initialize(w_init, (self.in_size[-1], self.out_size[-1])))
