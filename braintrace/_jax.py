@@ -25,9 +25,7 @@ __all__ = [
     'sub_jaxprs', 'sub_program', 'trace_context', 'zeros',
 ]  # fmt: skip
 
-JIT_NAMES = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call", "custom_lin_call", "xla_call"})
-
-
+JIT_NAMES = frozenset("jit pjit closed_call core_call core_closed_call custom_lin_call eval_jaxpr xla_call".split())
 REMAT_NAMES = frozenset({"checkpoint", "remat", "remat2", "remat_call"})
 
 

@@ -354,14 +354,16 @@ def equation_names(graph):
 
 def test_nested_jit_is_inlined():
     inner = jax.jit(lambda x, w: jnp.tanh(matmul(x, w)))
-    outer = jax.jit(lambda x, w: 2 * inner(x, w) + jax.nn.silu(inner(x, w)))
+    traced = inner.trace(X, jnp.ones((N_IN, N)))
+    again = traced if callable(traced) else inner  # newer releases of JAX call it
+    outer = jax.jit(lambda x, w: 2 * inner(x, w) + jax.nn.silu(again(x, w)))
 
     def step(m, x):
         m.h.value = brainstate.transform.jit(lambda x: outer(x, m.w.value) + 0.5 * m.h.value)(x)
         return m.h.value
 
     graph = compiled(step)
-    assert not {"jit", "pjit", "closed_call"} & set(equation_names(graph))
+    assert not {"jit", "pjit", "closed_call", "eval_jaxpr"} & set(equation_names(graph))
     assert [r.path for r in graph.hidden_param_op_relations] == [("w",), ("w",)]
 
 
@@ -1163,7 +1165,7 @@ def changes_shape(m, x):
 
 FORBIDDEN = [
     (writes_parameter, braintrace.NotSupportedError, "'w'"),
-    (changes_unit, ValueError, r"'s'.*from mV to mWb"),
+    (changes_unit, ValueError, r"'s'.*from mV to (mWb|mV \* s)"),
     (loses_unit, ValueError, "'s'.*from mV to 1"),
     (changes_scale, ValueError, r"'s'.*from mV to V"),
     (changes_shape, ValueError, r"'h'.*\(3,\).*\(2, 3\)"),
