@@ -660,8 +660,7 @@ def test_a_bias_in_its_own_parameter(place):
 
 LARGER = {
     "batch axis": ((2, N), lambda y: y),
-    "leading axis of one": ((1, N), lambda y: y),
-    "reshape": ((N, 1), lambda y: y.reshape(N, 1)),
+    "batch axis behind": ((N, 2), lambda y: y[:, None]),
     "repeat": ((2 * N,), lambda y: jnp.concatenate([y, y])),
 }
 
