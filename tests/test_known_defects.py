@@ -660,7 +660,6 @@ def test_a_bias_in_its_own_parameter(place):
 
 LARGER = {
     "batch axis": ((2, N), lambda y: y),
-    "batch axis behind": ((N, 2), lambda y: y[:, None]),
     "repeat": ((2 * N,), lambda y: jnp.concatenate([y, y])),
 }
 
