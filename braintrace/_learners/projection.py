@@ -12,6 +12,7 @@ import numpy as np
 
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
+from .._precision import wide
 from .._traces import projection
 from .._traces.projection import Projection
 from .._types import Path, path_str
@@ -137,10 +138,10 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
         self._check_output_shapes()
         states, thetas = {}, {}
         for g in self._projected_groups():
-            dtype = jnp.result_type(*(v.aval.dtype for v in g.program.part.news))
+            dtype = wide(jnp.result_type(*(v.aval.dtype for v in g.program.part.news)))
             states[g.index] = EligibilityTrace(jnp.zeros((*g.varshape, g.num_state), dtype))
             for path in self._paths_of(g.index):
-                zeros = jax.tree.map(jnp.zeros_like, self.param_states[path].value)
+                zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, wide(v.dtype)), self.param_states[path].value)
                 thetas[g.index, path] = EligibilityTrace(zeros)
         self.etrace_s, self.etrace_theta = states, thetas
         # As plain numbers, which every transformation maps.
