@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._jax import trace_context
+from ._precision import wide
 from ._types import MultiStepData, SingleStepData, head
 
 __all__ = ["ETraceVmap", "SequenceDriverMixin", "common_length"]
@@ -114,6 +115,7 @@ class SequenceDriverMixin:
         count = jnp.maximum(mask.sum(), 1)
         if reduction == "mean":
             total = jax.tree.map(lambda g: g / count.astype(g.dtype), total)
+        total = {k: jax.tree.map(lambda g, v: g.astype(v.dtype), g, weights[k].value) for k, g in total.items()}
         masked = losses * mask.astype(losses.dtype)
         if loss_output == "masked":
             losses = masked
@@ -290,8 +292,8 @@ class _Chunks:
         """Gradients by the keys of ``weights``, losses and auxiliary data."""
         learner = self.learner
         self.operands = jax.lax.stop_gradient(learner._static_operands())
-        plain = jax.tree.map(jnp.zeros_like, {k: s.value for k, s in self.weights.items()})
-        traced = jax.tree.map(jnp.zeros_like, dict(enumerate(self.operands)))
+        plain = _zeros_like({k: s.value for k, s in self.weights.items()})
+        traced = _zeros_like(dict(enumerate(self.operands)))
         calls = jax.tree.leaves(items)[0].shape[0]
         size = min(calls, self.chunk or self._automatic(calls))
         whole = calls - calls % size
@@ -363,6 +365,11 @@ class _Chunks:
         return next(even, most)
 
 
+def _zeros_like(tree: Any) -> Any:
+    """To be summed to over time."""
+    return jax.tree.map(lambda v: jnp.zeros(v.shape, wide(v.dtype)), tree)
+
+
 def _part(tree: Any, start: Any, size: int) -> Any:
     return jax.tree.map(lambda v: jax.lax.dynamic_slice_in_dim(v, start, size), tree)
 
@@ -380,7 +387,7 @@ def _step_by_step(objective, weights, items):
             grads = jax.tree.map(lambda g: g * m.astype(g.dtype), grads)
         return jax.tree.map(jnp.add, total, grads), (loss, aux)
 
-    zeros = jax.tree.map(jnp.zeros_like, {p: s.value for p, s in weights.items()})
+    zeros = _zeros_like({p: s.value for p, s in weights.items()})
     total, (losses, aux) = brainstate.transform.scan(body, zeros, items)
     return total, losses, aux
 

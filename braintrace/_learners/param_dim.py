@@ -11,6 +11,7 @@ import numpy as np
 
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
+from .._precision import wide, widened
 from .._traces import param
 from .._traces.record import add, contraction
 from .._types import Path, path_str
@@ -245,12 +246,12 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         pairs = [p for p in self._pairs() if p.number == number]
         own = {p.group.index for p in pairs}
         relation = pairs[0].relation
-        dtype = relation.y_var.aval.dtype
+        dtype = wide(relation.y_var.aval.dtype)
         zeros = [
             [jnp.zeros(g.varshape, dtype) if g.index in own else None] * g.num_state for g in self.graph.hidden_groups
         ]
         _, transpose = jax.vjp(gradient, zeros)
-        return transpose({k: operands[k] for k in relation.trainable_vars})[0]
+        return transpose(widened({k: operands[k] for k in relation.trainable_vars}))[0]
 
     def _meet(self, number, traces, signals, steps):
         own = {g.index for g in self.graph.hidden_param_op_relations[number].hidden_groups}

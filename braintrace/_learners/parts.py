@@ -9,6 +9,8 @@ import brainunit as u
 import jax
 import jax.numpy as jnp
 
+from .._precision import wide, widened
+
 __all__ = ["FixedRandomFeedback", "GradExpon", "KappaFilter"]
 
 
@@ -60,7 +62,7 @@ class KappaFilter(brainstate.ShortTermState):
     Parameters
     ----------
     init_value : array
-        Initial value.
+        Initial value; one of half precision is kept, and returned, in float32.
     kappa : float
         In ``[0, 1)``; 0 passes its input on.
 
@@ -84,7 +86,7 @@ class KappaFilter(brainstate.ShortTermState):
     def __init__(self, init_value: Any, kappa: float):
         if not 0.0 <= kappa < 1.0:
             raise ValueError(f"kappa must lie in [0, 1), got {kappa}.")
-        super().__init__(init_value)
+        super().__init__(widened(init_value))
         self.kappa = kappa
 
     def update(self, x: Any) -> Any:
@@ -117,6 +119,7 @@ class GradExpon(brainstate.nn.Module):
     Attributes
     ----------
     gradients : brainstate.LongTermState
+        Of gradients of half precision, in float32.
     decay : float
 
     Raises
@@ -152,7 +155,8 @@ class GradExpon(brainstate.nn.Module):
                 "tau_or_decay must be a float (a decay) or a brainunit.Quantity (a time constant), got "
                 f"{type(tau_or_decay).__name__}."
             )
-        self.gradients = brainstate.LongTermState(jax.tree.map(jnp.zeros_like, grad_shape))
+        zeros = jax.tree.map(lambda g: jnp.zeros(jnp.shape(g), wide(jnp.result_type(g))), grad_shape)
+        self.gradients = brainstate.LongTermState(zeros)
 
     def update(self, grads: Any) -> None:
         """Add one gradient to the decaying sum."""

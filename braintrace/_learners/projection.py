@@ -13,6 +13,7 @@ import numpy as np
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
 from .._jax import zeros
+from .._precision import wide
 from .._traces import projection
 from .._traces.projection import Projection
 from .._types import Path, path_str
@@ -138,11 +139,11 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
         self._check_output_shapes()
         states, thetas = {}, {}
         for g in self._projected_groups():
-            dtype = jnp.result_type(*(v.aval.dtype for v in g.program.part.news))
+            dtype = wide(jnp.result_type(*(v.aval.dtype for v in g.program.part.news)))
             states[g.index] = EligibilityTrace(zeros((*g.varshape, g.num_state), dtype))
             for path in self._paths_of(g.index):
                 like = self.param_states[path].value
-                thetas[g.index, path] = EligibilityTrace(jax.tree.map(lambda x: zeros(x.shape, x.dtype), like))
+                thetas[g.index, path] = EligibilityTrace(jax.tree.map(lambda x: zeros(x.shape, wide(x.dtype)), like))
         self.etrace_s, self.etrace_theta = states, thetas
         # As plain numbers, which every transformation maps.
         self.projection_rng = brainstate.ShortTermState(jax.random.key_data(self._key))

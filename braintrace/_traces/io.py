@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from .._compiler.graph import ETraceGraph
 from .._compiler.relations import HiddenParamOpRelation
 from .._jax import zeros
+from .._precision import wide, widened
 from .record import (
     Jacobian,
     Sensitivity,
@@ -59,7 +60,7 @@ def init_io(graph: ETraceGraph) -> IOTrace:
     xs, dfs = {}, {}
     for i, key in x_keys(graph).items():
         aval = x_aval(graph.hidden_param_op_relations[i])
-        xs[key] = zeros(aval.shape, aval.dtype)
+        xs[key] = zeros(aval.shape, wide(aval.dtype))
     for r in graph.hidden_param_op_relations:
         for g in r.hidden_groups:
             custom = r.primitive.rules.init_pp
@@ -67,8 +68,8 @@ def init_io(graph: ETraceGraph) -> IOTrace:
             if custom is not None and r.sub_steps is None and r.y_var.aval.shape == g.varshape:
                 own = custom(r.x_var, r.y_var, r.trainable_vars, g.num_state)
             else:
-                own = zeros(shape, r.y_var.aval.dtype)
-            dfs[pair_key(r, g.index)] = own
+                own = zeros(shape, wide(r.y_var.aval.dtype))
+            dfs[pair_key(r, g.index)] = widened(own)
     return IOTrace(xs, dfs)
 
 
@@ -127,9 +128,12 @@ def lift_io(
 ) -> jax.Array:
     """An array like the output whose cotangent reaches the operands through the filtered input ``x``, and ``one``."""
 
+    y = jax.ShapeDtypeStruct(relation.y_var.aval.shape, wide(relation.y_var.aval.dtype))
+    operands, fixed = widened((dict(operands), dict(fixed)))
+
     def lift(x, factors):
         moved = {k: _with_factor(w, factors[k]) if k in factors else w for k, w in operands.items()}
-        return relation.primitive.lift(x, moved, relation.eqn_params, fixed, relation.y_var.aval)
+        return relation.primitive.lift(x, moved, relation.eqn_params, fixed, y)
 
     lifted = lift(x, dict.fromkeys(relation.offset_keys, one))
     if relation.affine_keys:  # linear in the input but for the value where it is zero
@@ -156,7 +160,7 @@ def contract_io(
         for g in relation.hidden_groups
     }
     total = over_groups(relation, pairs)
-    return None if total is None else (total / correction).astype(relation.y_var.aval.dtype)
+    return None if total is None else (total / correction).astype(wide(relation.y_var.aval.dtype))
 
 
 def contract_io_chunk(

@@ -20,8 +20,19 @@ from .._compiler.groups import HiddenGroup
 from .._compiler.positions import MANY, NONE, is_aligned, no_cut, own_label, propagate
 from .._compiler.relations import HiddenParamOpRelation
 from .._jax import Literal, open_jaxpr, zeros
+from .._precision import wide, widened
 from .._types import path_str
-from .record import Slots, add, contraction, pair_key, placed, spread, unbroadcast, weighted_sum, x_aval
+from .record import (
+    Slots,
+    add,
+    contraction,
+    pair_key,
+    placed,
+    spread,
+    unbroadcast,
+    weighted_sum,
+    x_aval,
+)
 
 __all__ = [
     "ChunkCoefficients", "Pair", "ParamMeta", "Recursion", "SlotTrace", "chunk_coefficients", "chunk_update",
@@ -199,7 +210,7 @@ def _pointwise(relation: HiddenParamOpRelation) -> bool:
 
 
 def init(pair: Pair, width: int, dtype: Any) -> SlotTrace:
-    """Zero traces."""
+    """Zero traces, in ``dtype`` or in that of sums over time."""
     meta, group, relation = pair.meta, pair.group, pair.meta.relation
     custom = relation.primitive.rules.init_drtrl
     own = custom and custom(relation.x_var, relation.y_var, relation.trainable_vars, group.num_state)
@@ -207,10 +218,11 @@ def init(pair: Pair, width: int, dtype: Any) -> SlotTrace:
     batch = whole[: meta.lead]
     trace: SlotTrace = {}
     for k, v in relation.trainable_vars.items():
-        kept = dtype or jnp.result_type(v.aval.dtype, y.dtype)
+        kept = jnp.result_type(v.aval.dtype, y.dtype)
         full = whole if relation.x_var is None else (*batch, *meta.shapes[k])
         if own:
             full, kept = own[k].shape[:-1], own[k].dtype
+        kept = dtype or wide(kept)
         filtered = () if k in relation.offset_keys or relation.x_var is None else x_aval(relation).shape
         behind = () if group.snap is None else (group.snap.num_neighbour,)
         trace[k] = [zeros(filtered if a in pair.factorised else (*full, *behind), kept) for a in range(width)]
@@ -239,8 +251,9 @@ def instant(meta, x, coefficient, operands, fixed, extra: int = 0, time: bool = 
     ``extra`` axes of mapped samples stand in front of the batch axes of the operation; with ``time`` another one in
     front of these is summed over, as are sub-steps, whose axis stands between mapped samples and batch.
     """
+    x, operands, fixed = widened((x, dict(operands), dict(fixed)))
     if meta.sub_steps is not None:
-        x, coefficient, fixed = jax.tree.map(lambda v: _first(v, extra, time), (x, coefficient, dict(fixed)))
+        x, coefficient, fixed = jax.tree.map(lambda v: _first(v, extra, time), (x, coefficient, fixed))
         return instant(meta._replace(sub_steps=None), x, coefficient, operands, fixed, extra, True)
     if meta.relation.x_var is None:
         return _instant_without_input(meta, coefficient, operands, fixed, time)
@@ -259,7 +272,7 @@ def instant(meta, x, coefficient, operands, fixed, extra: int = 0, time: bool = 
         of_sample = jax.vmap(of_sample, in_axes=(axis, axis, None))
     for _ in range(extra):
         of_sample = jax.vmap(of_sample, in_axes=axis)
-    return of_sample(x, coefficient, dict(fixed))
+    return of_sample(x, coefficient, fixed)
 
 
 def _first(value, extra, time):
@@ -317,7 +330,7 @@ def _slot(trace: SlotTrace, a: int) -> dict[str, jax.Array]:
 
 
 def _full(relation, entry, shape):
-    return spread(entry, shape, relation.y_var.aval.dtype)
+    return spread(entry, shape, wide(relation.y_var.aval.dtype))
 
 
 # -- one step ---------------------------------------------------------------------------------------------------------
@@ -409,7 +422,7 @@ def contract(
         if signal is None:
             continue
         slot = _slot(trace, a)
-        slot = {k: e.astype(jnp.result_type(e.dtype, signal.dtype)) for k, e in slot.items()}
+        slot = {k: e.astype(wide(jnp.result_type(e.dtype, signal.dtype))) for k, e in slot.items()}
         if a in pair.factorised:
             terms.append(_contract_factorised(relation, slot, signal, operands, extra))
         elif snap is not None:
@@ -464,19 +477,19 @@ def _sum(value, axes):
 
 
 def _to_weights(meta, total, operands, fixed):
-    """Pull trace-shaped gradients back to the operation's weights."""
+    """Pull trace-shaped gradients back to the operation's weights, in the dtype of sums over time."""
     relation = meta.relation
-    avals = {k: v.aval for k, v in relation.trainable_vars.items()}
-    if relation.x_var is None and meta.anchors[next(iter(avals))] is not None:
+    operands, fixed = widened((dict(operands), dict(fixed)))
+    if relation.x_var is None and meta.anchors[next(iter(operands))] is not None:
         y = relation.y_var.aval
         (value,) = total.values()
         out = relation.primitive.weight_vjp(None, unbroadcast(value, y.shape), operands, relation.eqn_params, fixed)
     elif meta.unshared is not None:
-        own, pull = jax.vjp(lambda w: _own(meta, w)[0], dict(operands))
+        own, pull = jax.vjp(lambda w: _own(meta, w)[0], operands)
         (out,) = pull({k: total[k].astype(own[k].dtype) for k in own})
     else:
         out = {k: unbroadcast(e, meta.shapes[k]) for k, e in total.items()}
-    return {k: out[k].astype(avals[k].dtype) for k in avals}
+    return {k: out[k].astype(w.dtype) for k, w in operands.items()}
 
 
 def dense(pair: Pair, trace: SlotTrace, operands, width: int, front: tuple[int, ...]) -> dict[str, jax.Array]:
@@ -523,7 +536,7 @@ def chunk_coefficients(
 
     ``read(varying entries of one step) -> Recursion``; ``signals``: per slot ``(K, *V)`` or ``None``.
     """
-    group, dtype = pairs[0].group, pairs[0].relation.y_var.aval.dtype
+    group, dtype = pairs[0].group, wide(pairs[0].relation.y_var.aval.dtype)
     relations = {p.number: p.relation for p in pairs}
     structure = read(jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), varying))
     n = structure.width
@@ -547,7 +560,7 @@ def chunk_coefficients(
         for i, r in relations.items():
             df = recursion.df[i]
             c = weighted_sum([(df[a], r.place(group, total[a])) for a in felt])
-            y[i] = None if c is None else unbroadcast(c, r.y_var.aval.shape).astype(r.y_var.aval.dtype)
+            y[i] = None if c is None else unbroadcast(c, r.y_var.aval.shape).astype(wide(r.y_var.aval.dtype))
             rows = {a: placed(r, group, [M[a][b] for b in reach[a]]) for a in kept}
             u[i] = [
                 weighted_sum(list(zip(rows[a], [df[b] for b in reach[a]]))) if a in kept else None for a in range(n)
@@ -633,7 +646,7 @@ def _filtered(pair, a, powers, trace, xs, operands):
             new = float(weights.sum())
         else:
             repr_of = lambda x: relation.primitive.x_repr(x, operands)  # noqa: E731
-            x = jax.vmap(repr_of)(xs)
+            x = widened(jax.vmap(repr_of)(xs))
             new = jnp.tensordot(jnp.asarray(weights, x.dtype), x, 1)
         out[k] = carried + new
     return out

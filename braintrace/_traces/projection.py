@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from .._compiler.groups import HiddenGroup
 from .._compiler.relations import HiddenParamOpRelation
+from .._precision import eval_widened, widened
 from .record import Sensitivity, Slots, add, contraction, instantaneous
 
 __all__ = ["Projection", "meet", "step_jacobian_product", "projected", "advance"]
@@ -33,12 +34,12 @@ def meet(projection: Projection, signals: Slots) -> jax.Array | None:
 
 def step_jacobian_product(group: HiddenGroup, varying: Sequence[Any], tangent: jax.Array) -> jax.Array:
     """The whole Jacobian of a group's step times ``tangent``, both of shape ``V + (S,)``."""
-    olds, inputs = group.read_transition(varying)
+    olds, inputs = widened(group.read_transition(varying))
     smooth = [i for i, v in enumerate(olds) if jnp.issubdtype(v.dtype, jnp.inexact)]
 
     def new_values(moved):
         at = dict(zip(smooth, moved))
-        out = group.program.run([at.get(i, v) for i, v in enumerate(olds)], inputs)
+        out = eval_widened(group.program.program, *[at.get(i, v) for i, v in enumerate(olds)], *inputs)
         return [out[i] for i in smooth]
 
     news, pull = jax.vjp(new_values, [olds[i] for i in smooth])

@@ -16,11 +16,12 @@ from .._compiler.cut import Entry
 from .._compiler.graph import ETraceGraph
 from .._compiler.groups import HiddenGroup
 from .._compiler.relations import HiddenParamOpRelation
+from .._precision import widened
 from .._types import path_str
 
 __all__ = [
     "Jacobian", "Sensitivity", "Slots", "add", "contraction", "instantaneous", "over_groups", "pair_key",
-    "placed",    "relation_name", "sensitivities", "spread", "unbroadcast", "weighted_sum", "x_aval", "x_keys",
+    "placed", "relation_name", "sensitivities", "spread", "unbroadcast", "weighted_sum", "x_aval", "x_keys",
 ]  # fmt: skip
 
 Slots = list[Any]  # one array of shape V per hidden variable of a group, or None for a known zero
@@ -159,13 +160,14 @@ def contraction(
 ) -> dict[str, jax.Array]:
     """Gradient of an operation's operands, summed over ``axes`` leading axes of its inputs and of its cotangent.
 
-    With ``ones``, an array over these axes, ``x`` is a filtered representation of the input, and ``ones`` is what the
-    same filter makes of the input 1 of an offset.
+    It is made, and left, in the dtype of sums over time. With ``ones``, an array over these axes, ``x`` is a filtered
+    representation of the input, and ``ones`` is what the same filter makes of the input 1 of an offset.
     """
     if operation.sub_steps is not None:
         operation, axes = operation.one, axes + 1
         ones = None if ones is None else jnp.broadcast_to(ones[..., None], cotangent.shape[:axes])
     p, params, bound = operation.primitive, operation.eqn_params, ones is None
+    x, cotangent, operands, fixed = widened((x, cotangent, dict(operands), dict(fixed)))
 
     def gradients(x, cotangent):
         return dict(p.summed_vjp(x, cotangent, operands, params, fixed, axes, bound))

@@ -1,0 +1,41 @@
+"""The precision of sums over time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._jax import Literal, bind_equation, call_body, consts_of, is_jit, is_remat, open_jaxpr, sub_jaxprs
+
+__all__ = ["eval_widened", "wide", "widened"]
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype of sums over time of values of ``dtype``: in half precision they stop growing, or overflow."""
+    narrow = jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits < 32
+    return jnp.dtype(jnp.float32) if narrow else dtype
+
+
+def widened(tree: Any) -> Any:
+    """Every array in the dtype of sums over time of its values."""
+    return jax.tree.map(lambda v: v.astype(wide(v.dtype)) if hasattr(v, "dtype") else v, tree)
+
+
+def eval_widened(closed: Any, *args: Any) -> list[Any]:
+    """Evaluate a closed jaxpr in the dtype of sums over time, but for loops and functions with their own derivative."""
+    jaxpr = open_jaxpr(closed)
+    env = dict(zip(jaxpr.constvars, consts_of(closed))) | dict(zip(jaxpr.invars, args))
+    for eqn in jaxpr.eqns:
+        values = [widened(jnp.asarray(v.val, v.aval.dtype) if isinstance(v, Literal) else env[v]) for v in eqn.invars]
+        if is_jit(eqn) or is_remat(eqn):
+            outs = eval_widened(call_body(eqn), *values)
+        elif any(True for _ in sub_jaxprs(eqn)):
+            outs = bind_equation(eqn, [x.astype(v.aval.dtype) for x, v in zip(values, eqn.invars)])
+        else:
+            params = {k: wide(p) if isinstance(p, np.dtype) else p for k, p in eqn.params.items()}
+            outs = bind_equation(eqn.replace(params=params), values)
+        env.update(zip(eqn.outvars, outs))
+    return [widened(v.val if isinstance(v, Literal) else env[v]) for v in jaxpr.outvars]
