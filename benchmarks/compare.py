@@ -24,7 +24,6 @@ from report import BASELINE, PUBLISHED, THIS
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "braintrace-benchmarks"
-RELEASE = "0.2.6"
 
 SIZES = {
     "tiny": dict(batch=2, inputs=5, units=8, outputs=3, steps=10),
@@ -141,19 +140,19 @@ def measure(case, contestants, options):
     return results
 
 
-def published_python(folder):
+def published_python(release, folder):
     """The interpreter of an environment with the published package beside the running JAX, made unless it is there."""
-    folder = folder or CACHE / f"braintrace-{RELEASE}-jax-{version('jax')}"
+    folder = folder or CACHE / f"braintrace-{release}-jax-{version('jax')}"
     if ROOT in folder.resolve().parents:
         raise SystemExit(f"--published-env {folder} lies inside the repository; choose a folder outside of it")
     python = folder / "bin" / "python"
-    wanted = f"{RELEASE} {version('jax')}"
+    wanted = f"{release} {version('jax')}"
     if not python.exists():
-        print(f"Installing braintrace {RELEASE} in {folder}", flush=True)
+        print(f"Installing braintrace {release} in {folder}", flush=True)
         accelerator = re.compile(r"jax$|jaxlib$|jax[-_]cuda|jax[-_]rocm|nvidia[-_]")
         same = [f"{d.name}=={d.version}" for d in distributions() if accelerator.match(d.name)]
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        packages = [f"braintrace=={RELEASE}", "brainpy.state", "braintools", *same]
+        packages = [f"braintrace=={release}", "brainpy", "braintools", *same]
         subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
     ask = "from importlib.metadata import version as v; print(v('braintrace'), v('jax'))"
     found = subprocess.run([python, "-c", ask], capture_output=True, text=True).stdout.strip()
@@ -174,8 +173,9 @@ def arguments():
     parser.add_argument("--repeats", type=int, default=10, help="timed runs in one process")
     parser.add_argument("--time-limit", type=float, default=120.0, help="seconds for one process")
     parser.add_argument("--memory-steps", default="200,800,3200", help="lengths in the memory table")
-    parser.add_argument("--skip-published", action="store_true", help=f"leave braintrace {RELEASE} out")
-    parser.add_argument("--published-env", type=Path, help=f"virtual environment of braintrace {RELEASE}")
+    parser.add_argument("--skip-published", action="store_true", help="leave the published package out")
+    parser.add_argument("--release", default="0.2.6", help="version of the published package")
+    parser.add_argument("--published-env", type=Path, help="virtual environment of the published package")
     parser.add_argument("--output", type=Path, help="Markdown file to write; without it the tables are printed")
     parser.add_argument("--results", type=Path, help="file of raw results: read first, extended by each new case")
     options = parser.parse_args()
@@ -196,10 +196,10 @@ def main():
         THIS: Contestant(sys.executable, str(ROOT)),
     }
     if not options.skip_published:
-        contestants[PUBLISHED] = Contestant(published_python(options.published_env))
+        contestants[PUBLISHED] = Contestant(published_python(options.release, options.published_env))
 
     # Results of another machine, version, set of contestants or effort are no part of this comparison.
-    setting = report.setting(ROOT) | {"contestants": list(contestants)}
+    setting = report.setting(ROOT) | {"contestants": list(contestants), "release": options.release}
     setting["effort"] = [options.rounds, options.repeats, options.time_limit, options.memory_steps]
     finished = {}
     if options.results and options.results.exists():
