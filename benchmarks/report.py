@@ -172,7 +172,8 @@ def document(setting, finished, sizes):
         f"- Processor: {setting['processor']}, {setting['cores']} cores; {setting['system']}",
         f"- Device of JAX: {', '.join(sorted(devices)) or 'unknown'}",
         "- " + ", ".join(f"{name} {number}" for name, number in setting["versions"].items()),
-        f"- *this*: braintrace at revision {setting['revision']}{changed}; *published*: braintrace {setting['release']}",
+        f"- *this*: braintrace at revision {setting['revision']}{changed}; "
+        f"*published*: braintrace {setting['release']}",
         f"- Date: {date.today()}",
         "",
     ]
