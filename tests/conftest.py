@@ -11,13 +11,11 @@ _count = 0
 
 
 def pytest_configure(config):
-    """Programs here run once: compile them fast, and keep them for the next run (and for the other workers)."""
+    """Keep what was compiled for the next run, and for the other workers."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and hasattr(config, "cache"):
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("compiled")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
-        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

@@ -93,10 +93,10 @@ def _influence(eqns, flow: Flow, part: Slice, varshape, axes) -> np.ndarray | st
         return f"another operand of {name} than its input depends on hidden values"
     # Without passing through the operation, it stands as the identity: all else must be position by position.
     by_old, by_y = slice_labels(eqns, part._replace(passed=frozenset()), varshape)
-    if any(unaligned_axes(label, varshape) for labels in by_old for label in labels.values()):
-        return f"hidden values change their positions beside {name}"
     if any(op.index in labels and unaligned_axes(labels[op.index], varshape) for labels in by_y):
         return f"the output of {name} changes its positions on the way to the hidden values"
+    if any(unaligned_axes(label, varshape) for labels in by_old for label in labels.values()):
+        return f"hidden values change their positions beside {name}"
     rule = op.primitive.rules.snap_adjacency
     pattern: Any = None if rule is None else rule(op.eqn.params, varshape[-1])
     if pattern is None:
