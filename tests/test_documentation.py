@@ -53,7 +53,8 @@ SIGNATURES = [
     (braintrace.nn.SparseLinear, "(spar_mat, b_init=None, in_size=None, name=None, param_type=ParamState)"),
     (
         braintrace.nn.LeakyRateReadout,
-        "(in_size, out_size, tau=5.0 * u.ms, w_init=KaimingNormal(), r_init=ZeroInit(), name=None)",
+        "(in_size, out_size, tau=5.0 * u.ms, w_init=KaimingNormal(distribution='normal'), r_init=ZeroInit(), "
+        "name=None)",
     ),
     (braintrace.pp_prop, f"(model, decay_or_rank=None, name=None, {ENGINE})"),
     (braintrace.KappaFilter, "(init_value, kappa)"),
