@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._compiler.constants import known_outputs
 from ._jax import trace_context
 from ._precision import wide
 from ._types import MultiStepData, SingleStepData, head
@@ -270,14 +272,24 @@ class _Chunks:
             state = next(iter(self.learner.hidden_states.values()))
             self.front = (jax.tree.leaves(state.value)[0].shape[0],)
         self.recorder: Any = None
+        self.numbers: dict[Any, list[int]] = {}  # of the leaves of each key's value, among all of them
+        for key, state in weights.items():
+            first = sum(map(len, self.numbers.values()))
+            self.numbers[key] = list(range(first, first + len(jax.tree.leaves(state.value))))
+        self.step = brainstate.transform.StatefulFunction(self._gradient_of_step)
 
     def applies(self, items: Any) -> bool:
         """Whether the learner's call can be recorded: ``step_fn`` makes one, not inside of another transformation."""
         if not self.learner._can_record():
             return False
-        first = jax.tree.map(head, items)
-        brainstate.transform.StatefulFunction(self._differentiable).make_jaxpr(*first, self._zeros())
+        first = jax.eval_shape(lambda items: (*jax.tree.map(head, items), self._zeros()), items)
+        known = known_outputs(self.step.make_jaxpr(*first).get_jaxpr(*first), look_inside=False)
+        # Most parameters are used by operations alone: zeros need not be added up.
+        self.plain = [i for numbers in self.numbers.values() for i in numbers if np.any(known.get(i, True))]
         return self.recorder.calls == 1
+
+    def _leaves(self, by_key):
+        return [leaf for key in self.weights for leaf in jax.tree.leaves(by_key[key])]
 
     def _zeros(self):
         zeros = self.learner._recorder_zeros()
@@ -288,11 +300,17 @@ class _Chunks:
             value, result = self.objective(slices, m)
         return value, (result, self.recorder.recorded)
 
+    def _gradient_of_step(self, slices, m, zeros):
+        gradient = brainstate.transform.grad(self._differentiable, self.weights, argnums=2, has_aux=True)
+        (grads, bars), more = gradient(slices, m, zeros)
+        return self._leaves(grads), bars, *more
+
     def run(self, items: Any) -> Any:
         """Gradients by the keys of ``weights``, losses and auxiliary data."""
         learner = self.learner
         self.operands = jax.lax.stop_gradient(learner._static_operands())
-        plain = _zeros_like({k: s.value for k, s in self.weights.items()})
+        leaves = self._leaves({k: s.value for k, s in self.weights.items()})
+        plain = _zeros_like({i: leaves[i] for i in self.plain})
         traced = _zeros_like(dict(enumerate(self.operands)))
         calls = jax.tree.leaves(items)[0].shape[0]
         size = min(calls, self.chunk or self._automatic(calls))
@@ -316,19 +334,18 @@ class _Chunks:
         plain, traced = total
         learner = self.learner
         traces = learner._get_etrace_data()
-        gradient = brainstate.transform.grad(self._differentiable, self.weights, argnums=2, has_aux=True)
 
         def body(carry, item):
             plain, engine = carry
             index = learner.running_index.value
-            (grads, bars), (result, recorded) = gradient(*item, self._zeros())
+            grads, bars, result, recorded = self.step(*item, self._zeros())
             read = lambda engine, recorded, bars: learner._recorded_step(  # noqa: E731
                 engine, index, recorded, bars, self.operands, self.recorder.length
             )
             if self.front:
                 read = jax.vmap(read, out_axes=(0, 1), axis_size=self.front[0])
             engine, emitted = read(engine, recorded, bars)
-            return (jax.tree.map(jnp.add, plain, grads), engine), (emitted, result)
+            return ({i: v + grads[i] for i, v in plain.items()}, engine), (emitted, result)
 
         (plain, engine), (emitted, result) = brainstate.transform.scan(
             body, (plain, learner._chunk_start(traces)), items
@@ -349,9 +366,13 @@ class _Chunks:
         path_of = learner.state_id_to_path
         out = {}
         for key, state in self.weights.items():
-            leaves, tree = jax.tree.flatten(plain[key])
-            extra = by_path.get(path_of.get(id(state)), [None] * len(leaves))
-            out[key] = tree.unflatten([g if e is None else g + e.astype(g.dtype) for g, e in zip(leaves, extra)])
+            leaves, tree = jax.tree.flatten(state.value)
+            traced_ones = by_path.get(path_of.get(id(state)), [None] * len(leaves))
+            found = []
+            for number, leaf, extra in zip(self.numbers[key], leaves, traced_ones):
+                parts = [g for g in (plain.get(number), extra) if g is not None] or [_zeros_like(leaf)]
+                found.append(functools.reduce(jnp.add, [g.astype(wide(leaf.dtype)) for g in parts]))
+            out[key] = tree.unflatten(found)
         return out
 
     def _automatic(self, calls: int) -> int:

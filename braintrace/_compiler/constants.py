@@ -76,14 +76,15 @@ class Constants:
             self._bodies[key] = primitive_body(eqn)
         return self._bodies[key]
 
-    def run(self, closed: Any, values: Sequence[Any]) -> list[Any]:
-        """The outputs of a closed jaxpr of known inputs, as :meth:`outputs`."""
+    def run(self, closed: Any, values: Sequence[Any], wanted: Sequence[int] | None = None) -> list[Any]:
+        """The outputs of a closed jaxpr, or the ``wanted`` ones, of inputs that these need, as :meth:`outputs`."""
         jaxpr = open_jaxpr(closed)
         env = dict(zip(jaxpr.constvars, consts_of(closed))) | dict(zip(jaxpr.invars, values))
         read = lambda v: v.val if isinstance(v, Literal) else env[v]  # noqa: E731
-        for eqn in jaxpr.eqns:
+        outvars = jaxpr.outvars if wanted is None else [jaxpr.outvars[i] for i in wanted]
+        for eqn in _needed(jaxpr.eqns, outvars):
             env.update(zip(eqn.outvars, self.outputs(eqn, [read(v) for v in eqn.invars])))
-        return [read(v) for v in jaxpr.outvars]
+        return [read(v) for v in outvars]
 
     def read(self, values: Sequence[Any]) -> list[Any]:
         """The values themselves."""
@@ -108,8 +109,22 @@ class Constants:
             later.value = out
 
 
-def known_outputs(closed: Any) -> dict[int, np.ndarray]:
-    """The outputs of a closed jaxpr that do not depend on its inputs, by number."""
+def _needed(eqns: Sequence[Any], outvars: Sequence[Any]) -> list[Any]:
+    """The equations behind some variables, in order."""
+    needed = {v for v in outvars if not isinstance(v, Literal)}
+    found = []
+    for eqn in reversed(eqns):
+        if any(v in needed for v in eqn.outvars):
+            needed.update(v for v in eqn.invars if not isinstance(v, Literal))
+            found.append(eqn)
+    return found[::-1]
+
+
+def known_outputs(closed: Any, look_inside: bool = True) -> dict[int, np.ndarray]:
+    """The outputs of a closed jaxpr that do not depend on its inputs, by number.
+
+    ``look_inside``: find those too of which only the body of a loop or call tells.
+    """
     jaxpr = open_jaxpr(closed)
     no, perhaps, surely, unknowable = range(4)
     depends = dict.fromkeys(jaxpr.invars, surely)
@@ -120,14 +135,15 @@ def known_outputs(closed: Any) -> dict[int, np.ndarray]:
             found = perhaps  # an output of a loop or call need not read every input
         depends.update(dict.fromkeys(eqn.outvars, unknowable if eqn.effects else found))
     candidates = [depends.get(v, no) if not isinstance(v, Literal) else no for v in jaxpr.outvars]
-    wanted = {i for i, found in enumerate(candidates) if found == no}
-    for i, found in enumerate(candidates):
-        if found == perhaps and not any(reads(closed, [j == i for j in range(len(candidates))])):
-            wanted.add(i)
-    only = prune(closed, [i in wanted for i in range(len(candidates))])
-    constants = Constants()
-    values = constants.read(constants.run(only, [None] * len(jaxpr.invars)))
-    return {i: np.asarray(v, jaxpr.outvars[i].aval.dtype) for i, v in zip(sorted(wanted), values)}
+    constants, nothing = Constants(), [None] * len(jaxpr.invars)
+    wanted = [i for i, found in enumerate(candidates) if found == no]
+    values = dict(zip(wanted, constants.run(closed, nothing, wanted)))
+    for i in [i for i, found in enumerate(candidates) if found == perhaps and look_inside]:
+        alone = [j == i for j in range(len(candidates))]
+        if not any(reads(closed, alone)):
+            (values[i],) = constants.run(prune(closed, alone), nothing)
+    found = zip(values, constants.read(list(values.values())))
+    return {i: np.asarray(v, jaxpr.outvars[i].aval.dtype) for i, v in found}
 
 
 def _by_numpy(eqn: Any, values: Sequence[Any]) -> list[np.ndarray] | None:
