@@ -66,7 +66,7 @@ def init_io(graph: ETraceGraph) -> IOTrace:
             shape = (*r.shape_in(g), g.num_state)
             zeros = jnp.zeros(shape, r.y_var.aval.dtype)
             if custom is not None and r.sub_steps is None and r.y_var.aval.shape == g.varshape:
-                zeros = custom(r.x_var, r.y_var, r.trainable_vars, g.num_state)
+                zeros = custom(r.x_var, r.y_var, r.weight_vars, g.num_state)
             dfs[pair_key(r, g.index)] = widened(zeros)
     return IOTrace(xs, dfs)
 
