@@ -1,6 +1,8 @@
 """What engines ask of every operation: its credit under pp_prop, its weight gradient, and its unshared form."""
 
+import functools
 import importlib.util
+import itertools
 
 import brainevent
 import brainstate
@@ -203,19 +205,20 @@ class Layer(brainstate.nn.Module):
         return self.h.value
 
 
-def oracle(dense, linear, weights):
-    """Gradients of every step under pp_prop, for the loss `(h * c).sum()`."""
-    h = jnp.zeros(dense(linear[0], *weights).shape)
+def oracle(operation, linear, weights, **options):
+    """Gradients of every step under pp_prop, for the loss `(h * c).sum()`; options have an axis of time."""
+    h = jnp.zeros(operation(linear[0], *weights).shape)
     c = draw(*h.shape, seed=5)
     ex, one, ef, gradients = jnp.zeros(linear[0].shape), 0.0, jnp.zeros(h.shape), []
     for n, x in enumerate(linear):
+        dense = functools.partial(operation, **{k: v[n] for k, v in options.items()})
         h = jnp.tanh(0.5 * h + dense(x, *weights))
         df = 1 - h**2
         ex, one = DECAY * ex + x, DECAY * one + 1
         ef = DECAY * 0.5 * df * ef + (1 - DECAY) * df
         signal = c * ef / (1 - DECAY ** (n + 1))
-        filtered = lambda *ws, ex=ex, one=one: dense(ex, *ws) + (one - 1) * dense(0 * ex, *ws)  # noqa: E731
-        gradients.append(jax.vjp(filtered, *weights)[1](signal))
+        (linear_part, offset) = (jax.vjp(lambda *ws, x=x, f=dense: f(x, *ws), *weights)[1] for x in (ex, 0 * ex))
+        gradients.append([a + (one - 1) * b for a, b in zip(linear_part(signal), offset(signal))])
     return c, gradients
 
 
@@ -251,17 +254,18 @@ def test_the_trace_is_seen():
 # -- a trace per weight: without recurrence through weights, the gradient of a step's loss through all earlier steps
 
 
-def exact(dense, linear, weights, kappa):
+def exact(dense, linear, weights, kappa, **options):
     """Gradients of every step, for the loss `(h * c).sum()`, with traces that are filtered by `kappa`."""
     shape = jax.eval_shape(dense, linear[0], *weights).shape
     c = draw(*shape, seed=5)
 
     def losses(weights):
-        def body(h, x):
-            h = jnp.tanh(0.5 * h + dense(x, *weights))
+        def body(h, item):
+            x, options = item
+            h = jnp.tanh(0.5 * h + dense(x, *weights, **options))
             return h, (h * c).sum()
 
-        return jax.lax.scan(body, jnp.zeros(shape), linear)[1]
+        return jax.lax.scan(body, jnp.zeros(shape), (linear, options))[1]
 
     single = jax.jacrev(losses)(weights)  # the signal is c at every step
     steps = len(linear)
@@ -317,6 +321,87 @@ def test_a_trace_per_weight_of_mapped_samples(name, rule):
     learner = per_parameter(rule, model, xs[0], batch_size=BATCH, vmap=True)
     (total,) = learner.etrace_grad(
         xs, step_fn=lambda x: (learner(x) * c).sum(), reduction="sum", trace_chunk=2
+    ).values()
+    for a, b in zip(total, expected, strict=True):
+        np.testing.assert_allclose(a, b.sum(0), rtol=1e-4, atol=2e-4)
+
+
+# -- any subset of the weights, the others constant or computed at every step
+
+
+class Part(Layer):
+    """A layer of which some weights are trained, the others a multiple of a constant, which is given."""
+
+    def __init__(self, op, h, weights, trained):
+        super().__init__(op, h, [w for w, t in zip(weights, trained) if t])
+        self.weights, self.trained = weights, trained
+
+    def init_state(self, batch_size=None, **_):
+        front = () if batch_size is None else (batch_size,)
+        self.h = HiddenState(jnp.zeros((*front, *self.h.value.shape)))
+
+    def update(self, inputs):
+        x, scale = inputs
+        own = iter(self.w.value)
+        weights = [next(own) if t else w if scale is None else scale * w for w, t in zip(self.weights, self.trained)]
+        self.h.value = jnp.tanh(0.5 * self.h.value + self.op(x, *weights))
+        return self.h.value
+
+
+PARTS = [
+    (name, trained)
+    for name in ["matmul-hook", "grouped", "csr", "conv1d", "conv2d", "lora"]
+    for trained in itertools.product([True, False], repeat=len(ROWS[name][3]))
+    if any(trained) and not all(trained)
+]
+SCALES = jnp.array([0.5, -0.7, 1.3])
+PART_RULES = {
+    "pp_prop": (braintrace.pp_prop, dict(decay_or_rank=DECAY)),
+    "eprop": (braintrace.EProp, dict(kappa_filter_decay=0.6)),
+    "snap": (braintrace.SnAp, dict(n=2)),
+}
+SOME_PARTS = [("lora", (True, False, False)), ("matmul-hook", (False, True)), ("conv1d", (False, True))]
+
+
+@pytest.mark.filterwarnings("ignore:.*(snap_pattern|trainable_invar)")
+@pytest.mark.parametrize(
+    "name, trained, rule",
+    [(*part, "d_rtrl") for part in PARTS] + [(*part, rule) for part in SOME_PARTS for rule in PART_RULES],
+)
+def test_a_subset_of_the_weights(name, trained, rule):
+    """Step by step for a batch, with constants; by chunks and mapped, with what is another value at every step."""
+    batch = 7
+    op, dense, shape, shapes, *_ = ROWS[name]
+    xs, weights = draw(STEPS, batch, *shape, seed=3), [draw(*s, seed=i) for i, s in enumerate(shapes)]
+    free = [w for w, t in zip(weights, trained) if t]
+
+    def partial(x, *free, scale=1.0):
+        own = iter(free)
+        return dense(x, *[next(own) if t else scale * w for w, t in zip(weights, trained)])
+
+    def truth(**options):
+        if rule == "pp_prop":
+            c, steps = oracle(partial, xs, free, **options)
+            return c, [jnp.stack(g) for g in zip(*steps)]
+        return exact(partial, xs, free, PER_PARAMETER.get(rule, 0.0), **options)
+
+    c, expected = truth()
+    kind, options = PART_RULES.get(rule, (rule, {}))
+    learner = braintrace.compile(Part(op, c[0], weights, trained), kind, (xs[0], None), batch_size=batch, **options)
+    step = brainstate.transform.jit(
+        brainstate.transform.grad(lambda x: (learner((x, None)) * c).sum(), learner.param_states)
+    )
+    for t, x in enumerate(xs):
+        (gradient,) = step(x).values()
+        for a, b in zip(gradient, expected, strict=True):
+            np.testing.assert_allclose(a, b[t], rtol=1e-4, atol=1e-4)
+    c, expected = truth(scale=SCALES)
+    inputs = xs, jnp.broadcast_to(SCALES[:, None], (STEPS, batch))
+    first = jax.tree.map(lambda v: v[0], inputs)
+    model = Part(op, c[0], weights, trained)
+    learner = braintrace.compile(model, kind, first, batch_size=batch, vmap=True, **options)
+    (total,) = learner.etrace_grad(
+        inputs, step_fn=lambda inputs: (learner(inputs) * c).sum(), reduction="sum", trace_chunk=2
     ).values()
     for a, b in zip(total, expected, strict=True):
         np.testing.assert_allclose(a, b.sum(0), rtol=1e-4, atol=2e-4)

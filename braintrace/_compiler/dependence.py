@@ -66,7 +66,9 @@ def dependence(
     affine: tuple[str, ...] = ()
     if x is not None:
         if primitive.rules.pp_x_repr is not None:
-            closed = program(jax.eval_shape(primitive.x_repr, inputs, weights), False)
+            slots = primitive.trainables(params)
+            untrained = {k: operands[i] for k, i in slots.items() if i in operands}
+            closed = program(jax.eval_shape(primitive.x_repr, inputs, weights | untrained), False)
         vanish = _vanishes(closed, [True] + [False] * (len(open_jaxpr(closed).invars) - 1))
         affine = tuple(k for k, zero in zip(keys, vanish) if not zero and k not in offset)
     return Dependence(offset, affine, linear)

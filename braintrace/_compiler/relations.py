@@ -92,6 +92,8 @@ class HiddenParamOpRelation(NamedTuple):
         value and the parameter. The first parameter is named where an operand is computed from several.
     fixed_vars : dict
         Operands that are neither trained nor the input, by position.
+    constant : frozenset of int
+        Those of them that are the same at every step.
     op_index : int
         Number of the operation among the marked operations of the step.
     parameter_paths : tuple of path
@@ -120,6 +122,7 @@ class HiddenParamOpRelation(NamedTuple):
     trainable_leaf_indices: dict[str, int]
     trainable_param_states: dict[str, brainstate.ParamState]
     fixed_vars: Mapping[int, Any]
+    constant: frozenset[int]
     op_index: int
     parameter_paths: tuple[Path, ...]
     operand_program: OperandProgram
@@ -142,6 +145,22 @@ class HiddenParamOpRelation(NamedTuple):
     def title(self) -> str:
         """The name of the operation, and how many sub-steps of it there are."""
         return title_of(self.primitive, self.y_var)
+
+    @property
+    def untrained(self) -> dict[str, int]:
+        """Keys of operands that could be trained and are not, and their positions."""
+        slots = self.primitive.trainables(self.eqn_params)
+        return {k: i for k, i in slots.items() if i in self.fixed_vars}
+
+    @property
+    def weight_vars(self) -> dict[str, Any]:
+        """Variables of the trained and the untrained operands, by key."""
+        return self.trainable_vars | {k: self.fixed_vars[i] for k, i in self.untrained.items()}
+
+    def x_repr(self, x: Any, operands: Mapping[str, Any]) -> Any:
+        """The representation of the input that the operation is linear in."""
+        fixed = {k: self.fixed_vars[i].aval for k, i in self.untrained.items()}
+        return self.primitive.x_repr(x, {**fixed, **operands})
 
     @property
     def one(self) -> HiddenParamOpRelation:
@@ -435,6 +454,7 @@ def _relation(step, op, program, paths, used, call, mixed) -> HiddenParamOpRelat
         trainable_leaf_indices={k: _leaf(info, op.operands[k], paths[k]) for k in paths},
         trainable_param_states={k: states[p] for k, p in paths.items()},
         fixed_vars=fixed,
+        constant=frozenset(i for i, v in fixed.items() if _is_constant(info, v)),
         op_index=op.index,
         parameter_paths=_parameter_paths(info, program),
         operand_program=program,
@@ -449,6 +469,21 @@ def _fixed_vars(op: MarkedOp, trained) -> Mapping[int, Any]:
     slots = op.primitive.trainables(op.eqn.params)
     taken = {slots[k] for k in trained} | {op.primitive.x_index}
     return {i: v for i, v in enumerate(op.eqn.invars) if i not in taken}
+
+
+def _is_constant(info: ModuleInfo, var: Any) -> bool:
+    """Whether a variable depends on no input of the step."""
+    made_by = {v: e for e in info.jaxpr.eqns for v in e.outvars}
+    inputs, seen, pending = set(info.jaxpr.invars), set(), [var]
+    while pending:
+        v = pending.pop()
+        if isinstance(v, Literal) or v in seen:
+            continue
+        if v in inputs:
+            return False
+        seen.add(v)
+        pending.extend(made_by[v].invars if v in made_by else ())
+    return True
 
 
 def _parameter_paths(info, program) -> tuple[Path, ...]:

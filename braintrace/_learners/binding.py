@@ -139,7 +139,7 @@ class Binding(ETraceAlgorithm):
         xs = {}
         for i, key in x_keys(self.graph).items():
             if key not in xs:
-                xs[key] = self.graph.hidden_param_op_relations[i].primitive.x_repr(record.x[i], operands[i])
+                xs[key] = self.graph.hidden_param_op_relations[i].x_repr(record.x[i], operands[i])
         return (xs, *sensitivities(self.graph, record.varying))
 
     def _slots(self, by_path: dict[Path, jax.Array]) -> list[Slots]:

@@ -66,16 +66,17 @@ def _refuse_window(primals, tangents):
 def credit(reverse, zeros, lifted, held, weights):
     """``zeros``, whose cotangents ``bars`` reach the arrays ``lifted`` as ``reverse(held, bars)``.
 
-    ``weights``: parameters in which this has no second derivative.
+    ``held`` begins with the traces. ``weights``: parameters in which this has no second derivative.
     """
 
     shapes, like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (zeros, lifted))
 
     @jax.custom_vjp
     def zeros_of(lifted, held, weights):
-        del held, weights
+        del weights
         # Under jax.vmap the zeros must be mapped like what they stand for, or the signals of all samples were summed.
-        mapped = sum(x[(0,) * x.ndim].astype(jnp.float32) for x in jax.tree.leaves(lifted))
+        found = [x for x in jax.tree.leaves((lifted, held[0])) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        mapped = sum(x[(0,) * x.ndim].astype(jnp.float32) for x in found)
         return jax.tree.map(
             lambda z: jnp.where(False, jnp.broadcast_to(mapped, z.shape).astype(z.dtype), jnp.zeros(z.shape, z.dtype)),
             shapes,

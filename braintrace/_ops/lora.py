@@ -25,13 +25,18 @@ def _trainables(params):
 
 
 def _unshare(x_aval, y_aval, weight_avals, params):
-    """An entry of B acts on every output; an entry of the product alpha f(B) g(A) acts on one."""
-    del x_aval, y_aval, weight_avals
+    """An entry of B acts on every output; an entry of the product alpha f(B) g(A) acts on one.
+
+    With an A that is another one at every step there is no product: B then has an entry for every output.
+    """
+    del x_aval
+    steady = "lora_a" in weight_avals
 
     def expand(weights):
         b = params["alpha"] * apply_hook(params["b_fn"], weights["lora_b"])
         a = apply_hook(params["a_fn"], weights["lora_a"])
-        out = {"lora_b": b @ jax.lax.stop_gradient(a), "lora_a": a, "input_side": jax.lax.stop_gradient(b)}
+        own = b @ jax.lax.stop_gradient(a) if steady else jnp.broadcast_to(b[..., None], (*b.shape, *y_aval.shape))
+        out = {"lora_b": own, "lora_a": a, "input_side": jax.lax.stop_gradient(b)}
         if params["has_bias"]:
             out["bias"] = apply_hook(params["bias_fn"], weights["bias"])
         return out
@@ -40,7 +45,8 @@ def _unshare(x_aval, y_aval, weight_avals, params):
         a = unshared["lora_a"]
         # The product has the value; A, beside it, adds nothing but its own derivative.
         beside_value = a - jax.lax.stop_gradient(a)
-        y = x @ unshared["lora_b"] + (x @ jax.lax.stop_gradient(unshared["input_side"])) @ beside_value
+        of_b = x @ unshared["lora_b"] if steady else jnp.einsum("i,irn,rn->n", x, unshared["lora_b"], a)
+        y = of_b + (x @ jax.lax.stop_gradient(unshared["input_side"])) @ beside_value
         return y + unshared["bias"] if params["has_bias"] else y
 
     return Unshared(expand, impl)

@@ -137,14 +137,14 @@ class ETPPrimitive(Primitive):
         out = self.impl_fn(*operands, **params)
         return list(out) if self.multiple_results else [out]
 
-    def x_repr(self, x: Any, weights: Weights) -> Any:
+    def x_repr(self, x: Any, weights: Mapping[str, Any]) -> Any:
         """The representation of the input that the operation is linear in and that an x-trace filters."""
         if self.rules.pp_x_repr is not None:
             avals = {k: jax.ShapeDtypeStruct(w.shape, w.dtype) for k, w in weights.items()}
             return self.rules.pp_x_repr(x, avals)
         if jnp.issubdtype(x.dtype, jnp.inexact):
             return x
-        return x.astype(jnp.result_type(*weights.values()))
+        return x.astype(jnp.result_type(*(w.dtype for w in weights.values())))
 
     def weight_vjp(
         self,
@@ -252,10 +252,12 @@ class ETPPrimitive(Primitive):
     ) -> dict[str, jax.Array]:
         """Every trace entry times the signal of the output position that it belongs to; ``lead`` batch axes."""
         own = self.rules.dt_to_t
+        untrained = dict.fromkeys(self.trainables(params).keys() - trace.keys(), jnp.zeros(()))
 
         def of_sample(signal, trace):
             if own is not None:
-                return dict(own(signal, trace, **params))
+                spread = own(signal, {**untrained, **trace}, **params)
+                return {k: spread[k] for k in trace}
             return {k: (signal if anchors[k] is None else signal[anchors[k]]) * e for k, e in trace.items()}
 
         for _ in range(lead):

@@ -36,7 +36,7 @@ class StackedPrimitive(ETPPrimitive):
         self.one = one
         self.rules = dataclasses.replace(Rules(), pp_x_repr=one.rules.pp_x_repr)
 
-    def x_repr(self, x: Any, weights: Weights) -> Any:
+    def x_repr(self, x: Any, weights: Mapping[str, Any]) -> Any:
         return jax.vmap(lambda x: self.one.x_repr(x, weights))(x)
 
     def lift(self, x: Any, weights: Weights, params: Mapping[str, Any], fixed: Mapping[int, Any], y: Any) -> jax.Array:

@@ -66,7 +66,7 @@ def init_io(graph: ETraceGraph) -> IOTrace:
             custom = r.primitive.rules.init_pp
             shape = (*r.shape_in(g), g.num_state)
             if custom is not None and r.sub_steps is None and r.y_var.aval.shape == g.varshape:
-                own = custom(r.x_var, r.y_var, r.trainable_vars, g.num_state)
+                own = custom(r.x_var, r.y_var, r.weight_vars, g.num_state)
             else:
                 own = zeros(shape, wide(r.y_var.aval.dtype))
             dfs[pair_key(r, g.index)] = widened(own)

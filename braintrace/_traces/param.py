@@ -124,6 +124,7 @@ def _meta_of_one(relation: HiddenParamOpRelation) -> ParamMeta:
     lead = p.lead(y, relation.eqn_params)
     weights = {k: _struct(v) for k, v in relation.trainable_vars.items()}
     fixed = {i: _struct(v) for i, v in relation.fixed_vars.items()}
+    untrained = {k: fixed[i] for k, i in relation.untrained.items()}
     where = f"{p.name} at {path_str(relation.path)!r}"
     shapes = {k: w.shape for k, w in weights.items()}
     if lead and _reads_by_sample(relation, weights, fixed):
@@ -132,18 +133,25 @@ def _meta_of_one(relation: HiddenParamOpRelation) -> ParamMeta:
         )
     if relation.x_var is None:
         # Without an entry of its own for every position, the trace is that of the output, and an anchor says so.
-        return ParamMeta(relation, lead, dict.fromkeys(weights, None if _pointwise(relation) else ()), None, shapes)
+        anchors = {k: None if _pointwise(relation, k) else () for k in weights}
+        if () in anchors.values() and fixed.keys() - relation.constant:
+            raise NotImplementedError(
+                f"A weight of {where} acts on several positions, in another way at every step. Use braintrace.pp_prop."
+            )
+        return ParamMeta(relation, lead, anchors, None, shapes)
     x = jax.ShapeDtypeStruct(relation.x_var.aval.shape[lead:], relation.x_var.aval.dtype)
     one_y = jax.ShapeDtypeStruct(y.shape[lead:], y.dtype)
-    unshared = None if p.rules.unshare is None else p.rules.unshare(x, one_y, weights, relation.eqn_params)
+    steady = weights | {k: w for k, w in untrained.items() if relation.untrained[k] in relation.constant}
+    unshared = None if p.rules.unshare is None else p.rules.unshare(x, one_y, steady, relation.eqn_params)
     if unshared is not None:
-        own = jax.eval_shape(unshared.expand, weights)
+        own = jax.eval_shape(unshared.expand, weights | untrained)
         shapes, weights = {k: own[k].shape for k in weights}, own
     meta = ParamMeta(relation, lead, {}, unshared, shapes)
     if p.rules.dt_to_t is not None:
-        return meta._replace(anchors=dict.fromkeys(weights))
+        return meta._replace(anchors=dict.fromkeys(shapes))
     if p.rules.anchors is not None:
-        return meta._replace(anchors=p.rules.anchors(one_y, weights, relation.eqn_params))
+        anchors = p.rules.anchors(one_y, weights, relation.eqn_params)
+        return meta._replace(anchors={k: anchors[k] for k in shapes})
     return meta._replace(anchors=_find_anchors(meta, x, one_y, weights, fixed, where))
 
 
@@ -193,16 +201,16 @@ def _struct(var: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
 
 
-def _pointwise(relation: HiddenParamOpRelation) -> bool:
-    """Whether the output of an operation without input depends entry by entry on its weight."""
-    (key,) = relation.trainable_vars
-    w, y = _struct(relation.trainable_vars[key]), relation.y_var.aval
+def _pointwise(relation: HiddenParamOpRelation, key: str) -> bool:
+    """Whether the output of an operation without input depends entry by entry on a weight."""
+    others = {k: _struct(v) for k, v in relation.trainable_vars.items()}
+    w, y = others.pop(key), relation.y_var.aval
     fixed = {i: _struct(v) for i, v in relation.fixed_vars.items()}
 
-    def value(w, fixed):
-        return relation.primitive.apply_sample(None, {key: w}, relation.eqn_params, fixed)
+    def value(w, others, fixed):
+        return relation.primitive.apply_sample(None, {**others, key: w}, relation.eqn_params, fixed)
 
-    jaxpr = open_jaxpr(jax.make_jaxpr(value)(w, fixed))
+    jaxpr = open_jaxpr(jax.make_jaxpr(value)(w, others, fixed))
     env = {jaxpr.invars[0]: {("w", 0): own_label(w.shape, len(w.shape))}}
     propagate(jaxpr.eqns, env, no_cut)
     label = env.get(jaxpr.outvars[0], {}).get(("w", 0))
@@ -213,7 +221,7 @@ def init(pair: Pair, width: int, dtype: Any) -> SlotTrace:
     """Zero traces, in ``dtype`` or in that of sums over time."""
     meta, group, relation = pair.meta, pair.group, pair.meta.relation
     custom = relation.primitive.rules.init_drtrl
-    own = custom and custom(relation.x_var, relation.y_var, relation.trainable_vars, group.num_state)
+    own = custom and custom(relation.x_var, relation.y_var, relation.weight_vars, group.num_state)
     y, whole = relation.y_var.aval, relation.shape_in(group)
     batch = whole[: meta.lead]
     trace: SlotTrace = {}
@@ -239,9 +247,11 @@ def _sample(meta, x, weights, fixed):
     return relation.primitive.apply_sample(x, weights, relation.eqn_params, fixed)
 
 
-def _own(meta: ParamMeta, operands):
+def _own(meta: ParamMeta, operands, fixed):
     """The weights that have traces: the operation's own, or one for every position; and constants beside these."""
-    own = dict(operands) if meta.unshared is None else meta.unshared.expand(operands)
+    if meta.unshared is None:
+        return dict(operands), {}
+    own = meta.unshared.expand({**operands, **{k: fixed[i] for k, i in meta.relation.untrained.items()}})
     return {k: own[k] for k in operands}, {k: w for k, w in own.items() if k not in operands}
 
 
@@ -251,19 +261,19 @@ def instant(meta, x, coefficient, operands, fixed, extra: int = 0, time: bool = 
     ``extra`` axes of mapped samples stand in front of the batch axes of the operation; with ``time`` another one in
     front of these is summed over, as are sub-steps, whose axis stands between mapped samples and batch.
     """
-    x, operands, fixed = widened((x, dict(operands), dict(fixed)))
+    x, coefficient, operands, fixed = widened((x, coefficient, dict(operands), dict(fixed)))
     if meta.sub_steps is not None:
         x, coefficient, fixed = jax.tree.map(lambda v: _first(v, extra, time), (x, coefficient, fixed))
         return instant(meta._replace(sub_steps=None), x, coefficient, operands, fixed, extra, True)
     if meta.relation.x_var is None:
-        return _instant_without_input(meta, coefficient, operands, fixed, time)
-    weights, constants = _own(meta, operands)
+        return _instant_without_input(meta, coefficient, operands, fixed, extra, time)
 
     def of_sample(x, coefficient, fixed):
         def apply(weights):
-            one = lambda x, fixed: _sample(meta, x, weights | constants, fixed)  # noqa: E731
+            one = lambda x, fixed: _sample(meta, x, weights | _own(meta, operands, fixed)[1], fixed)  # noqa: E731
             return (jax.vmap(one) if time else one)(x, fixed)
 
+        weights, _ = _own(meta, operands, jax.tree.map(lambda v: v[0], fixed) if time else fixed)
         y, pull = jax.vjp(apply, weights)
         return pull(coefficient.astype(y.dtype))[0]
 
@@ -283,19 +293,32 @@ def _first(value, extra, time):
     return value.reshape((-1, *value.shape[2:]))
 
 
-def _instant_without_input(meta, coefficient, operands, fixed, time):
+def _instant_without_input(meta, coefficient, operands, fixed, extra, time):
     relation = meta.relation
-    (key,) = relation.trainable_vars
-    total = coefficient.sum(0) if time else coefficient
-    if meta.anchors[key] is not None:  # the trace is that of the output
-        return {key: total}
-    fixed = jax.tree.map(lambda v: v[0], dict(fixed)) if time else fixed
-    ones = jnp.ones(relation.y_var.aval.shape, relation.y_var.aval.dtype)
-    slope = lambda cotangent: relation.primitive.weight_vjp(None, cotangent, operands, relation.eqn_params, fixed)[key]  # noqa: E731
-    if not jnp.iscomplexobj(ones):
-        return {key: total * slope(ones)}
+
+    def times(coefficient, unit):
+        def slopes(fixed):
+            units = jnp.full(relation.y_var.aval.shape, unit)
+            found = relation.primitive.weight_vjp(None, units, operands, relation.eqn_params, fixed)
+            # Where a weight has no entry for every position, the trace is that of the output.
+            return {k: v if meta.anchors[k] is None else units for k, v in found.items()}
+
+        if not fixed:
+            total = coefficient.sum(0) if time else coefficient
+            return {k: total * v for k, v in slopes({}).items()}
+        front = extra + int(time)
+        for _ in range(front):
+            slopes = jax.vmap(slopes)
+        between = (1,) * (coefficient.ndim - front - relation.y_var.aval.ndim)
+        found = {k: v.reshape(*v.shape[:front], *between, *v.shape[front:]) for k, v in slopes(fixed).items()}
+        now = {k: coefficient * v for k, v in found.items()}
+        return {k: v.sum(0) for k, v in now.items()} if time else now
+
+    one = jnp.ones((), coefficient.dtype)
+    if not jnp.iscomplexobj(one):
+        return times(coefficient, one)
     # Of a complex output the derivative is linear in the two parts of the cotangent, and no more than that.
-    return {key: jnp.real(total) * slope(ones) + jnp.imag(total) * slope(1j * ones)}
+    return add([times(jnp.real(coefficient), one), times(jnp.imag(coefficient), 1j * one)])
 
 
 def _times(meta, coefficient: Any, trace: Mapping[str, jax.Array], extra: int) -> dict[str, jax.Array]:
@@ -351,7 +374,7 @@ def update(
     for a, (row, df) in enumerate(zip(recursion.D, recursion.df[pair.number])):
         old, row = _slot(trace, a), placed(relation, pair.group, row)
         if a in pair.factorised:
-            source = relation.primitive.x_repr(x, operands)
+            source = relation.x_repr(x, operands)
             inputs = {k: 1.0 if k in relation.offset_keys else source for k in trace}
             value = {k: weighted_sum([*zip(row, slots), (df, inputs[k])]) for k, slots in trace.items()}
         else:
@@ -432,7 +455,7 @@ def contract(
             whole.append(_over_samples(pair.meta, signal, slot, extra))
     total = add(whole)
     if total is not None:
-        terms.append(_to_weights(pair.meta, total, operands, fixed))
+        terms.append(_to_weights(pair.meta, total, operands, fixed, extra))
     return add(terms)
 
 
@@ -476,16 +499,21 @@ def _sum(value, axes):
     return sum(odd, value[0])
 
 
-def _to_weights(meta, total, operands, fixed):
+def _to_weights(meta, total, operands, fixed, extra):
     """Pull trace-shaped gradients back to the operation's weights, in the dtype of sums over time."""
     relation = meta.relation
-    operands, fixed = widened((dict(operands), dict(fixed)))
-    if relation.x_var is None and meta.anchors[next(iter(operands))] is not None:
-        y = relation.y_var.aval
-        (value,) = total.values()
-        out = relation.primitive.weight_vjp(None, unbroadcast(value, y.shape), operands, relation.eqn_params, fixed)
+    # What is pulled back here is the same for all samples and sub-steps.
+    first = (0,) * (extra + int(meta.sub_steps is not None))
+    operands, fixed = widened((dict(operands), {i: v[first] for i, v in fixed.items()}))
+    if relation.x_var is None:
+        out = {}
+        for k, value in total.items():
+            value = unbroadcast(value, relation.y_var.aval.shape)
+            if meta.anchors[k] is not None:
+                value = relation.primitive.weight_vjp(None, value, operands, relation.eqn_params, fixed)[k]
+            out[k] = unbroadcast(value, meta.shapes[k])
     elif meta.unshared is not None:
-        own, pull = jax.vjp(lambda w: _own(meta, w)[0], operands)
+        own, pull = jax.vjp(lambda w: _own(meta, w, fixed)[0], operands)
         (out,) = pull({k: total[k].astype(own[k].dtype) for k in own})
     else:
         out = {k: unbroadcast(e, meta.shapes[k]) for k, e in total.items()}
@@ -645,7 +673,7 @@ def _filtered(pair, a, powers, trace, xs, operands):
         if k in relation.offset_keys:
             new = float(weights.sum())
         else:
-            repr_of = lambda x: relation.primitive.x_repr(x, operands)  # noqa: E731
+            repr_of = lambda x: relation.x_repr(x, operands)  # noqa: E731
             x = widened(jax.vmap(repr_of)(xs))
             new = jnp.tensordot(jnp.asarray(weights, x.dtype), x, 1)
         out[k] = carried + new

@@ -71,7 +71,7 @@ def x_keys(graph: ETraceGraph) -> dict[int, str]:
     for i, r in enumerate(graph.hidden_param_op_relations):
         if r.x_var is None:
             continue
-        shapes = tuple((k, v.aval.shape, v.aval.dtype) for k, v in r.trainable_vars.items())
+        shapes = tuple((k, v.aval.shape, v.aval.dtype) for k, v in r.weight_vars.items())
         # An own representation (one-hot, say) depends on the weight's shape; the input itself does not.
         how: Any = None if r.primitive.rules.pp_x_repr is None else (r.primitive.rules.pp_x_repr, shapes)
         if how is None and not jnp.issubdtype(r.x_var.aval.dtype, jnp.inexact):
@@ -87,7 +87,7 @@ def x_aval(relation: HiddenParamOpRelation) -> jax.ShapeDtypeStruct:
     x = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
     if relation.primitive.rules.pp_x_repr is None and jnp.issubdtype(x.dtype, jnp.inexact):
         return x  # the input itself
-    return jax.eval_shape(relation.primitive.x_repr, x, weights)
+    return jax.eval_shape(relation.x_repr, x, weights)
 
 
 def sensitivities(
