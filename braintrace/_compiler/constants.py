@@ -142,8 +142,8 @@ def known_outputs(closed: Any, look_inside: bool = True) -> dict[int, np.ndarray
         alone = [j == i for j in range(len(candidates))]
         if not any(reads(closed, alone)):
             (values[i],) = constants.run(prune(closed, alone), nothing)
-    found = zip(values, constants.read(list(values.values())))
-    return {i: np.asarray(v, jaxpr.outvars[i].aval.dtype) for i, v in found}
+    read = zip(values, constants.read(list(values.values())))
+    return {i: np.asarray(v, jaxpr.outvars[i].aval.dtype) for i, v in read}
 
 
 def _by_numpy(eqn: Any, values: Sequence[Any]) -> list[np.ndarray] | None:

@@ -133,7 +133,7 @@ def _meta_of_one(relation: HiddenParamOpRelation) -> ParamMeta:
         )
     if relation.x_var is None:
         # Without an entry of its own for every position, the trace is that of the output, and an anchor says so.
-        anchors = {k: None if _pointwise(relation, k) else () for k in weights}
+        anchors: Mapping[str, Any] = {k: None if _pointwise(relation, k) else () for k in weights}
         if () in anchors.values() and fixed.keys() - relation.constant:
             raise NotImplementedError(
                 f"A weight of {where} acts on several positions, in another way at every step. Use braintrace.pp_prop."
