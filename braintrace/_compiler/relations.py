@@ -9,7 +9,7 @@ import brainstate
 import jax
 import numpy as np
 
-from .._jax import Literal, Var, eval_jaxpr, sub_program
+from .._jax import Literal, Var, any_rank, eval_jaxpr, sub_program
 from .._ops.primitive import ETPPrimitive
 from .._ops.stacked import StackedPrimitive
 from .._types import Path, path_str
@@ -267,6 +267,7 @@ def operand_program(info: ModuleInfo, flow: Flow, op: MarkedOp) -> tuple[Operand
     return OperandProgram(keys, program, tuple(inputs), trained, None), paths, ""
 
 
+@any_rank
 def find_relations(
     info: ModuleInfo,
     flow: Flow,

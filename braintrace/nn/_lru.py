@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from brainstate.nn import init
 from brainstate.typing import ArrayLike
 
+from braintrace._jax import any_rank
 from braintrace._ops import element_wise
 
 from ._base import Recurrent
@@ -71,6 +72,7 @@ class LRUCell(Recurrent, brainstate.nn.RNNCell):
         self.C_re = Linear(d_hidden, d_model, w_init, b_init=None)
         self.C_im = Linear(d_hidden, d_model, w_init, b_init=None)
 
+    @any_rank
     def update(self, x: ArrayLike) -> ArrayLike:
         """Take one step with `x` of shape ``(..., d_model)`` and return ``y`` of that shape."""
         magnitude = jnp.exp(-jnp.exp(element_wise(self.nu_log.value)))
