@@ -5,6 +5,7 @@ Everything here is decided by capability (``hasattr``, ``isinstance``), never by
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,10 +20,10 @@ from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 
 __all__ = [
-    'ClosedJaxpr', 'Jaxpr', 'Literal', 'Primitive', 'Var', 'at_source', 'bind_equation', 'call_body', 'close',
-    'consts_of', 'define_primitive', 'eval_jaxpr', 'has_custom_rule', 'hashed', 'is_builtin', 'is_jit', 'is_remat',
-    'is_tracer', 'open_jaxpr', 'primitive_body', 'prune', 'reads', 'scan_operands', 'source_line', 'structs',
-    'sub_jaxprs', 'sub_program', 'trace_context', 'zeros',
+    'ClosedJaxpr', 'Jaxpr', 'Literal', 'Primitive', 'Var', 'any_rank', 'at_source', 'bind_equation', 'call_body',
+    'close', 'consts_of', 'define_primitive', 'eval_jaxpr', 'has_custom_rule', 'hashed', 'is_builtin', 'is_jit',
+    'is_remat', 'is_tracer', 'open_jaxpr', 'primitive_body', 'prune', 'reads', 'scan_operands', 'source_line',
+    'structs', 'sub_jaxprs', 'sub_program', 'trace_context', 'zeros',
 ]  # fmt: skip
 
 JIT_NAMES = frozenset("jit pjit closed_call core_call core_closed_call custom_lin_call eval_jaxpr xla_call".split())
@@ -32,6 +33,17 @@ REMAT_NAMES = frozenset({"checkpoint", "remat", "remat2", "remat_call"})
 def open_jaxpr(jaxpr: Any) -> Any:
     """The object that has ``eqns``, ``invars`` and ``outvars`` (the jaxpr itself where JAX has only one class)."""
     return jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr
+
+
+def any_rank(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which broadcasts between arrays of different ranks whatever ``jax_numpy_rank_promotion`` says."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with jax.numpy_rank_promotion("allow"):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def consts_of(jaxpr: Any) -> Sequence[Any]:

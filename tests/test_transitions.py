@@ -474,3 +474,32 @@ def test_the_gradient_of_a_complex_state_by_hand():
     np.testing.assert_allclose(gradient["w",], [[2.0, 2.0]])
     (group,) = learner.graph.hidden_groups
     assert group.num_state == 2 and net.h.value.dtype == jnp.complex128
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks: nothing here leans on how JAX promotes them.
+
+RANKS = {
+    "gru": lambda: braintrace.nn.GRUCell(3, 4),
+    "urlstm": lambda: braintrace.nn.URLSTMCell(3, 4),
+    "lru": lambda: braintrace.nn.LRUCell(3, 4),
+    "standardised": lambda: brainstate.nn.Sequential(
+        braintrace.nn.ScaledWSLinear(3, 4), braintrace.nn.MGUCell(4, 4), braintrace.nn.Linear(4, 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", ["d_rtrl", "pp_prop", "eprop"])
+@pytest.mark.parametrize("model", RANKS)
+def test_ranks_need_not_be_promoted(model, rule):
+    options = {"pp_prop": {"decay_or_rank": 0.9}, "eprop": {"kappa_filter_decay": 0.5}}.get(rule, {})
+    found = []
+    for promotion in ("raise", "allow"):
+        with jax.numpy_rank_promotion(promotion):
+            brainstate.random.seed(0)
+            xs = jnp.asarray(draw(3, 2, 3, seed=1))
+            learner = braintrace.compile(RANKS[model](), rule, xs[0], batch_size=2, **options)
+            gradient = learner.etrace_grad(xs, step_fn=lambda x: (learner(x) ** 2).sum())  # noqa: B023
+            step = brainstate.transform.grad(lambda x: (learner(x) ** 2).sum(), learner.param_states)  # noqa: B023
+            found.append((gradient, step(xs[0])))
+    assert jax.tree.all(jax.tree.map(lambda a, b: jnp.allclose(a, b, rtol=1e-12), *found))

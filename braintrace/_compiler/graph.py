@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import brainstate
 
-from .._jax import Literal
+from .._jax import Literal, any_rank
 from .._types import Path
 from .cut import Cuts, Transition, slice_group
 from .descent import holds_link
@@ -175,6 +175,7 @@ def compile_in_scope(
     return ETraceGraph(info, groups, group_of, relations, plain, perturbation, tape, diagnostics)
 
 
+@any_rank
 def _groups(
     info: ModuleInfo, flow: Flow, scope: Scope
 ) -> tuple[list[HiddenGroup], dict[Path, HiddenGroup], list[CompilationRecord]]:

@@ -9,7 +9,7 @@ import brainstate
 import jax
 import numpy as np
 
-from .._jax import Literal, Var, eval_jaxpr, hashed, sub_program
+from .._jax import Literal, Var, any_rank, eval_jaxpr, hashed, sub_program
 from .._ops.primitive import ETPPrimitive
 from .._ops.stacked import StackedPrimitive
 from .._types import Path, path_str
@@ -306,6 +306,7 @@ def _operand_program(step: _Step, op: MarkedOp) -> tuple[OperandProgram | None, 
     return OperandProgram(keys, program, tuple(inputs), trained, None), paths, ""
 
 
+@any_rank
 def find_relations(
     info: ModuleInfo,
     flow: Flow,

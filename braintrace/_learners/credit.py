@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .._jax import any_rank
 from .._traces.record import Slots
 
 __all__ = ["NO_WINDOW", "Bars", "credit", "no_window_gradient", "reverse_only", "with_cotangent"]
@@ -85,6 +86,7 @@ def credit(reverse, zeros, lifted, held, weights):
     def forward(lifted, held, weights):
         return zeros_of(lifted, held, weights), (held, jax.tree.map(_first_order, weights))
 
+    @any_rank
     def backward(residuals, bars):
         return _filled(reverse(residuals[0], bars), like), None, None
 

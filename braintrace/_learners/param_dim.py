@@ -11,6 +11,7 @@ import numpy as np
 
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
+from .._jax import any_rank
 from .._precision import wide, widened
 from .._traces import param
 from .._traces.record import add, contraction
@@ -156,6 +157,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         operands = self._static_operands()
         return {pair.key: EligibilityTrace(self._dense(pair, operands)) for pair in self._pairs()}
 
+    @any_rank
     def _dense(self, pair, operands) -> dict[str, jax.Array]:
         trace = self._slot_traces[pair.key].value
         return param.dense(pair, trace, operands[pair.number], pair.group.num_state, self._front(pair, trace))

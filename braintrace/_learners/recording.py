@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from .._compiler.tape import TapeRecord
-from .._jax import trace_context
+from .._jax import any_rank, trace_context
 from .._traces.record import Slots, add, contraction
 from .._types import Path
 from .binding import Binding
@@ -129,6 +129,7 @@ class Recording(Binding):
         recorder.take(record, extras, length)
         return out, values._replace(hidden=hidden, others=others)
 
+    @any_rank
     def _recorded_step(self, carry, index, recorded, bars, operands, length) -> tuple[Any, Emitted]:
         """From the record of a call and the cotangents of its zeros to what the end of the chunk needs.
 
@@ -168,6 +169,7 @@ class Recording(Binding):
         operations = self.graph.operations
         return next(i for i, r in enumerate(operations) if r.x_var is operations[number].x_var)
 
+    @any_rank
     def _recorded_chunk(self, traces, carry, emitted, operands, front, length):
         """Traces after a chunk, and the gradients of all operations' operands."""
         traces, gradients = self._chunk_end(traces, carry, emitted, operands, front, length)
@@ -203,6 +205,7 @@ class Recording(Binding):
                     invals[first + n] = leaf
         return invals
 
+    @any_rank
     def _parameter_gradients(self, gradients: dict[int, dict[str, jax.Array]]) -> dict[Path, Any]:
         """Gradients of operands -> path -> gradients of the parameter's leaves, ``None`` where there is none."""
         leaves = self._leaf_gradients(gradients, self._static_invals())

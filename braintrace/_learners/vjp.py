@@ -14,7 +14,7 @@ from .._compiler.executor import ETraceVjpGraphExecutor
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
 from .._compiler.tape import TapeRecord
-from .._jax import is_tracer, trace_context
+from .._jax import any_rank, is_tracer, trace_context
 from .._traces.record import Slots, instantaneous, spread
 from .._types import Path, path_str
 from .config import ETraceConfig
@@ -285,6 +285,7 @@ class ETraceVjpAlgorithm(Recording):
 
     # -- one call -----------------------------------------------------------------------------------------------
 
+    @any_rank
     def update(self, *args: Any, modulator: Any = None) -> Any:
         """Run the model for one step, or for a window, and advance the traces.
 
@@ -533,6 +534,7 @@ class ETraceVjpAlgorithm(Recording):
             del traces, index
             return weights
 
+        @any_rank
         def backward(held, bars):
             weights, traces, index = held
             found = self._solve_weight_gradients(

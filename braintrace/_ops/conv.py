@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._jax import any_rank
 from .linear import Hook, apply_hook, array_operand, rank_of, weight_and_bias, with_units
 from .primitive import ETPPrimitive, Unshared, anchored
 
@@ -35,6 +36,7 @@ def _sample_bias(bias, params):
     return bias[0] if bias.ndim == len(out_spec) else bias
 
 
+@any_rank
 def _conv_impl(x, weight, *bias, **params):
     if params["batch_group_count"] != 1 and x.ndim > len(params["dimension_numbers"].lhs_spec):
         return jax.vmap(lambda x: _conv_impl(x, weight, *bias, **params))(x)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._jax import any_rank
 from .primitive import ETPPrimitive, anchored
 
 __all__ = [
@@ -56,6 +57,7 @@ def with_units(op: str, bind: Callable[..., jax.Array], x: Any, weights: dict[st
 # -- one matrix -------------------------------------------------------------------------------------------------
 
 
+@any_rank
 def _dense_impl(x, weight, *bias, has_bias, weight_fn, bias_fn):
     del has_bias
     y = jnp.matmul(x, apply_hook(weight_fn, weight))
@@ -133,6 +135,7 @@ def matmul(x: Any, weight: Any, bias: Any = None, *, weight_fn: Hook = None, bia
 # -- one matrix for every group ---------------------------------------------------------------------------------
 
 
+@any_rank
 def _grouped_impl(x, weight, *bias, has_bias, weight_fn, bias_fn):
     del has_bias
     y = jnp.einsum("...gk,gkn->...gn", x, apply_hook(weight_fn, weight))

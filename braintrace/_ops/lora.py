@@ -7,12 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._jax import any_rank
 from .linear import Hook, apply_hook, array_operand, rank_of, with_units
 from .primitive import ETPPrimitive, Unshared, anchored
 
 __all__ = ["etp_lora_mm_p", "etp_lora_mv_p", "lora_matmul", "low_rank"]
 
 
+@any_rank
 def _lora_impl(x, b, a, *bias, alpha, has_bias, b_fn, a_fn, bias_fn):
     del has_bias
     y = jnp.matmul(jnp.matmul(x, apply_hook(b_fn, b)), apply_hook(a_fn, a))

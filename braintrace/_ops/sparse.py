@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._jax import any_rank
 from .linear import Hook, apply_hook, array_operand, rank_of, weight_and_bias, with_units
 from .primitive import ETPPrimitive, Unshared, anchored
 
@@ -206,6 +207,7 @@ def _stored(pattern: Pattern, weight: jax.Array, hook: Hook) -> jax.Array:
     return pattern.stored(apply_hook(hook, weight))
 
 
+@any_rank
 def _sparse_impl(x, weight, *bias, sparse_mat, has_bias, weight_fn, bias_fn):
     del has_bias
     y = sparse_mat.product(x, _stored(sparse_mat, weight, weight_fn))

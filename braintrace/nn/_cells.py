@@ -13,6 +13,7 @@ from brainstate.nn import init
 from brainstate.typing import ArrayLike, Size
 from jax.nn import sigmoid
 
+from braintrace._jax import any_rank
 from braintrace._ops import element_wise
 
 from ._base import Initializer, Orthogonal, Recurrent, as_activation, cat
@@ -458,6 +459,7 @@ class URLSTMCell(Recurrent, brainstate.nn.URLSTMCell):
         n = self.out_size[-1]
         self.bias = brainstate.ParamState(-jnp.log(1 / brainstate.random.uniform(1 / n, 1 - 1 / n, (n,)) - 1))
 
+    @any_rank
     def update(self, x: ArrayLike) -> ArrayLike:
         """Take one step with `x` of shape ``(..., in)`` and return the new ``h``."""
         h, c = self.h.value, self.c.value

@@ -9,6 +9,7 @@ import numpy as np
 from brainstate.nn import init
 from brainstate.typing import ArrayLike, Size
 
+from braintrace._jax import any_rank
 from braintrace._ops import dense
 
 from ._base import Initializer, initialize, set_sizes
@@ -232,6 +233,7 @@ class ScaledWSLinear(brainstate.nn.ScaledWSLinear):
             params["gain"] = jnp.ones((1, shape[1]), params["weight"].dtype)
         self.weight = param_type(params)
 
+    @any_rank
     def update(self, x: ArrayLike) -> ArrayLike:
         """Map `x` of shape ``(..., in)`` to ``(..., out)``."""
         params = self.weight.value

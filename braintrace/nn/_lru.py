@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from brainstate.nn import init
 from brainstate.typing import ArrayLike
 
+from braintrace._jax import any_rank
 from braintrace._ops import element_wise
 
 from ._base import Recurrent
@@ -79,6 +80,7 @@ class LRUCell(Recurrent, brainstate.nn.RNNCell):
         self.C_im = Linear(d_hidden, d_model, w_init, b_init=None)
         self.D = brainstate.ParamState(brainstate.random.randn(d_model))
 
+    @any_rank
     def update(self, inputs: ArrayLike) -> ArrayLike:
         """Take one step with `inputs` of shape ``(..., d_model)`` and return ``y`` of that shape."""
         magnitude = jnp.exp(-jnp.exp(element_wise(self.nu_log.value)))
