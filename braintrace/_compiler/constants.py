@@ -103,8 +103,8 @@ class Constants:
                 found.update(zip(later, bind_equation(eqn, operands)))
             return list(found.values())
 
-        with jax.ensure_compile_time_eval():
-            outs = jax.jit(program)(known)
+        # Compiled ahead of the call, which then is no part of a program that is being traced.
+        outs = jax.jit(program).lower(known).compile()(known)
         for later, out in zip((v for _, _, made in waiting for v in made), outs):
             later.value = out
 

@@ -35,6 +35,16 @@ def _slice(x, *, start_indices, limit_indices, strides, **_):
     return x[tuple(map(slice, start_indices, limit_indices, strides or [1] * x.ndim))]
 
 
+def _pad(x, value, *, padding_config, out_shape, **_):
+    spread = np.full([max(0, n + (n - 1) * inner) for n, (_, _, inner) in zip(x.shape, padding_config)], value, x.dtype)
+    spread[tuple(slice(None, None, inner + 1) for _, _, inner in padding_config)] = x
+    # Negative padding takes entries away.
+    kept = spread[tuple(slice(max(0, -lo), n - max(0, -hi)) for n, (lo, hi, _) in zip(spread.shape, padding_config))]
+    out = np.full(out_shape, value, x.dtype)
+    out[tuple(slice(max(0, lo), max(0, lo) + n) for n, (lo, _, _) in zip(kept.shape, padding_config))] = kept
+    return out
+
+
 def _split(x, *, sizes, axis, **_):
     return np.split(x, np.cumsum(sizes)[:-1], axis)
 
@@ -142,6 +152,7 @@ MOVES: Mapping[str, Callable[..., Any]] = {
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
     "gather": _gather,
+    "pad": _pad,
     "reshape": _reshape,
     "rev": lambda x, *, dimensions, **_: np.flip(x, dimensions),
     "scatter": _scatter,
