@@ -26,7 +26,7 @@ class Orthogonal(init.Orthogonal):
         normal = self.rng.normal(size=shape)
         tall = normal if rows >= cols else normal.T
         q, r = jnp.linalg.qr(tall.astype(jnp.promote_types(tall.dtype, jnp.float32)))  # there is none in half precision
-        q = self.scale * (q * jnp.sign(jnp.diag(r))).astype(normal.dtype)
+        q = self.scale * (q * jnp.sign(jnp.diag(r))[None]).astype(normal.dtype)
         return u.maybe_decimal(u.Quantity(q if rows >= cols else q.T, unit=self.unit))
 
 
