@@ -6,6 +6,7 @@ python benchmarks/compare.py --only lif/S/*/pp_prop --skip-published
 
 import argparse
 import functools
+import gc
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from fnmatch import fnmatchcase
 from importlib.metadata import distributions, version
 from pathlib import Path
 
+import jax
 import report
 from report import BASELINE, PUBLISHED, THIS
 
@@ -29,6 +31,7 @@ SIZES = {
     "tiny": dict(batch=2, inputs=5, units=8, outputs=3, steps=10),
     "S": dict(batch=32, inputs=100, units=256, outputs=10, steps=200),
     "M": dict(batch=64, inputs=700, units=512, outputs=20, steps=200),
+    "L": dict(batch=256, inputs=1024, units=2048, outputs=20, steps=200),
 }
 FIELDS = {
     "model": ["lif", "alif", "gru", "lstm"],
@@ -60,6 +63,7 @@ class Contestant:
     python: str
     path: str = ""
     learner: bool = True
+    here: bool = False  # in this process instead of one of its own
 
 
 def matches(case, pattern):
@@ -85,6 +89,13 @@ def select(sizes, patterns):
 
 def run_worker(contestant, job, limit):
     """What one worker process prints, or the reason why it printed nothing."""
+    if contestant.here:
+        import worker
+
+        result = worker.result_of(job | {"learner": contestant.learner}, time.monotonic())
+        jax.clear_caches()
+        gc.collect()
+        return result
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     if contestant.path:
         environment["PYTHONPATH"] = contestant.path
@@ -174,6 +185,11 @@ def arguments():
     parser.add_argument("--time-limit", type=float, default=120.0, help="seconds for one process")
     parser.add_argument("--memory-steps", default="200,800,3200", help="lengths in the memory table")
     parser.add_argument("--skip-published", action="store_true", help="leave the published package out")
+    parser.add_argument(
+        "--one-process",
+        action="store_true",
+        help="all in this process, where starting them takes the time; no published",
+    )
     parser.add_argument("--release", default="0.2.6", help="version of the published package")
     parser.add_argument("--published-env", type=Path, help="virtual environment of the published package")
     parser.add_argument("--output", type=Path, help="Markdown file to write; without it the tables are printed")
@@ -192,10 +208,10 @@ def main():
     options = arguments()
     cases = select(options.sizes, options.only.split(","))
     contestants = {
-        BASELINE: Contestant(sys.executable, str(ROOT), learner=False),
-        THIS: Contestant(sys.executable, str(ROOT)),
+        BASELINE: Contestant(sys.executable, str(ROOT), learner=False, here=options.one_process),
+        THIS: Contestant(sys.executable, str(ROOT), here=options.one_process),
     }
-    if not options.skip_published:
+    if not (options.skip_published or options.one_process):
         contestants[PUBLISHED] = Contestant(published_python(options.release, options.published_env))
 
     # Results of another machine, version, set of contestants or effort are no part of this comparison.

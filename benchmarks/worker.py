@@ -95,7 +95,7 @@ def step_runner(update, xs, labels):
     return block, count
 
 
-def timed(problem, work, steps, repeats, limit):
+def timed(problem, work, steps, repeats, deadline):
     xs, labels = problem.data(steps)
     function, first, runner = {
         "sequence": (problem.sequence, xs, sequence_runner),
@@ -111,7 +111,7 @@ def timed(problem, work, steps, repeats, limit):
         jax.block_until_ready(function(first, labels))
     run, count = runner(function, xs, labels)
     times = [seconds(run)]
-    while len(times) < repeats and time.monotonic() - STARTED + 2 * times[-1] < 0.9 * limit:
+    while len(times) < repeats and time.monotonic() + 2 * times[-1] < deadline:
         times.append(seconds(run))
     return {
         "times": [t / count for t in times],
@@ -131,17 +131,20 @@ def memory(problem, lengths):
     return {"memory": found}
 
 
-def main(work, steps, repeats, limit, **problem):
+def main(started, work, steps, repeats, limit, **problem):
     brainstate.environ.set(dt=1.0 * u.ms)
     problem = Problem(**problem)
-    result = memory(problem, steps) if work == "memory" else timed(problem, work, steps, repeats, limit)
+    result = memory(problem, steps) if work == "memory" else timed(problem, work, steps, repeats, started + 0.9 * limit)
     device = jax.devices()[0]
     return result | {"braintrace": braintrace.__version__, "jax": jax.__version__, "device": device.device_kind}
 
 
-if __name__ == "__main__":
+def result_of(job, started):
     try:
-        line = main(**json.loads(sys.argv[1]))
+        return main(started, **job)
     except Exception as error:
-        line = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
-    print(json.dumps(line))
+        return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+
+
+if __name__ == "__main__":
+    print(json.dumps(result_of(json.loads(sys.argv[1]), STARTED)))

@@ -489,8 +489,12 @@ def _over_samples(meta, signal, slot, extra) -> dict[str, jax.Array]:
 
 
 def _sum(value, axes):
-    """Sum over leading axes by halves: additions that XLA fuses, where its own sum reads memory in large strides."""
+    """Sum over leading axes: on a CPU by halves, additions that XLA fuses, where its own sum reads in large strides."""
     value = value.reshape((-1, *value.shape[axes:]))
+    return jax.lax.platform_dependent(value, cpu=_by_halves, default=lambda value: value.sum(0))
+
+
+def _by_halves(value):
     odd = []
     while len(value) > 1:
         half = len(value) // 2
