@@ -216,32 +216,54 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
         axis_size: int | None = None,
     ):
         super().__init__(module, in_axes, out_axes, vmap_states, vmap_out_states, axis_name, axis_size)
+        self._filters = _Held((vmap_states, vmap_out_states))
+        self._functions = _Held((None, None, None))
 
-        def recorded(zeros, args, kwargs):
+    def _mapped(self, options: dict[str, Any]) -> tuple[Callable, Callable]:
+        """The mapped call, and the same under a driver, for the module and the states that it has now."""
+        module = self.module
+        key = [options, id(module), *map(id, module.states().values())]
+        if self._functions.value[0] == key:
+            return self._functions.value[1:]
+
+        def run(args, kwargs):
+            return module(*args, **kwargs, **options)
+
+        def record(zeros, args, kwargs):
             with module._recording(zeros) as inner:
-                out = module(*args, **kwargs)
+                out = module(*args, **kwargs, **options)
             self._recorded_length = inner.length
             return out, inner.recorded
 
-        self._record = brainstate.transform.vmap(
-            recorded,
-            in_axes=(0, tuple(in_axes) if isinstance(in_axes, (tuple, list)) else in_axes, 0),
-            out_axes=(out_axes, 0),
-            in_states=_states_by_axis(module, vmap_states),
-            out_states=_states_by_axis(module, vmap_out_states),
-            axis_name=axis_name,
-            axis_size=axis_size,
+        ins, outs = (_states_by_axis(module, f) for f in self._filters.value)
+        over = dict(in_states=ins, out_states=outs, axis_name=self.axis_name, axis_size=self.axis_size)
+        axes = tuple(self.in_axes) if isinstance(self.in_axes, (tuple, list)) else self.in_axes
+        mapped = brainstate.transform.vmap
+        functions = (
+            mapped(run, in_axes=(axes, 0), out_axes=self.out_axes, **over),
+            mapped(record, in_axes=(0, axes, 0), out_axes=(self.out_axes, 0), **over),
         )
+        self._functions = _Held((key, *functions))
+        return functions
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the mapped learner on inputs with a batch axis."""
-        args, kwargs = jax.tree.map(jnp.asarray, (args, kwargs))
+        """Run the mapped learner on inputs with a batch axis; keyword arguments without arrays are not mapped."""
+        arrays = {k: v for k, v in kwargs.items() if any(hasattr(x, "shape") for x in jax.tree.leaves(v))}
+        run, record = self._mapped({k: v for k, v in kwargs.items() if k not in arrays})
+        args, arrays = jax.tree.map(jnp.asarray, (args, arrays))
         recorder = self.module._recorder
         if recorder is None or recorder.context != trace_context():
-            return super().update(*args, **kwargs)
-        out, recorded = self._record(recorder.zeros, args, kwargs)
+            return run(args, arrays)
+        out, recorded = record(recorder.zeros, args, arrays)
         recorder.take(*recorded, self._recorded_length)
         return out
+
+
+class _Held:
+    """What the states of a module are not looked for in."""
+
+    def __init__(self, value: Any):
+        self.value = value
 
 
 def _states_by_axis(module: Any, states: Any) -> Any:
@@ -276,14 +298,19 @@ class _Chunks:
         for key, state in weights.items():
             first = sum(map(len, self.numbers.values()))
             self.numbers[key] = list(range(first, first + len(jax.tree.leaves(state.value))))
-        self.step = brainstate.transform.StatefulFunction(self._gradient_of_step)
 
     def applies(self, items: Any) -> bool:
         """Whether the learner's call can be recorded: ``step_fn`` makes one, not inside of another transformation."""
         if not self.learner._can_record():
             return False
-        first = jax.eval_shape(lambda items: (*jax.tree.map(head, items), self._zeros()), items)
-        known = known_outputs(self.step.make_jaxpr(*first).get_jaxpr(*first), look_inside=False)
+        while True:
+            graph = self.learner.graph
+            self.step = brainstate.transform.StatefulFunction(self._gradient_of_step)
+            first = jax.eval_shape(lambda items: (*jax.tree.map(head, items), self._zeros()), items)
+            program = self.step.make_jaxpr(*first).get_jaxpr(*first)
+            if self.learner.graph is graph:
+                break
+        known = known_outputs(program, look_inside=False)
         # Most parameters are used by operations alone: zeros need not be added up.
         self.plain = [i for numbers in self.numbers.values() for i in numbers if np.any(known.get(i, True))]
         return self.recorder.calls == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import brainstate
@@ -9,13 +11,102 @@ import jax
 import jax.numpy as jnp
 from brainstate.util import FlattedDict
 
-from .._types import MultiStepData, Path, SingleStepData
+from .._jax import consts_of, is_tracer
+from .._types import Path, path_str
+from .call import Call, call_of, convertible, equal
 from .graph import ETraceGraph, compile_in_scope
 from .policy import ControlFlowPolicy
 from .report import CompilationReport
 from .scope import CEILING, scope_of
 
-__all__ = ["ETraceGraphExecutor", "ETraceVjpGraphExecutor"]
+__all__ = ["Compiled", "ETraceGraphExecutor", "ETraceVjpGraphExecutor"]
+
+
+class Compiled:
+    """A compiled step, which calls it serves, and what engines find out about it once. Copies of a learner share it.
+
+    Attributes
+    ----------
+    graph : ETraceGraph
+    example : Call
+        Shapes of the call that it was compiled for.
+    plans : dict
+        Of the engine of the learner.
+    """
+
+    def __init__(self, graph: ETraceGraph, call: Call):
+        info = graph.module_info
+        self.graph = graph
+        self.example = call._replace(**{k: jax.tree.map(_shape_of, getattr(call, k)) for k in ("args", "keywords")})
+        self.constants = {**call.constants, **{k: call.inputs[k] for k in info.fixed_numbers}}
+        self.unread = frozenset(call.inputs) - {*info.environment_keys, *info.fixed_numbers}
+        self.plans: dict[str, Any] = {}
+
+    def __deepcopy__(self, memo: Any) -> Compiled:
+        return self
+
+    @property
+    def outlives_its_trace(self) -> bool:
+        return not any(map(is_tracer, consts_of(self.graph.module_info.closed_jaxpr)))
+
+    def difference(self, call: Call, states: Sequence[brainstate.State]) -> str | None:
+        """Why a call needs another step, in words; ``None`` where this one serves it."""
+        info = self.graph.module_info
+        tree: Any
+        leaves, tree = jax.tree.flatten(call.given)
+        if tree != info.in_tree:
+            return f"The arguments have the structure {tree}, the learner was compiled for {info.in_tree}"
+        for i, (x, m, v) in enumerate(zip(leaves, call.over_time, info.jaxpr.invars)):
+            if other := _other(x, v.aval, over_time=m):
+                return f"argument leaf {i} {other}"
+        if not equal(dict(call.options), dict(self.example.options)):
+            known = dict(self.example.options)
+            return f"The keyword arguments are {dict(call.options)}, the learner was compiled for {known}"
+        return self._other_environment(call) or self._other_states(states)
+
+    def _other_environment(self, call: Call) -> str | None:
+        info = self.graph.module_info
+        known = {**call.constants, **{k: v for k, v in call.inputs.items() if k in info.fixed_numbers}}
+        for key in {**self.constants, **known}:
+            if key not in known or key not in self.constants or not equal(known[key], self.constants[key]):
+                return f"The entry {key!r} of brainstate.environ is another one"
+        read: Any = info.environment.unflatten(
+            v.aval for v in info.jaxpr.invars[info.in_tree.num_leaves : info.first_state]
+        )
+        for key, value in call.inputs.items():
+            if key in self.unread or key in self.constants:
+                continue
+            found, wanted = jax.tree.flatten(value), jax.tree.flatten(read.get(key))
+            if found[1] != wanted[1] or any(_other(x, a) for x, a in zip(found[0], wanted[0])):
+                return f"The entry {key!r} of brainstate.environ has another structure, shape or dtype"
+        missing = [k for k in read if k not in call.inputs]
+        return f"The entry {missing[0]!r} of brainstate.environ is not set" if missing else None
+
+    def _other_states(self, states: Sequence[brainstate.State]) -> str | None:
+        info = self.graph.module_info
+        for path, tree, state in zip(info.compiled_state_paths, info.state_trees, states):
+            found: Any
+            leaves, found = jax.tree.flatten(state.value)
+            if found != tree:
+                raise ValueError(
+                    f"The value of {path_str(path)!r} has the structure {found}, the learner was compiled for {tree}. "
+                    "A state keeps one structure and unit; compile another learner."
+                )
+            for x, aval in zip(leaves, info.state_avals(path)):
+                if other := _other(x, aval):
+                    return f"{path_str(path)} {other}"
+        return None
+
+
+def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+
+
+def _other(x: Any, aval: Any, over_time: bool = False) -> str | None:
+    shape, dtype = jnp.shape(x), jnp.result_type(x)
+    if shape[over_time:] != tuple(aval.shape):
+        return f"has shape {shape}{', time in front' * over_time}, the learner was compiled for {tuple(aval.shape)}"
+    return None if convertible(dtype, aval.dtype) else f"has dtype {dtype}, the learner was compiled for {aval.dtype}"
 
 
 class ETraceGraphExecutor:
@@ -68,23 +159,32 @@ class ETraceGraphExecutor:
         self.sparse_n = sparse_n
         self.snap_max_jacobian_elements = snap_max_jacobian_elements
         self.control_flow = control_flow
-        self._graph: ETraceGraph | None = None
+        self._compiled: Compiled | None = None
+        self._known: list[Compiled] = []
+        self._example: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # after unpickling
+
+    @property
+    def compiled(self) -> Compiled:
+        """The step of the latest call."""
+        if self._compiled is None:
+            if self._example is None:
+                raise ValueError("The graph is not compiled yet. Call compile_graph(*example_inputs) first.")
+            args, keywords = self._example
+            self._compile(call_of(args, keywords))
+        return self._compiled  # type: ignore[return-value]
 
     @property
     def graph(self) -> ETraceGraph:
-        if self._graph is None:
-            raise ValueError("The graph is not compiled yet. Call compile_graph(*example_inputs) first.")
-        return self._graph
+        return self.compiled.graph
 
     @property
     def is_compiled(self) -> bool:
-        return self._graph is not None
+        return self._compiled is not None or self._example is not None
 
     @property
     def states(self) -> FlattedDict:
-        """The states that the traced step touches, by path."""
-        info = self.graph.module_info
-        return FlattedDict(dict(zip(info.compiled_state_paths, info.compiled_model_states)))
+        """The states that the traced step touches, by path, as the model has them now."""
+        return FlattedDict(dict(zip(self.graph.module_info.compiled_state_paths, self._states_of(self.compiled))))
 
     @property
     def path_to_states(self) -> FlattedDict:
@@ -94,9 +194,73 @@ class ETraceGraphExecutor:
     def state_id_to_path(self) -> dict[int, Path]:
         return {id(s): p for p, s in self.states.items()}
 
-    def compile_graph(self, *args: Any) -> None:
+    def compile_graph(self, *args: Any, **kwargs: Any) -> None:
         """Trace the model once."""
-        self._graph = compile_in_scope(self.model, args, self._scope, self._needs_perturbation, self.control_flow)
+        self._compile(call_of(args, kwargs).first_step())
+
+    def select(self, call: Call) -> list[brainstate.State]:
+        """Make the step that serves a call the present one, compiling it if need be; the states that it touches."""
+        present = self.compiled
+        difference = present.difference(call, self._states_of(present))
+        if difference is not None:
+            others = (c for c in self._known if c is not present and c.difference(call, self._states_of(c)) is None)
+            found = next(others, None)
+            if found is None:
+                self._compile_another(call, difference)
+            else:
+                self._compiled = found
+        return self._states_of(self.compiled)
+
+    def _compile(self, call: Call) -> None:
+        graph = compile_in_scope(self.model, call, self._scope, self._needs_perturbation, self.control_flow)
+        self._compiled = Compiled(graph, call)
+        if self._compiled.outlives_its_trace:
+            self._known.append(self._compiled)
+
+    def _compile_another(self, call: Call, difference: str) -> None:
+        try:
+            self._compile(call.first_step())
+        except Exception as error:
+            if not equal(dict(call.options), dict(self.compiled.example.options)):  # the model says it best
+                raise
+            first = (str(error).splitlines() or [""])[0]
+            raise ValueError(
+                f"{difference}, and the model's step cannot be compiled for this call: {type(error).__name__}: {first} "
+                "Pass arguments like those of the first call (time and batch axes in place?), or initialise the states "
+                "with the batch size of the inputs."
+            ) from error
+
+    def _states_of(self, compiled: Compiled) -> list[brainstate.State]:
+        info, now = compiled.graph.module_info, self.model.states()
+        out = []
+        for path, before in zip(info.compiled_state_paths, info.compiled_model_states):
+            state = now.get(path, None if path in info.retrieved_model_states else before)
+            kinds = brainstate.ParamState, brainstate.HiddenState
+            if state is None or any(isinstance(state, k) != isinstance(before, k) for k in kinds):
+                there = "no state" if state is None else f"a {type(state).__name__}"
+                raise ValueError(
+                    f"The learner was compiled for the {type(before).__name__} {path_str(path)!r}, and the model has "
+                    f"{there} there now. Put it back (brainstate.nn.init_all_states), or make another learner."
+                )
+            out.append(state)
+        return out
+
+    def of(self, model: brainstate.nn.Module) -> ETraceGraphExecutor:
+        """This one for a copy of its model."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, model=model, _known=list(self._known))
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ETraceGraphExecutor:
+        return self.of(copy.deepcopy(self.model, memo))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Programs cannot be pickled: they are compiled again when they are asked for.
+        example = self._example
+        if self._compiled is not None:
+            call = self._compiled.example
+            example = call.args, {**call.keywords, **call.options}
+        return {**self.__dict__, "_compiled": None, "_known": [], "_example": example}
 
     def show_graph(self, verbose: bool = True, return_msg: bool = False) -> str | None:
         """Print the report; return it if asked."""
@@ -209,15 +373,13 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
         return self._solve(args, etrace_stepper, init_etrace, True)
 
     def _solve(self, args, stepper, trace, backward):
+        call = call_of(args, {})
+        states = self.select(call)
         graph = self.graph
         info = graph.module_info
-        wrapped = lambda x: isinstance(x, (SingleStepData, MultiStepData))  # noqa: E731
-        parts, _ = jax.tree.flatten(args, is_leaf=wrapped)
-        over_time = [isinstance(x, MultiStepData) for x in parts for _ in jax.tree.leaves(x)]
-        leaves, tree = jax.tree.flatten(jax.tree.map(lambda x: x.data if wrapped(x) else x, args, is_leaf=wrapped))
-        if tree != info.in_tree:
-            raise ValueError(f"The arguments have the structure {tree}, the graph was compiled for {info.in_tree}.")
-        values = {p: s.value for p, s in self.states.items()}
+        leaves = [*jax.tree.leaves(call.given), *info.environment_leaves(call.inputs)]
+        over_time = [*call.over_time, *([False] * info.environment.num_leaves)]
+        values = {p: s.value for p, s in zip(info.compiled_state_paths, states)}
         zeros = graph.tape.zeros().new
 
         def run(leaves, values, zeros):

@@ -9,12 +9,13 @@ import brainstate
 
 from .._jax import Literal, any_rank
 from .._types import Path
+from .call import Call, call_of
 from .cut import Cuts, Transition, slice_group
 from .descent import holds_link
 from .diagnostics import CompilationRecord, DiagnosticKind, emit
 from .flow import Flow, Reach, analyse_flow, analyse_reach
 from .groups import HiddenGroup, partition, slots_of
-from .module_info import ModuleInfo, extract_module_info
+from .module_info import ModuleInfo, extract_module_info, info_of_call
 from .neighbours import find_neighbourhood
 from .perturbation import HiddenPerturbation, add_hidden_perturbation_from_minfo
 from .policy import ControlFlowPolicy
@@ -152,18 +153,18 @@ def compile_etrace_graph(
     """
     del include_output_bypass
     scope = scope_of(include_recurrent_mixing, sparse_n, snap_max_jacobian_elements)
-    return compile_in_scope(model, args, scope, include_hidden_perturb, control_flow)
+    return compile_in_scope(model, call_of(args, {}).first_step(), scope, include_hidden_perturb, control_flow)
 
 
 def compile_in_scope(
     model: brainstate.nn.Module,
-    args: tuple[Any, ...],
+    call: Call,
     scope: Scope,
     include_hidden_perturb: bool,
     control_flow: ControlFlowPolicy | None,
 ) -> ETraceGraph:
-    """:func:`compile_etrace_graph` for any scope."""
-    info = extract_module_info(model, *args, control_flow=control_flow)
+    """:func:`compile_etrace_graph` for any call and scope."""
+    info = info_of_call(model, call, control_flow)
     flow = analyse_flow(info)
     groups, group_of, merged = _groups(info, flow, scope)
     reach = _reach(info, flow, group_of)

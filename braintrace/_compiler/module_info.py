@@ -12,8 +12,9 @@ import brainunit as u
 import jax
 from brainstate.util import FlattedDict
 
-from .._jax import Var, consts_of, is_tracer, open_jaxpr
+from .._jax import Literal, Var, consts_of, is_tracer, open_jaxpr
 from .._types import NotSupportedError, Path, path_str
+from .call import Call, call_of, convertible
 from .complex_states import Parts, before_cast, with_real_parts
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flatten import Origin, flatten
@@ -25,8 +26,8 @@ __all__ = ["ModuleInfo", "extract_module_info"]
 class ModuleInfo(NamedTuple):
     """One step of a model as a flat jaxpr, and what its inputs and outputs are.
 
-    Inputs are the leaves of the arguments, then the leaves of every touched state; outputs are the leaves of the
-    model's output, then the new leaves of the same states.
+    Inputs are the leaves of the arguments, then those of the environment, then the leaves of every touched state;
+    outputs are the leaves of the model's output, then the new leaves of the same states.
 
     Attributes
     ----------
@@ -42,6 +43,10 @@ class ModuleInfo(NamedTuple):
         For each touched state, the positions of its leaves among the inputs (and, shifted, the outputs).
     in_tree, out_tree : PyTreeDef
         Structure of the arguments and of the output.
+    environment : PyTreeDef
+        Structure of the arrays and numbers of ``brainstate.environ`` that the step reads, by key.
+    fixed_numbers : tuple of str
+        Keys of numbers of the environment whose value the step needed to be known.
     state_trees : tuple of PyTreeDef
         Structure of each touched state's value.
     hidden_path_to_invar : dict
@@ -66,6 +71,8 @@ class ModuleInfo(NamedTuple):
     state_leaves: tuple[tuple[int, ...], ...]
     in_tree: Any
     out_tree: Any
+    environment: Any
+    fixed_numbers: tuple[str, ...]
     state_trees: tuple[Any, ...]
     hidden_path_to_invar: dict[Path, Var]
     hidden_path_to_outvar: dict[Path, Any]
@@ -78,6 +85,28 @@ class ModuleInfo(NamedTuple):
     @property
     def jaxpr(self) -> Any:
         return open_jaxpr(self.closed_jaxpr)
+
+    @property
+    def first_state(self) -> int:
+        """Number of inputs in front of those of the states."""
+        return self.in_tree.num_leaves + self.environment.num_leaves
+
+    @property
+    def environment_keys(self) -> list[str]:
+        return list(self.environment.unflatten(range(self.environment.num_leaves)))
+
+    def environment_leaves(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """Those of the environment's arrays and numbers that the step reads, as its inputs."""
+        avals = [v.aval for v in self.jaxpr.invars[self.in_tree.num_leaves : self.first_state]]
+        leaves = jax.tree.leaves({k: inputs[k] for k in self.environment_keys})
+        return [jax.numpy.asarray(x, a.dtype) for x, a in zip(leaves, avals)]
+
+    def state_avals(self, path: Path) -> list[Any]:
+        """Shape and dtype of the leaves of a state's value."""
+        numbers = self.state_leaves[self.compiled_state_paths.index(path)]
+        avals = [self.jaxpr.invars[self.first_state + n].aval for n in numbers]
+        parts = self.complex_hidden.get(path)
+        return avals if parts is None else [jax.ShapeDtypeStruct(parts.shape(a.shape), parts.dtype) for a in avals]
 
     def reals(self, path: Path, leaf: Any) -> Any:
         """A leaf of a state as the program takes it."""
@@ -176,22 +205,51 @@ def extract_module_info(
     >>> braintrace.extract_module_info(cell, jnp.zeros(2))
     ModuleInfo(states=['h', 'W.weight'], equations=3, outputs=1)
     """
+    return info_of_call(model, call_of(args, kwargs).first_step(), control_flow)
+
+
+NEEDS_VALUE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.TracerArrayConversionError,
+)
+
+
+def info_of_call(model: brainstate.nn.Module, call: Call, control_flow: ControlFlowPolicy | None) -> ModuleInfo:
+    """:func:`extract_module_info` for the arguments, and in the environment, of a call."""
     if not isinstance(model, brainstate.nn.Module):
         raise AssertionError(f"The model must be a brainstate.nn.Module, got {type(model).__name__}.")
     if not isinstance(control_flow, (ControlFlowPolicy, type(None))):
         raise TypeError(f"control_flow must be a ControlFlowPolicy or None, got {type(control_flow).__name__}.")
-    traced = brainstate.transform.StatefulFunction(model, return_only_write=False, name="braintrace")
-    args, kwargs = jax.tree.map(_abstract, (args, kwargs))
-    with _one_at_a_time(), _same_states(model):
-        traced.make_jaxpr(*args, **kwargs)
-    trace = traced.get_state_trace(*args, **kwargs)
+    numbers = dict(call.inputs)
+    fixed: tuple[str, ...] = ()
+    try:
+        traced, args = _traced(model, call, numbers)
+    except NEEDS_VALUE:
+        fixed = tuple(k for k, v in numbers.items() if not any(map(is_tracer, jax.tree.leaves(v))))
+        if not fixed:
+            raise
+        numbers = {k: v for k, v in numbers.items() if k not in fixed}
+        traced, args = _traced(model, call, numbers)
+    first = len(jax.tree.leaves(call.given))
+    jaxpr = open_jaxpr(traced.get_jaxpr(*args))
+    ends = [*jaxpr.outvars, *(v for e in jaxpr.eqns for v in e.invars)]
+    used = {v for v in ends if not isinstance(v, Literal)}
+    variables = iter(jaxpr.invars[first:])
+    read = {k: v for k, v in numbers.items() if any([next(variables) in used for _ in jax.tree.leaves(v)])}
+    if len(read) < len(numbers):
+        numbers = read
+        traced, args = _traced(model, call, numbers)
+    trace = traced.get_state_trace(*args)
     states = tuple(trace.states)
-    out_shapes, new_shapes = traced.get_out_shapes(*args, **kwargs)
+    out_shapes, new_shapes = traced.get_out_shapes(*args)
     retrieved = FlattedDict(model.states())
     paths, diagnostics = _name_states(states, retrieved)
     _check_states(states, trace.been_writen, paths, new_shapes)
 
-    in_leaves, in_tree = jax.tree.flatten((args, kwargs) if kwargs else args)
+    in_leaves, in_tree = jax.tree.flatten(call.given)
+    environment: Any
+    env_leaves, environment = jax.tree.flatten(numbers)
     out_leaves, out_tree = jax.tree.flatten(out_shapes)
     old_leaves = [jax.tree.leaves(s._value) for s in states]
     positions, start = [], 0
@@ -199,7 +257,7 @@ def extract_module_info(
         positions.append(tuple(range(start, start + len(leaves))))
         start += len(leaves)
 
-    origins = [Origin(data=True)] * len(in_leaves)
+    origins = [Origin(data=True)] * (len(in_leaves) + len(env_leaves))
     hidden_out = [False] * len(out_leaves)
     for state, path, leaves in zip(states, paths, old_leaves):
         is_hidden = isinstance(state, brainstate.HiddenState)
@@ -207,10 +265,10 @@ def extract_module_info(
         origins += [Origin.of_weight(path) if isinstance(state, brainstate.ParamState) else data] * len(leaves)
         hidden_out += [is_hidden] * len(leaves)
     policy = control_flow or ControlFlowPolicy()
-    traced_step = traced.get_jaxpr(*args, **kwargs)
+    traced_step = traced.get_jaxpr(*args)
     closed, records = flatten(traced_step, origins, len(out_leaves), hidden_out, policy)
     diagnostics += records
-    first_in, first_out = len(in_leaves), len(out_leaves)
+    first_in, first_out = len(in_leaves) + len(env_leaves), len(out_leaves)
     hidden = [i for i, s in enumerate(states) if isinstance(s, brainstate.HiddenState)]
     complex_hidden = {}
     for i in hidden:
@@ -218,8 +276,8 @@ def extract_module_info(
         if jax.numpy.issubdtype(aval.dtype, jax.numpy.complexfloating):
             complex_hidden[i] = Parts(len(aval.shape) > len(states[i].varshape), aval.dtype)
     if complex_hidden:
-        numbers = {i: positions[i][0] for i in complex_hidden}
-        parts = {(first_in + n, first_out + n): complex_hidden[i] for i, n in numbers.items()}
+        places = {i: positions[i][0] for i in complex_hidden}
+        parts = {(first_in + n, first_out + n): complex_hidden[i] for i, n in places.items()}
         closed = with_real_parts(closed, parts)
     jaxpr = open_jaxpr(closed)
     made_at = {v: e for e in jaxpr.eqns for v in e.outvars}
@@ -236,6 +294,8 @@ def extract_module_info(
         state_leaves=tuple(positions),
         in_tree=in_tree,
         out_tree=out_tree,
+        environment=environment,
+        fixed_numbers=fixed,
         state_trees=tuple(jax.tree.structure(s._value) for s in states),
         hidden_path_to_invar={paths[i]: invars(i)[0] for i in hidden},
         hidden_path_to_outvar={
@@ -247,6 +307,20 @@ def extract_module_info(
         num_var_out=len(out_leaves),
         diagnostics=tuple(diagnostics),
     )
+
+
+def _traced(model, call, numbers):
+    """The step as a function that is traced already, and the arguments to ask it for."""
+
+    def step(args, keywords, numbers):
+        with brainstate.environ.context(**numbers) if numbers else contextlib.nullcontext():
+            return model(*args, **keywords, **call.options)
+
+    args = jax.tree.map(_abstract, (call.args, dict(call.keywords), numbers))
+    traced = brainstate.transform.StatefulFunction(step, return_only_write=False, name="braintrace")
+    with _one_at_a_time(), _same_states(model):
+        traced.make_jaxpr(*args)
+    return traced, args
 
 
 def known_constants(info: ModuleInfo) -> dict[Any, Any]:
@@ -309,6 +383,13 @@ def _check_states(states, written, paths, new_shapes):
                 f"The state {path_str(path)!r} changes its shape within the step, from {shapes} to {new_shapes_of}. "
                 "Initialise it with the shape that the step writes (did the states get the right batch_size?)."
             )
+        for before, after in zip(old_leaves, new_leaves):
+            if not convertible(after.dtype, jax.numpy.result_type(u.get_mantissa(before))):
+                dtype = jax.numpy.result_type(u.get_mantissa(before))
+                raise ValueError(
+                    f"The state {path_str(path)!r} changes its dtype within the step, from {dtype} to {after.dtype}. "
+                    "Initialise it with the dtype that the step writes."
+                )
 
 
 def _check_structure(path, old, new):

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import brainstate
-import jax
 import jax.numpy as jnp
 from brainstate.util import FlattedDict
 
+from .._compiler.call import Call
 from .._compiler.executor import ETraceGraphExecutor
 from .._compiler.graph import ETraceGraph
 from .._compiler.report import CompilationReport
 from .._jax import zeros
 from .._sequence import SequenceDriverMixin
-from .._types import MultiStepData, Path, SingleStepData, head, path_str
+from .._types import Path, path_str
 
 __all__ = ["ETraceAlgorithm", "EligibilityTrace"]
 
@@ -64,9 +64,16 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
         if not isinstance(graph_executor, ETraceGraphExecutor):
             raise TypeError(f"graph_executor must be an ETraceGraphExecutor, got {type(graph_executor).__name__}.")
         self.model4compile = model
-        self.graph_executor = graph_executor
+        self._executor = graph_executor
         self.is_compiled = False
         self.running_index = brainstate.LongTermState(zeros((), jnp.int32))
+
+    @property
+    def graph_executor(self) -> ETraceGraphExecutor:
+        """What compiles the model."""
+        if self._executor.model is not self.model4compile:  # this learner is a copy, with a model of its own
+            self._executor = self._executor.of(self.model4compile)
+        return self._executor
 
     @property
     def executor(self) -> ETraceGraphExecutor:
@@ -91,20 +98,21 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
     @property
     def param_states(self) -> FlattedDict:
         """Path -> parameter, for the parameters that the step reads."""
-        return FlattedDict(self.graph.module_info.states_of(brainstate.ParamState))
+        return self._states_of(brainstate.ParamState)
 
     @property
     def hidden_states(self) -> FlattedDict:
         """Path -> hidden state, for those that the step touches."""
-        return FlattedDict(self.graph.module_info.states_of(brainstate.HiddenState))
+        return self._states_of(brainstate.HiddenState)
 
     @property
     def other_states(self) -> FlattedDict:
         """Path -> state, for what the step touches beside parameters and hidden states."""
-        info = self.graph.module_info
         known = (brainstate.ParamState, brainstate.HiddenState)
-        pairs = zip(info.compiled_state_paths, info.compiled_model_states)
-        return FlattedDict({p: s for p, s in pairs if not isinstance(s, known)})
+        return FlattedDict({p: s for p, s in self.path_to_states.items() if not isinstance(s, known)})
+
+    def _states_of(self, kind: type) -> FlattedDict:
+        return FlattedDict({p: s for p, s in self.path_to_states.items() if isinstance(s, kind)})
 
     @property
     def path_to_states(self) -> FlattedDict:
@@ -114,20 +122,32 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
     def state_id_to_path(self) -> dict[int, Path]:
         return self.graph_executor.state_id_to_path
 
-    def compile_graph(self, *args: Any) -> None:
+    def compile_graph(self, *args: Any, **kwargs: Any) -> None:
         """Trace one step of the model and allocate the traces; later calls do nothing.
+
+        As by ``jax.jit``, one step is compiled for each kind of call: where the learner is called with arguments or
+        states of other shapes or dtypes, with other keyword arguments without arrays, or under other entries of
+        ``brainstate.environ`` that are no arrays or numbers, that call compiles another one, and the traces go on.
+        Arrays and numbers of the environment that the step reads are inputs of every call; the time step ``dt`` is a
+        constant of the step, unless it is itself being traced.
 
         Parameters
         ----------
         *args : pytree of array, jax.ShapeDtypeStruct, SingleStepData or MultiStepData
             Example arguments of ``update``; of a window the first step counts. The model's states must be
             initialised (``brainstate.nn.init_all_states``).
+        **kwargs
+            Keyword arguments of the model's ``update``.
         """
         if self.is_compiled or brainstate.transform.in_new_state_probe():
             return
-        self.graph_executor.compile_graph(*(_first_step(a) for a in args))
+        self.graph_executor.compile_graph(*args, **kwargs)
         self.init_etrace_state(*args)
         self.is_compiled = True
+
+    def _select(self, call: Call) -> list[brainstate.State]:
+        """The states that a call touches, its step being the present one."""
+        return self.graph_executor.select(call)
 
     def init_etrace_state(self, *args: Any, **kwargs: Any) -> None:
         """Allocate zero traces, as new state objects."""
@@ -163,14 +183,3 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
             known = ", ".join(map(path_str, self.param_states))
             raise ValueError(f"{path_str(path)!r} is no parameter that the compiled step reads; these are: {known}.")
         return path
-
-
-def _first_step(arg: Any) -> Any:
-    def reduce(x):
-        if isinstance(x, SingleStepData):
-            return x.data
-        if isinstance(x, MultiStepData):
-            return jax.tree.map(head, x.data)
-        return x
-
-    return jax.tree.map(reduce, arg, is_leaf=lambda x: isinstance(x, (SingleStepData, MultiStepData)))

@@ -10,9 +10,10 @@ import brainunit as u
 import jax
 import jax.numpy as jnp
 
+from .._compiler.call import Call
 from .._compiler.tape import TapeRecord
 from .._traces.record import Slots, sensitivities, x_keys
-from .._types import MultiStepData, Path, SingleStepData, path_str
+from .._types import Path
 from .base import ETraceAlgorithm
 
 __all__ = ["Binding", "Values"]
@@ -29,52 +30,19 @@ class Values(NamedTuple):
 class Binding(ETraceAlgorithm):
     """A learner that reads and writes the values that its compiled step takes and gives."""
 
-    def _argument_leaves(self, args: tuple[Any, ...]) -> tuple[list[jax.Array], list[bool], int | None]:
-        """Argument leaves in their compiled dtypes, which of them have a time axis, and its length."""
-        wrapped = lambda x: isinstance(x, (SingleStepData, MultiStepData))  # noqa: E731
-        bare = jax.tree.map(lambda x: x.data if wrapped(x) else x, args, is_leaf=wrapped)
-        marks = jax.tree.map(
-            lambda x: jax.tree.map(lambda _: isinstance(x, MultiStepData), x.data if wrapped(x) else x),
-            args,
-            is_leaf=wrapped,
-        )
+    def _input_leaves(self, call: Call) -> tuple[list[jax.Array], list[bool]]:
+        """Leaves of the arguments and of the environment in their compiled dtypes, and which have a time axis."""
         info = self.graph.module_info
-        leaves, tree = jax.tree.flatten(bare)
-        over_time = jax.tree.leaves(marks)
-        if tree != info.in_tree:
-            raise ValueError(
-                f"The arguments have the structure {tree}, the learner was compiled for {info.in_tree}. "
-                "Pass arguments of that structure (and units), or compile another learner."
-            )
-        lengths = sorted({jnp.shape(x)[0] if jnp.ndim(x) else None for x, m in zip(leaves, over_time) if m}, key=str)
-        if None in lengths:
-            raise ValueError("MultiStepData holds a scalar; axis 0 of every leaf must be time.")
-        if len(lengths) > 1:
-            raise ValueError(f"The windows of one call have different lengths: {lengths}.")
-        expected = info.jaxpr.invars
-        converted = [
-            _convert(x, v.aval, f"argument leaf {i}", bool(m))
-            for i, (x, m, v) in enumerate(zip(leaves, over_time, expected))
-        ]
-        return converted, over_time, lengths[0] if lengths else None
+        leaves = [_as(x, v.aval.dtype) for x, v in zip(jax.tree.leaves(call.given), info.jaxpr.invars)]
+        more = info.environment_leaves(call.inputs)
+        return [*leaves, *more], [*call.over_time, *([False] * len(more))]
 
     def _state_value(self, path: Path, state: brainstate.State) -> Any:
         """A state's value in its compiled dtype."""
-        info = self.graph.module_info
-        i = info.compiled_state_paths.index(path)
         tree: Any
         leaves, tree = jax.tree.flatten(state.value)
-        if tree != info.state_trees[i]:
-            raise ValueError(
-                f"The value of {path_str(path)!r} has the structure {tree}, the learner was compiled for "
-                f"{info.state_trees[i]}. A state keeps one structure and unit; compile another learner."
-            )
-        first = info.in_tree.num_leaves
-        expected = [info.jaxpr.invars[first + n].aval for n in info.state_leaves[i]]
-        parts = info.complex_hidden.get(path)
-        if parts is not None:
-            expected = [jax.ShapeDtypeStruct(parts.shape(a.shape), parts.dtype) for a in expected]
-        return tree.unflatten([_convert(x, a, path_str(path)) for x, a in zip(leaves, expected)])
+        avals = self.graph.module_info.state_avals(path)
+        return tree.unflatten([_as(x, a.dtype) for x, a in zip(leaves, avals)])
 
     def _split(self, values: list[Any]) -> Values:
         out = Values([], [], [])
@@ -132,7 +100,7 @@ class Binding(ETraceAlgorithm):
     def _leaf_numbers(self, path: Path) -> list[int]:
         """Where the leaves of a state are among the step's inputs."""
         info = self.graph.module_info
-        return [info.in_tree.num_leaves + n for n in info.state_leaves[info.compiled_state_paths.index(path)]]
+        return [info.first_state + n for n in info.state_leaves[info.compiled_state_paths.index(path)]]
 
     def _read_record(self, record: TapeRecord, operands: list[dict[str, jax.Array]]) -> tuple[Any, Any, Any]:
         """Inputs by x-key, df by key, and D per group."""
@@ -158,24 +126,8 @@ def _kind(state: brainstate.State) -> int:
     return 0 if isinstance(state, brainstate.ParamState) else 1 if isinstance(state, brainstate.HiddenState) else 2
 
 
-def _convert(value: Any, aval: Any, name: str, over_time: bool = False) -> Any:
-    """An array in the shape and dtype that the step was compiled for."""
-    shape = jnp.shape(value)
-    if (shape[1:] if over_time else shape) != aval.shape:
-        raise ValueError(
-            f"{name} has shape {shape}, the learner was compiled for {aval.shape}. Pass that shape "
-            "(initialise the states with the batch size of the inputs), or compile another learner."
-        )
-    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
+def _as(value: Any, dtype: Any) -> Any:
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
         return value
-    dtype = jnp.result_type(value)
-    if dtype == aval.dtype and hasattr(value, "dtype"):
-        return jnp.asarray(value)
-    kinds: list[Any] = [jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating]
-    rank = [next(i for i, k in enumerate(kinds) if jnp.issubdtype(d, k)) for d in (dtype, aval.dtype)]
-    if rank[0] > rank[1]:
-        raise TypeError(
-            f"{name} has dtype {dtype}, the learner was compiled for {aval.dtype}. Compile it with an example of the "
-            "dtype that you pass."
-        )
-    return jnp.asarray(value).astype(aval.dtype)
+    same = jnp.result_type(value) == dtype and hasattr(value, "dtype")
+    return jnp.asarray(value) if same else jnp.asarray(value).astype(dtype)

@@ -127,6 +127,13 @@ class SyntheticGradient(brainstate.nn.Module):
         return out
 
 
+class Held:
+    """Keeps the states of an object out of those of the learner that holds it."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
 class DNI(ParamDimVjpAlgorithm):
     r"""D_RTRL on windows, with an estimate of the losses after each window (decoupled neural interfaces).
 
@@ -208,14 +215,14 @@ class DNI(ParamDimVjpAlgorithm):
             control_flow,
             snap_max_jacobian_elements=snap_max_jacobian_elements,
         )
-        self._synthesizer: Any = lambda: None
+        self._held = Held(None)
         if synthesizer is not None:
             self.attach_synthesizer(synthesizer)
 
     @property
     def synthesizer(self) -> SyntheticGradient | None:
         """What estimates future losses; its parameters are not among the learner's states."""
-        return self._synthesizer()
+        return self._held.value
 
     def attach_synthesizer(self, synthesizer: SyntheticGradient) -> None:
         """Use this synthesizer from the next call on.
@@ -229,7 +236,7 @@ class DNI(ParamDimVjpAlgorithm):
         """
         if not (hasattr(synthesizer, "apply") and hasattr(synthesizer, "param_values")):
             raise TypeError(f"A synthesizer has the methods apply and param_values; {synthesizer!r} has not.")
-        self._synthesizer = lambda: synthesizer
+        self._held = Held(synthesizer)
 
     def group_signal_shapes(self) -> dict[int, tuple[int, ...]]:
         """Group index -> ``V + (S,)``, which a :class:`SyntheticGradient` is made with; ``ValueError`` before

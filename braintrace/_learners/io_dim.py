@@ -148,6 +148,9 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
         self.etrace_xs = {k: EligibilityTrace(v) for k, v in zeros.xs.items()}
         self.etrace_dfs = {k: EligibilityTrace(v) for k, v in zeros.dfs.items()}
 
+    def _zero_traces(self) -> IOTrace:
+        return init_io(self.graph)
+
     def _trace_states(self):
         relations = self.graph.hidden_param_op_relations
         with_batch = {g.index for r in relations if r.one.primitive.batched for g in r.hidden_groups}

@@ -111,19 +111,23 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
     def init_etrace_state(self, *args: Any, **kwargs: Any) -> None:
         """Allocate zero traces, as new state objects; the step counter is not touched."""
         del args, kwargs
+        self._slot_traces = {k: EligibilityTrace(v) for k, v in self._zero_traces().items()}
+
+    def _zero_traces(self) -> dict[str, param.SlotTrace]:
+        width = lambda pair: self._recursion(pair.group, _Anything()).width  # noqa: E731
+        return {pair.key: param.init(pair, width(pair), self.trace_dtype) for pair in self._pairs()}
+
+    def _make_pairs(self) -> list[param.Pair]:
         self._check_output_shapes()
         if self.config.recurrence_scope == "sparse_n":
             self._check_anchors()
-        pairs, self._slot_traces = [], {}
+        pairs: list[param.Pair] = []
         for i, r in enumerate(self.graph.hidden_param_op_relations):
             meta = param.meta_of(r)
-            for g in r.hidden_groups:
-                # The structure is that of any step: varying entries may be read from anything.
-                recursion = self._recursion(g, _Anything())
-                pair = param.Pair(i, r, g, meta, self._factorise(i, recursion))
-                pairs.append(pair)
-                self._slot_traces[pair.key] = EligibilityTrace(param.init(pair, recursion.width, self.trace_dtype))
-        self._traced = lambda: pairs  # not an attribute itself: the states of a learner are those of its attributes
+            # The structure is that of any step: varying entries may be read from anything.
+            factorised = lambda g: self._factorise(i, self._recursion(g, _Anything()))  # noqa: E731, B023
+            pairs.extend(param.Pair(i, r, g, meta, factorised(g)) for g in r.hidden_groups)
+        return pairs
 
     def _check_anchors(self) -> None:
         """Refuse operations whose trace entries are not known to belong to one position each."""
@@ -216,7 +220,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         return param.recursion_of(D, df, config.temporal_recursion, config.decay, config.kappa)
 
     def _pairs(self) -> list[param.Pair]:
-        return self._traced() if self.graph else []  # which raises before compilation
+        return self._plan("pairs", self._make_pairs)
 
     def _trace_inputs(self, xs, record, operands, invals):
         return record, operands

@@ -137,17 +137,26 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
         """Allocate zero projections, as new state objects; the step counter is not touched."""
         del args, kwargs
         self._check_output_shapes()
-        states, thetas = {}, {}
+        zero = lambda x: zeros(x.shape, wide(x.dtype))  # noqa: E731
+        projections, rng, step = self._zero_traces()
+        self.etrace_s = {index: EligibilityTrace(p.state) for index, p in projections.items()}
+        self.etrace_theta = {
+            (index, path): EligibilityTrace(jax.tree.map(zero, self.param_states[path].value))
+            for index in projections
+            for path in self._paths_of(index)
+        }
+        # As plain numbers, which every transformation maps.
+        self.projection_rng = brainstate.ShortTermState(rng)
+        self.projection_step = brainstate.ShortTermState(step)
+
+    def _zero_traces(self):
+        projections, values = {}, self.param_states
         for g in self._projected_groups():
             dtype = wide(jnp.result_type(*(v.aval.dtype for v in g.program.part.news)))
-            states[g.index] = EligibilityTrace(zeros((*g.varshape, g.num_state), dtype))
-            for path in self._paths_of(g.index):
-                like = self.param_states[path].value
-                thetas[g.index, path] = EligibilityTrace(jax.tree.map(lambda x: zeros(x.shape, wide(x.dtype)), like))
-        self.etrace_s, self.etrace_theta = states, thetas
-        # As plain numbers, which every transformation maps.
-        self.projection_rng = brainstate.ShortTermState(jax.random.key_data(self._key))
-        self.projection_step = brainstate.ShortTermState(zeros((), jnp.int32))
+            own = jax.tree.leaves([values[path].value for path in self._paths_of(g.index)])
+            thetas = [zeros(x.shape, wide(x.dtype)) for x in own]
+            projections[g.index] = projection.Projection(zeros((*g.varshape, g.num_state), dtype), thetas)
+        return projections, jax.random.key_data(self._key), zeros((), jnp.int32)
 
     def reset_state(self, batch_size: int | None = None, **kwargs: Any) -> None:
         """Zero the projections and the step counter, and begin the stream of random signs anew.
@@ -158,9 +167,11 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
             New size of the batch axis of those projections that have one.
         """
         super().reset_state(batch_size, **kwargs)
+        size, mapped = self._leading_size()
+        front = (batch_size or size,) if mapped else ()
         first = jax.random.key_data(self._key)
-        self.projection_rng.value = jnp.broadcast_to(first, self.projection_rng.value.shape)
-        self.projection_step.value = jnp.zeros_like(self.projection_step.value)
+        self.projection_rng.value = jnp.broadcast_to(first, (*front, *first.shape))
+        self.projection_step.value = jnp.zeros(front, jnp.int32)
 
     def _trace_states(self):
         relations = self.graph.hidden_param_op_relations

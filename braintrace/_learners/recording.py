@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import brainstate
 import jax
 import jax.numpy as jnp
 
@@ -44,8 +43,9 @@ class Emitted(NamedTuple):
 class Recorder:
     """Stands in for the traces while a driver differentiates a step: gives the zeros, takes the record."""
 
-    def __init__(self, zeros: Any):
+    def __init__(self, zeros: Any, graph: Any):
         self.zeros = zeros
+        self.graph = graph
         self.context = trace_context()
         self.calls = 0
         self.recorded: Any = None
@@ -100,7 +100,7 @@ class Recording(Binding):
 
     @contextlib.contextmanager
     def _recording(self, zeros: Any) -> Iterator[Recorder]:
-        before, self._recorder = self._recorder, Recorder(zeros)
+        before, self._recorder = self._recorder, Recorder(zeros, self.graph)
         try:
             yield self._recorder
         finally:
@@ -108,6 +108,8 @@ class Recording(Binding):
 
     def _record(self, over_time, length, leaves, values, aux):
         recorder = self._recorder
+        if recorder.graph is not self.graph:  # the driver sees that the call needed another step, and begins anew
+            recorder.zeros = self._recorder_zeros()
         now = self._first_step(over_time, length, leaves)
         extras = (now if self._overrides("_compute_learning_signal") else None, aux)
         if self._is_single_step:
@@ -198,11 +200,9 @@ class Recording(Binding):
     def _static_invals(self) -> list[Any]:
         info = self.graph.module_info
         invals: list[Any] = [None] * len(info.jaxpr.invars)
-        first = info.in_tree.num_leaves
-        for path, state, numbers in zip(info.compiled_state_paths, info.compiled_model_states, info.state_leaves):
-            if isinstance(state, brainstate.ParamState):
-                for n, leaf in zip(numbers, jax.tree.leaves(self._state_value(path, state))):
-                    invals[first + n] = leaf
+        for path, state in self.param_states.items():
+            for n, leaf in zip(self._leaf_numbers(path), jax.tree.leaves(self._state_value(path, state))):
+                invals[n] = leaf
         return invals
 
     @any_rank

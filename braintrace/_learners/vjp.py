@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import brainstate
 import jax
 import jax.numpy as jnp
 
+from .._compiler.call import Call, call_of
 from .._compiler.executor import ETraceVjpGraphExecutor
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
@@ -152,24 +153,64 @@ class ETraceVjpAlgorithm(Recording):
         Parameters
         ----------
         batch_size : int, optional
-            New size of the batch axis of those traces that have one.
+            New size of the batch axis of those traces that have one; by default that of the hidden states.
         """
         del kwargs
+        size, mapped = self._leading_size()
+        size = size if batch_size is None else batch_size
         for state, axis in self._trace_states():
+            place = 0 if mapped else axis
 
-            def zeros(e, axis=axis):
+            def zeros(e, place=place):
                 shape = list(e.shape)
-                if axis is not None and batch_size is not None and e.ndim > axis:
-                    shape[axis] = batch_size
+                if place is not None and size is not None and e.ndim > place:
+                    shape[place] = size
                 return jnp.zeros(shape, e.dtype)
 
             state.value = jax.tree.map(zeros, state.value)
         self.running_index.value = jnp.zeros_like(self.running_index.value)
 
+    def _leading_size(self) -> tuple[int | None, bool]:
+        """Size of the first axis of the hidden states as they are now, and whether it is a mapped one."""
+        for path, state in self.hidden_states.items() if self.is_compiled else ():
+            aval, shape = self.graph.module_info.state_avals(path)[0], jnp.shape(jax.tree.leaves(state.value)[0])
+            return (shape[0] if shape else None), len(shape) > len(aval.shape)
+        return None, False
+
+    def _plan(self, name: str, make: Callable[[], Any]) -> Any:
+        """What an engine finds out once for each compiled step; no attribute, whose states would be the learner's."""
+        plans = self.graph_executor.compiled.plans
+        if name not in plans:
+            plans[name] = make()
+        return plans[name]
+
+    def _select(self, call: Call) -> list[brainstate.State]:
+        states = super()._select(call)
+        if self.is_compiled and not self._overrides("init_etrace_state", "_get_etrace_data"):
+            wanted = self._plan("shapes", lambda: jax.eval_shape(self._zero_traces))
+            held = self._get_etrace_data()
+            trees: list[Any] = [jax.tree.structure(t) for t in (wanted, held)]
+            if trees[0] != trees[1]:
+                raise ValueError(
+                    "Another hidden state or operation is trained by this call than by the first one, for which the "
+                    "traces were made. Use a learner of its own for it."
+                )
+            for a, b in zip(*map(jax.tree.leaves, (wanted, held))):
+                if a.shape != b.shape:
+                    raise ValueError(
+                        f"The traces have the shape {b.shape} where this call needs {a.shape}. Call "
+                        "reset_state(batch_size=...) of the learner when the states are initialised for another batch."
+                    )
+        return states
+
     # -- to be given by an engine -------------------------------------------------------------------------------
 
     def _trace_states(self) -> Iterator[tuple[brainstate.State, int | None]]:
         """The states of traces, and which of their axes is the batch."""
+        raise NotImplementedError
+
+    def _zero_traces(self) -> Any:
+        """Traces of the present step at the start, as :meth:`_get_etrace_data` gives them."""
         raise NotImplementedError
 
     def _get_etrace_data(self) -> Any:
@@ -286,7 +327,7 @@ class ETraceVjpAlgorithm(Recording):
     # -- one call -----------------------------------------------------------------------------------------------
 
     @any_rank
-    def update(self, *args: Any, modulator: Any = None) -> Any:
+    def update(self, *args: Any, modulator: Any = None, **kwargs: Any) -> Any:
         """Run the model for one step, or for a window, and advance the traces.
 
         Parameters
@@ -296,6 +337,8 @@ class ETraceVjpAlgorithm(Recording):
             a window, and the output is stacked along a new leading axis) or :class:`SingleStepData`.
         modulator : optional
             Third factor of this call, for rules that take one.
+        **kwargs
+            Keyword arguments of the model; those without arrays are constants of the compiled step.
 
         Returns
         -------
@@ -314,12 +357,14 @@ class ETraceVjpAlgorithm(Recording):
         """
         if not self.is_compiled:
             raise ValueError("The learner is not compiled. Call compile_graph(*example_inputs) first.")
+        call = call_of(args, kwargs)
+        length = call.length
+        states = self._select(call)
         aux = self._aux(modulator)
-        leaves, over_time, length = self._argument_leaves(args)
+        leaves, over_time = self._input_leaves(call)
         leaves = [reverse_only(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in leaves]
         info = self.graph.module_info
-        states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
-        values = self._split([self._state_value(p, s) for p, s in states.items()])
+        values = self._split([self._state_value(p, s) for p, s in zip(info.compiled_state_paths, states)])
         index = self.running_index.value
         if self._recorder is not None and self._recorder.context == trace_context():
             out, new = self._record(over_time, length, leaves, values, aux)
@@ -328,7 +373,7 @@ class ETraceVjpAlgorithm(Recording):
             run = self._run_step if self._is_single_step else self._run_window
             out, new, traces = run(over_time, length, leaves, values, traces, index, aux)
             self._assign_etrace_data(traces)
-        for state, value in zip(self._split(list(states.values()))[1:], new[1:]):
+        for state, value in zip(self._split(states)[1:], new[1:]):
             for s, v in zip(state, value):
                 s.value = v
         self.running_index.value = index + (1 if length is None else length)
