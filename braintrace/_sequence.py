@@ -293,7 +293,7 @@ class _Chunks:
         if isinstance(learner, ETraceVmap):
             state = next(iter(self.learner.hidden_states.values()))
             self.front = (jax.tree.leaves(state.value)[0].shape[0],)
-        self.recorder: Any = None
+        self.calls, self.length = 0, None
         self.numbers: dict[Any, list[int]] = {}  # of the leaves of each key's value, among all of them
         for key, state in weights.items():
             first = sum(map(len, self.numbers.values()))
@@ -313,7 +313,7 @@ class _Chunks:
         known = known_outputs(program, look_inside=False)
         # Most parameters are used by operations alone: zeros need not be added up.
         self.plain = [i for numbers in self.numbers.values() for i in numbers if np.any(known.get(i, True))]
-        return self.recorder.calls == 1
+        return self.calls == 1
 
     def _leaves(self, by_key):
         return [leaf for key in self.weights for leaf in jax.tree.leaves(by_key[key])]
@@ -323,9 +323,11 @@ class _Chunks:
         return jax.tree.map(lambda z: jnp.zeros((*self.front, *z.shape), z.dtype), zeros)
 
     def _differentiable(self, slices, m, zeros):
-        with self.learner._recording(zeros) as self.recorder:
+        with self.learner._recording(zeros) as recorder:
             value, result = self.objective(slices, m)
-        return value, (result, self.recorder.recorded)
+        # Not the recorder itself: traced values that it held would be kept alive.
+        self.calls, self.length = recorder.calls, recorder.length
+        return value, (result, recorder.recorded)
 
     def _gradient_of_step(self, slices, m, zeros):
         gradient = brainstate.transform.grad(self._differentiable, self.weights, argnums=2, has_aux=True)
@@ -367,7 +369,7 @@ class _Chunks:
             index = learner.running_index.value
             grads, bars, result, recorded = self.step(*item, self._zeros())
             read = lambda engine, recorded, bars: learner._recorded_step(  # noqa: E731
-                engine, index, recorded, bars, self.operands, self.recorder.length
+                engine, index, recorded, bars, self.operands, self.length
             )
             if self.front:
                 read = jax.vmap(read, out_axes=(0, 1), axis_size=self.front[0])
@@ -378,7 +380,7 @@ class _Chunks:
             body, (plain, learner._chunk_start(traces)), items
         )
         emitted = jax.tree.map(lambda v: v.reshape((-1, *v.shape[2:])), emitted)
-        length = jax.tree.leaves(items)[0].shape[0] * (self.recorder.length or 1)
+        length = jax.tree.leaves(items)[0].shape[0] * (self.length or 1)
         traces, found = learner._recorded_chunk(traces, engine, emitted, self.operands, self.front, length)
         learner._assign_etrace_data(traces)
         traced = {
@@ -405,7 +407,7 @@ class _Chunks:
     def _automatic(self, calls: int) -> int:
         """As many calls as their records are smaller than what is then touched once instead of at every step."""
         held, record = self.learner._chunk_bytes()
-        samples = math.prod(self.front) * (self.recorder.length or 1)
+        samples = math.prod(self.front) * (self.length or 1)
         few = min(_FEW_CALLS, max(1, _SMALL_BYTES // (record * samples)))
         most = min(_MANY_CALLS, max(few, held // (record * samples)))
         usual = max(k for k in _USUAL_CALLS if k <= most)

@@ -295,3 +295,26 @@ def test_a_number_whose_value_is_needed_is_a_constant():
         learner = braintrace.compile(Repeats(), "pp_prop", X, batch_size=B, decay_or_rank=0.9)
         first = learner(X)
         assert_close(first, X @ learner.model4compile.w.value)
+
+
+@rules
+@pytest.mark.parametrize("drive", [gradient, sequence])
+def test_no_traced_value_outlives_its_trace(rule, drive):
+    learner = learner_of(rule)
+    with jax.checking_leaks():
+        found = brainstate.transform.jit(lambda: drive(learner))()
+    assert np.isfinite(found["w",]).all()
+
+
+@rules
+def test_without_jit(rule):
+    """Calls and `etrace_evolve`; brainstate's own `grad` refuses every function that writes a state there."""
+    learner, other = learner_of(rule), learner_of(rule)
+    with jax.disable_jit():
+        learner(X)
+        learner.etrace_evolve(XS)
+    other(X)
+    other.etrace_evolve(XS)
+    for a, b in zip(*(jax.tree.leaves({p: s.value for p, s in x.states().items()}) for x in (learner, other))):
+        if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            assert_close(a, b)

@@ -76,7 +76,8 @@ class Compiled:
         for key, value in call.inputs.items():
             if key in self.unread or key in self.constants:
                 continue
-            found, wanted = jax.tree.flatten(value), jax.tree.flatten(read.get(key))
+            found: Any = jax.tree.flatten(value)
+            wanted: Any = jax.tree.flatten(read.get(key))
             if found[1] != wanted[1] or any(_other(x, a) for x, a in zip(found[0], wanted[0])):
                 return f"The entry {key!r} of brainstate.environ has another structure, shape or dtype"
         missing = [k for k in read if k not in call.inputs]

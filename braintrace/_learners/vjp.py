@@ -502,7 +502,8 @@ class ETraceVjpAlgorithm(Recording):
             "before": self._lifts(read, traces, operands, record.fixed, weights, index) if read else {},
             "beside": {i: apply(i, r) for i, r in enumerate(relations) if i in zeros.y},
         }
-        own = zeros._replace(y={i: z for i, z in zeros.y.items() if i in lifted["beside"]})
+        beside = tuple(lifted["beside"])  # a rule of differentiation that held traced values would keep them alive
+        own = zeros._replace(y={i: zeros.y[i] for i in beside})
 
         def reverse(held, bars):
             traces, after, index, dfs, leaves, aux = held
@@ -510,7 +511,7 @@ class ETraceVjpAlgorithm(Recording):
             return {
                 "now": self._meets(every, after, bars.new, index + 1),
                 "before": self._meets(read, traces, bars.old, index) if read else {},
-                "beside": {i: bars.beside[i] for i in lifted["beside"]},
+                "beside": {i: bars.beside[i] for i in beside},
             }
 
         held = jax.lax.stop_gradient((traces, after, index, dfs, leaves, aux))
