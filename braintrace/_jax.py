@@ -21,9 +21,9 @@ from jax.interpreters import partial_eval as pe
 
 __all__ = [
     'ClosedJaxpr', 'Jaxpr', 'Literal', 'Primitive', 'Var', 'any_rank', 'at_source', 'bind_equation', 'call_body',
-    'close', 'consts_of', 'define_primitive', 'eval_jaxpr', 'has_custom_rule', 'hashed', 'is_builtin', 'is_jit',
-    'is_remat', 'is_tracer', 'open_jaxpr', 'primitive_body', 'prune', 'reads', 'scan_operands', 'source_line',
-    'structs', 'sub_jaxprs', 'sub_program', 'trace_context', 'zeros',
+    'close', 'consts_of', 'define_bilinear', 'define_primitive', 'eval_jaxpr', 'has_custom_rule', 'hashed',
+    'is_builtin', 'is_jit', 'is_remat', 'is_tracer', 'open_jaxpr', 'primitive_body', 'prune', 'reads',
+    'scan_operands', 'source_line', 'structs', 'sub_jaxprs', 'sub_program', 'trace_context', 'zeros',
 ]  # fmt: skip
 
 JIT_NAMES = frozenset("jit pjit closed_call core_call core_closed_call custom_lin_call eval_jaxpr xla_call".split())
@@ -252,3 +252,40 @@ def define_primitive(
 
     ad.primitive_jvps[primitive] = jvp if jvp_rule is None else given_jvp
     batching.primitive_batchers[primitive] = batch_rule
+
+
+def define_bilinear(
+    primitive: Primitive,
+    impl: Callable[..., Any],
+    batch_rule: Callable[..., Any],
+    transpose_first: Callable[..., Any],
+    transpose_second: Callable[..., Any],
+    on_one_cpu: Callable[..., Any] | None = None,
+) -> None:
+    """The rules of a primitive that is linear in each of its two operands.
+
+    The transposes take a cotangent, then both operands, of which the one in question is a shape. ``on_one_cpu``
+    computes the same where the program is compiled for a single CPU device: there cutting an axis moves nothing.
+    """
+    define_primitive(primitive, impl, batch_rule)
+
+    def transposed(rule):
+        def of_shapes(bar, first, second, **params):
+            shapes = [x if hasattr(x, "ndim") else x.aval for x in (first, second)]
+            return rule(bar, *shapes, **params)
+
+        return of_shapes
+
+    ad.defbilinear(primitive, transposed(transpose_first), transposed(transpose_second))
+
+    def lower(ctx, *args, **params):
+        axes = ctx.module_context.axis_context
+        whole = getattr(axes, "num_devices", None) == 1 or getattr(axes, "manual_axes", None) == frozenset(
+            getattr(getattr(axes, "mesh", None), "axis_names", ("",))
+        )
+        chosen = on_one_cpu if whole and on_one_cpu is not None else impl
+        return mlir.lower_fun(chosen, multiple_results=False)(ctx, *args, **params)
+
+    mlir.register_lowering(primitive, mlir.lower_fun(impl, multiple_results=False))
+    if on_one_cpu is not None:
+        mlir.register_lowering(primitive, lower, platform="cpu")

@@ -33,6 +33,7 @@ from .record import (
     weighted_sum,
     x_aval,
 )
+from .samples import met
 
 __all__ = [
     "ChunkCoefficients", "Pair", "ParamMeta", "Recursion", "SlotTrace", "chunk_coefficients", "chunk_update",
@@ -470,37 +471,17 @@ def _contract_factorised(relation, filtered, signal, operands, extra):
 
 
 def _over_samples(meta, signal, slot, extra) -> dict[str, jax.Array]:
-    """A signal times the trace entries of its positions, summed over samples: by products, where XLA's sum is slow."""
+    """A signal times the trace entries of its positions, summed over samples."""
     relation, lead = meta.relation, meta.lead + extra
     if relation.x_var is None:
         return {k: signal * e for k, e in slot.items()}
-    if lead:
-        return {k: _sum(v, lead) for k, v in _times(meta, signal, slot, extra).items()}
+    if relation.primitive.rules.dt_to_t is not None:
+        products = _times(meta, signal, slot, extra)
+        return {k: met(jnp.ones(v.shape[:lead], v.dtype), v, lead) if lead else v for k, v in products.items()}
     if not _broadcasts(meta):
-        return _times(meta, signal, slot, extra)
-    # A product over no axis: mapped and transposed by jax.vmap and jax.grad, it sums over the mapped samples.
-    units = tuple(range(signal.ndim))
-    out = {}
-    for k, e in slot.items():
-        dimensions = (((), ()), (tuple(range(e.ndim - signal.ndim, e.ndim)), units))
-        product = jax.lax.dot_general(e, signal.astype(e.dtype), dimensions)
-        out[k] = jnp.moveaxis(product, units, range(-signal.ndim, 0)) if units else product
-    return out
-
-
-def _sum(value, axes):
-    """Sum over leading axes: on a CPU by halves, additions that XLA fuses, where its own sum reads in large strides."""
-    value = value.reshape((-1, *value.shape[axes:]))
-    return jax.lax.platform_dependent(value, cpu=_by_halves, default=lambda value: value.sum(0))
-
-
-def _by_halves(value):
-    odd = []
-    while len(value) > 1:
-        half = len(value) // 2
-        odd.extend(value[2 * half :])
-        value = value[:half] + value[half : 2 * half]
-    return sum(odd, value[0])
+        ones = {k: jnp.ones_like(e) for k, e in slot.items()}
+        return {k: met(s, slot[k], lead) for k, s in _times(meta, signal, ones, extra).items()}
+    return {k: met(signal, e, lead) for k, e in slot.items()}
 
 
 def _to_weights(meta, total, operands, fixed, extra):
