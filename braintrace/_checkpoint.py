@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -155,17 +156,14 @@ def load(path: str | os.PathLike[str], learner: Any, optimizer: Any = None, **mo
     True
     """
     source = os.fspath(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            description = _described(archive.read(_TEXT), source)
-            arrays = {}
-            for name in description["arrays"]:
-                with archive.open(f"{name}.npy") as entry:
-                    arrays[name] = np.lib.format.read_array(entry, allow_pickle=False)
-    except (zipfile.BadZipFile, KeyError, EOFError, NotImplementedError) as error:
-        raise ValueError(
-            f"{source!r} is no checkpoint, or not all of one ({error}). Pass a file that braintrace.save has written."
-        ) from error
+    with _whole(source):
+        archive = zipfile.ZipFile(path)
+    with archive:
+        with _whole(source):
+            text = archive.read(_TEXT)
+        description = _described(text, source)
+        with _whole(source):
+            arrays = {name: _array(archive, name) for name in description["arrays"]}
     return _restore(source, description, arrays, learner, optimizer, more)
 
 
@@ -529,6 +527,21 @@ def _unit(record: Mapping[str, Any]) -> Any:
 # -- fitting ----------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _whole(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (zipfile.BadZipFile, EOFError, KeyError, NotImplementedError, ValueError) as error:
+        raise ValueError(
+            f"{source} is no checkpoint, or not all of one ({error}). Pass a file that braintrace.save has written."
+        ) from error
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as entry:
+        return np.lib.format.read_array(entry, allow_pickle=False)
+
+
 def _described(text: bytes, source: str) -> dict[str, Any]:
     try:
         description = json.loads(text)
@@ -616,9 +629,10 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
     old, new = _computed_dtype(saved), _computed_dtype(here)
     if old != new:
         out.append(f"the dtype {old} was saved, here it is {new}")
-    old, new = (r.get("unit", _unit_record(u.UNITLESS)) for r in (saved, here))
-    if old["dimensions"] != new["dimensions"]:
-        out.append(f"the unit {old['name'] or 1!r} was saved, here it is {new['name'] or 1!r}")
+    units = [record.get("unit", {"name": "", "dimensions": {}}) for record in (saved, here)]
+    if units[0]["dimensions"] != units[1]["dimensions"]:
+        old, new = (unit["name"] or "none" for unit in units)
+        out.append(f"the unit {old} was saved, here it is {new}")
     return out
 
 
