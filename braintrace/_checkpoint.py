@@ -303,6 +303,8 @@ def _parts(learner: Any, optimizer: Any, more: Mapping[str, Any]) -> list[Part]:
         add("optimizer", found)
     for key, value in more.items():
         states = list(_states_in(value))
+        if states and any(map(_is_leaf, jax.tree.leaves(value, is_leaf=_is_state))):
+            raise TypeError(f"{key} holds states beside arrays, numbers or strings. Pass them under two names.")
         add(f"more/{key}", states)
         parts += [] if states else [Part(f"more/{key}", value, key=key)]
     return parts
@@ -348,7 +350,7 @@ def _states_in(found: Any) -> Iterator[tuple[tuple[Any, ...], brainstate.State]]
         if id(x) in seen or isinstance(x, closed):
             return
         seen[id(x)] = x
-        if isinstance(x, brainstate.State):
+        if _is_state(x):
             yield path, x
         elif isinstance(x, Mapping):
             for key, value in x.items():
@@ -444,6 +446,14 @@ def _is_quantity(x: Any) -> bool:
     return isinstance(x, u.Quantity)
 
 
+def _is_state(x: Any) -> bool:
+    return isinstance(x, brainstate.State)
+
+
+def _is_leaf(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray, np.generic, bool, int, float, complex, str))
+
+
 def _is_key(x: Any) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
@@ -464,7 +474,7 @@ def _encoded(name: str, leaf: Any) -> tuple[Any, dict[str, Any]]:
     if isinstance(leaf, str):
         array = np.frombuffer(leaf.encode(), np.uint8)
         return array, {"kind": "str", "shape": list(array.shape), "dtype": "uint8"}
-    if type(leaf) in _SCALARS.values() or isinstance(leaf, (np.ndarray, np.generic)):
+    if _is_leaf(leaf):
         array = np.array(leaf)
         if array.dtype != object:
             kind = type(leaf).__name__ if type(leaf) in _SCALARS.values() else "numpy"
@@ -476,7 +486,7 @@ def _encoded(name: str, leaf: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _for_numpy(name: str, array: Any) -> np.ndarray:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         raise ValueError(
             f"{name} is spread over several processes, none of which has all of it. Give braintrace.state_dict(...) to "
             "orbax, which writes from all of them."
