@@ -503,10 +503,12 @@ def _decoded(array: Any, record: Mapping[str, Any], like: Any = None) -> Any:
     if kind in _SCALARS:
         return _SCALARS[kind](np.asarray(array).item())
     is_key = dtype.startswith("key<")
-    if not is_key and array.dtype != jnp.dtype(dtype) and jnp.dtype(dtype).isbuiltin == 2:
-        array = np.asarray(array).view(jnp.dtype(dtype))
-    if kind == "numpy" or not is_key and jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        return np.array(array)
+    if not is_key:
+        own = jnp.dtype(dtype)
+        if array.dtype != own and own.isbuiltin == 2:
+            array = np.asarray(array).view(own)
+        if kind == "numpy" or jax.dtypes.canonicalize_dtype(own) != own:
+            return np.array(array)
     value = array if isinstance(array, jax.Array) else jnp.array(array)
     if is_key:
         value = jax.random.wrap_key_data(value, impl=dtype[4:-1])
@@ -523,7 +525,7 @@ def _zero(dtype: Any) -> Any:
 
 
 def _unit_record(unit: Any) -> dict[str, Any]:
-    powers = dict(zip(_BASE_UNITS, np.asarray(unit.dim._dims, float).tolist()))
+    powers = {base: float(unit.dim.get_dimension(base)) for base in _BASE_UNITS}
     scales = {name: float(getattr(unit, name)) for name in ("scale", "base", "factor")}
     return {"name": str(unit), "dimensions": {k: p for k, p in powers.items() if p}, **scales}
 
