@@ -3,6 +3,10 @@
 from typing import Any as _Any
 
 from . import nn as nn
+from ._checkpoint import load as load
+from ._checkpoint import load_state_dict as load_state_dict
+from ._checkpoint import save as save
+from ._checkpoint import state_dict as state_dict
 from ._compile import compile as compile
 from ._compiler.diagnostics import CompilationRecord as CompilationRecord
 from ._compiler.diagnostics import DiagnosticKind as DiagnosticKind
@@ -122,12 +126,16 @@ __all__ = [
     "find_hidden_param_op_relations_from_minfo",
     "find_hidden_param_op_relations_from_module",
     "grouped_matmul",
+    "load",
+    "load_state_dict",
     "lora_matmul",
     "matmul",
     "nn",
     "pp_prop",
     "register_primitive",
+    "save",
     "sparse_matmul",
+    "state_dict",
     "train_synthetic_gradient",
 ]
 
