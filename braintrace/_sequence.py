@@ -111,7 +111,7 @@ class SequenceDriverMixin:
 
         chunk = _chunk_length(trace_chunk)
         items = (_windows(sequences, k), _windows(mask, k))
-        engine = _Chunks(self, weights, objective, chunk)
+        engine = _Gradient(self, weights, objective, chunk)
         total, losses, aux = engine.run(items) if engine.applies(items) else _step_by_step(objective, weights, items)
         losses = losses.reshape(length)
         count = jnp.maximum(mask.sum(), 1)
@@ -160,7 +160,12 @@ class SequenceDriverMixin:
             out = learner(*wrapped) if step_fn is None else step_fn(*slices)
             return out if return_outputs else None
 
-        outputs = brainstate.transform.for_loop(body, _windows(sequences, k))
+        items = _windows(sequences, k)
+        engine = _Evolution(self, body)
+        recorded = k is None or self._per_sample.vjp_method == "multi-step"
+        outputs = (
+            engine.run(items) if recorded and engine.applies((items,)) else brainstate.transform.for_loop(body, items)
+        )
         return outputs if return_outputs else None
 
     def _window_length(self, chunk_size: Any, length: int, *, gradient: bool) -> int | None:
@@ -280,71 +285,58 @@ _SMALL_BYTES = 2**26
 
 
 class _Chunks:
-    """The gradient of a sequence, with everything that is as large as a weight done once for a chunk of steps.
+    """A sequence of calls, with everything that is as large as a weight done once for a chunk of them.
 
-    Neither the derivatives of a step nor its learning signals depend on the traces. So a step is differentiated alone,
-    with respect to zeros that the learner's call adds, and leaves a small record; the algebra of the traces follows for
-    a chunk of records together, as products over time.
+    Neither the derivatives of a step nor its learning signals depend on the traces. So a step leaves a small record,
+    and the algebra of the traces follows for a chunk of records together, as products over time.
     """
 
-    def __init__(self, learner: Any, weights: Mapping[Any, brainstate.State], objective: Callable, chunk: int | None):
-        self.learner, self.weights, self.objective, self.chunk = learner._per_sample, weights, objective, chunk
+    def __init__(self, learner: Any, function: Callable, chunk: int | None = None):
+        self.learner, self.function, self.chunk = learner._per_sample, function, chunk
         self.front: tuple[int, ...] = ()
         if isinstance(learner, ETraceVmap):
             state = next(iter(self.learner.hidden_states.values()))
             self.front = (jax.tree.leaves(state.value)[0].shape[0],)
         self.calls, self.length = 0, None
-        self.numbers: dict[Any, list[int]] = {}  # of the leaves of each key's value, among all of them
-        for key, state in weights.items():
-            first = sum(map(len, self.numbers.values()))
-            self.numbers[key] = list(range(first, first + len(jax.tree.leaves(state.value))))
 
     def applies(self, items: Any) -> bool:
-        """Whether the learner's call can be recorded: ``step_fn`` makes one, not inside of another transformation."""
+        """Whether the learner's call can be recorded: one is made, not inside of another transformation."""
         if not self.learner._can_record():
             return False
         while True:
             graph = self.learner.graph
-            self.step = brainstate.transform.StatefulFunction(self._gradient_of_step)
+            self.step = brainstate.transform.StatefulFunction(self._one_call)
             first = jax.eval_shape(lambda items: (*jax.tree.map(head, items), self._zeros()), items)
-            program = self.step.make_jaxpr(*first).get_jaxpr(*first)
+            self.program = self.step.make_jaxpr(*first).get_jaxpr(*first)
             if self.learner.graph is graph:
-                break
-        known = known_outputs(program, look_inside=False)
-        # Most parameters are used by operations alone: zeros need not be added up.
-        self.plain = [i for numbers in self.numbers.values() for i in numbers if np.any(known.get(i, True))]
-        return self.calls == 1
+                return self.calls == 1
 
-    def _leaves(self, by_key):
-        return [leaf for key in self.weights for leaf in jax.tree.leaves(by_key[key])]
+    def _one_call(self, *item: Any) -> Any:
+        """Gradients of plain uses of parameters, cotangents of the zeros, result, and what the learner's call left.
+
+        The last of the items are the zeros.
+        """
+        raise NotImplementedError
+
+    def _recorded(self, zeros: Any, *args: Any) -> Any:
+        """What the function returns, and what the learner's call in it left."""
+        with self.learner._recording(zeros) as recorder:
+            result = self.function(*args)
+        # Not the recorder itself: traced values that it held would be kept alive.
+        self.calls, self.length = recorder.calls, recorder.length
+        return result, recorder.recorded
 
     def _zeros(self):
         zeros = self.learner._recorder_zeros()
         return jax.tree.map(lambda z: jnp.zeros((*self.front, *z.shape), z.dtype), zeros)
 
-    def _differentiable(self, slices, m, zeros):
-        with self.learner._recording(zeros) as recorder:
-            value, result = self.objective(slices, m)
-        # Not the recorder itself: traced values that it held would be kept alive.
-        self.calls, self.length = recorder.calls, recorder.length
-        return value, (result, recorder.recorded)
-
-    def _gradient_of_step(self, slices, m, zeros):
-        gradient = brainstate.transform.grad(self._differentiable, self.weights, argnums=2, has_aux=True)
-        (grads, bars), more = gradient(slices, m, zeros)
-        return self._leaves(grads), bars, *more
-
-    def run(self, items: Any) -> Any:
-        """Gradients by the keys of ``weights``, losses and auxiliary data."""
-        learner = self.learner
-        self.operands = jax.lax.stop_gradient(learner._static_operands())
-        leaves = self._leaves({k: s.value for k, s in self.weights.items()})
-        plain = _zeros_like({i: leaves[i] for i in self.plain})
-        traced = _zeros_like(dict(enumerate(self.operands)))
+    def _over_chunks(self, total: Any, items: Any) -> tuple[Any, Any]:
+        """``total`` (sums for plain uses, and for operands) after all calls, and their results."""
+        self.operands = jax.lax.stop_gradient(self.learner._static_operands())
         calls = jax.tree.leaves(items)[0].shape[0]
         size = min(calls, self.chunk or self._automatic(calls))
         whole = calls - calls % size
-        total, results = (plain, traced), []
+        results = []
         if whole == size:
             total, out = self._chunk(total, _part(items, 0, size))
             results.append(out)
@@ -356,8 +348,7 @@ class _Chunks:
         if whole < calls:
             total, out = self._chunk(total, _part(items, whole, calls - whole))
             results.append(out)
-        losses, aux = results[0] if len(results) == 1 else jax.tree.map(lambda *v: jnp.concatenate(v), *results)
-        return self._gradients(*total), losses, aux
+        return total, results[0] if len(results) == 1 else jax.tree.map(lambda *v: jnp.concatenate(v), *results)
 
     def _chunk(self, total, items):
         plain, traced = total
@@ -389,7 +380,67 @@ class _Chunks:
         }
         return (plain, traced), result
 
-    def _gradients(self, plain, traced):
+    def _automatic(self, calls: int) -> int:
+        """As many calls as their records are smaller than what is then touched once instead of at every step."""
+        held, record = self.learner._chunk_bytes()
+        samples = math.prod(self.front) * (self.length or 1)
+        few = min(_FEW_CALLS, max(1, _SMALL_BYTES // (record * samples)))
+        most = min(_MANY_CALLS, max(few, held // (record * samples)))
+        usual = max(k for k in _USUAL_CALLS if k <= most)
+        even = (k for k in (usual, *range(most, most // 2, -1)) if calls % k == 0)  # leaves no shorter chunk to compile
+        return next(even, most)
+
+
+class _Evolution(_Chunks):
+    """Calls without a loss."""
+
+    def _one_call(self, slices, zeros):
+        result, recorded = self._recorded(zeros, slices)
+        return {}, self.learner._no_cotangents(), result, recorded
+
+    def run(self, items: Any) -> Any:
+        _, outputs = self._over_chunks(({}, {}), (items,))
+        for state in self.learner.path_to_states.values():
+            if not isinstance(state, brainstate.ParamState):
+                state.value = jax.lax.stop_gradient(state.value)
+        return no_gradient(outputs)
+
+
+class _Gradient(_Chunks):
+    """Calls whose results are losses and auxiliary data; a step is differentiated alone, with respect to its zeros."""
+
+    def __init__(self, learner: Any, weights: Mapping[Any, brainstate.State], objective: Callable, chunk: int | None):
+        super().__init__(learner, objective, chunk)
+        self.weights = weights
+        self.numbers: dict[Any, list[int]] = {}  # of the leaves of each key's value, among all of them
+        for key, state in weights.items():
+            first = sum(map(len, self.numbers.values()))
+            self.numbers[key] = list(range(first, first + len(jax.tree.leaves(state.value))))
+
+    def _one_call(self, slices, m, zeros):
+        def differentiable(slices, m, zeros):
+            (value, result), recorded = self._recorded(zeros, slices, m)
+            return value, (result, recorded)
+
+        gradient = brainstate.transform.grad(differentiable, self.weights, argnums=2, has_aux=True)
+        (grads, bars), more = gradient(slices, m, zeros)
+        return self._leaves(grads), bars, *more
+
+    def _leaves(self, by_key):
+        return [leaf for key in self.weights for leaf in jax.tree.leaves(by_key[key])]
+
+    def run(self, items: Any) -> Any:
+        """Gradients by the keys of ``weights``, losses and auxiliary data."""
+        known = known_outputs(self.program, look_inside=False)
+        leaves = self._leaves({k: s.value for k, s in self.weights.items()})
+        # Most parameters are used by operations alone: zeros need not be added up.
+        numbers = [i for numbers in self.numbers.values() for i in numbers if np.any(known.get(i, True))]
+        plain = _zeros_like({i: leaves[i] for i in numbers})
+        traced = _zeros_like(dict(enumerate(self.learner._static_operands())))
+        total, (losses, aux) = self._over_chunks((plain, traced), items)
+        return self._by_key(*total), losses, aux
+
+    def _by_key(self, plain, traced):
         learner = self.learner
         by_path = learner._parameter_gradients(traced)
         path_of = learner.state_id_to_path
@@ -404,15 +455,18 @@ class _Chunks:
             out[key] = tree.unflatten(found)
         return out
 
-    def _automatic(self, calls: int) -> int:
-        """As many calls as their records are smaller than what is then touched once instead of at every step."""
-        held, record = self.learner._chunk_bytes()
-        samples = math.prod(self.front) * (self.length or 1)
-        few = min(_FEW_CALLS, max(1, _SMALL_BYTES // (record * samples)))
-        most = min(_MANY_CALLS, max(few, held // (record * samples)))
-        usual = max(k for k in _USUAL_CALLS if k <= most)
-        even = (k for k in (usual, *range(most, most // 2, -1)) if calls % k == 0)  # leaves no shorter chunk to compile
-        return next(even, most)
+
+@jax.custom_jvp
+def no_gradient(outputs):
+    return outputs
+
+
+@no_gradient.defjvp
+def _refuse_gradient(primals, tangents):
+    raise NotImplementedError(
+        "The outputs of etrace_evolve have no gradient: it advances the model and the traces without one. Use "
+        "etrace_grad with the loss in its step_fn, or call the learner in a loop of your own."
+    )
 
 
 def _zeros_like(tree: Any) -> Any:

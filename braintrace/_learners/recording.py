@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._compiler.tape import TapeRecord
+from .._compiler.tape import TapeRecord, Zeros
 from .._jax import any_rank, trace_context
 from .._traces.record import Slots, add, contraction
 from .._types import Path
@@ -92,6 +92,10 @@ class Recording(Binding):
 
     def _recorder_zeros(self) -> Any:
         return self.graph.tape.zeros() if self._is_single_step else self._hidden_zeros()
+
+    def _no_cotangents(self) -> Any:
+        """In the place of those of the recorder's zeros, where nothing is differentiated."""
+        return Zeros({}, {}, {}) if self._is_single_step else {}
 
     def _hidden_zeros(self) -> dict[Path, jax.Array]:
         """Without units, as everything that meets the traces."""
