@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import brainstate
@@ -281,23 +282,28 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         entry = [[None if o is None else o[0] for o in slots] for slots in old]
         after, entry = self._met(after), self._met(entry)
         traces, gradients = dict(traces), {}
-        for g in self.graph.hidden_groups:
-            pairs = [p for p in self._pairs() if p.group.index == g.index]
-            if pairs:
-                coefficients = self._coefficients(pairs, varying[g.index], after[g.index], front, length)
+        by_group: dict[int, list[param.Pair]] = {}
+        for p in self._pairs():
+            by_group.setdefault(p.group.index, []).append(p)
+        found = self._coefficients(list(by_group.values()), varying, after, front, length)
+        for (index, pairs), coefficients in zip(by_group.items(), found):
             for p in pairs:
                 inputs = emitted.x.get(self._source(p.number)), operands[p.number], emitted.fixed.get(p.number, {})
-                traces[p.key], gradient = self._pair_end(p, traces[p.key], coefficients, inputs, entry[g.index], front)
+                traces[p.key], gradient = self._pair_end(p, traces[p.key], coefficients, inputs, entry[index], front)
                 gradients[p.number] = add([gradients.get(p.number), gradient])
         return traces, gradients
 
-    def _coefficients(self, pairs, varying, signals, front, length):
+    def _coefficients(self, of_groups, varying, signals, front, length):
         def of_sample(varying, signals):
-            read = lambda values: self._recursion(pairs[0].group, values)  # noqa: E731
-            return param.chunk_coefficients(read, varying, signals, pairs, length)
+            parts = []
+            for pairs in of_groups:
+                group = pairs[0].group
+                read = functools.partial(self._recursion, group)
+                parts.append((read, varying[group.index], signals[group.index], pairs))
+            return param.chunk_coefficients(parts, length)
 
         if front:
-            out_axes = param.ChunkCoefficients(1, 1, 0, 0)
+            out_axes = [param.ChunkCoefficients(1, 1, 0, 0)] * len(of_groups)
             of_sample = jax.vmap(of_sample, in_axes=1, out_axes=out_axes, axis_size=front[0])
         return of_sample(varying, signals)
 

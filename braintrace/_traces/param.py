@@ -539,53 +539,68 @@ class ChunkCoefficients(NamedTuple):
 
 
 def chunk_coefficients(
-    read: Any,
-    varying: Any,
-    signals: Slots,
-    pairs: Sequence[Pair],
-    length: int,
-) -> ChunkCoefficients:
-    """Everything that a chunk needs beside the inputs, for the pairs of one group and for one sample.
+    of_groups: Sequence[tuple[Any, Any, Slots, Sequence[Pair]]], length: int
+) -> list[ChunkCoefficients]:
+    """Everything that a chunk needs beside the inputs, for the pairs of every group and for one sample.
 
-    ``read(varying entries of one step) -> Recursion``; ``signals``: per slot ``(K, *V)`` or ``None``.
+    Per group ``read(varying entries of one step) -> Recursion``, these entries, the signals (per slot ``(K, *V)`` or
+    ``None``), and the pairs. One loop serves all groups: many small ones take far longer to compile.
     """
-    group, dtype = pairs[0].group, wide(pairs[0].relation.y_var.aval.dtype)
-    relations = {p.number: p.relation for p in pairs}
-    structure = read(jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), varying))
-    n = structure.width
-    kept = [a for a in range(n) if not all(a in p.factorised for p in pairs)]
-    has = [[e is not None for e in row] for row in structure.D]
-    felt = _closure({a for a in range(n) if signals[a] is not None}, has)
-    backward = {b for b in range(n) if any(has[a][b] for a in felt)}
-    reach = {a: _closure({a}, has) for a in kept}
-    nothing, shape = jnp.zeros(group.varshape, dtype), group.varshape
-    start = (
-        {b: nothing for b in backward},
-        {a: {b: nothing + float(a == b) for b in reach[a]} for a in kept},
-    )
+    parts = [_Backward(read, varying, pairs, signals) for read, varying, signals, pairs in of_groups]
 
-    def body(carry, item):
-        future, M = carry
-        values, q = item
-        recursion = read(values)
+    def body(carry, items):
+        both = [part.step(c, item) for part, c, item in zip(parts, carry, items)]
+        return [c for c, _ in both], [out for _, out in both]
+
+    items = [(varying, signals) for _, varying, signals, _ in of_groups]
+    carry, outs = jax.lax.scan(body, [part.start for part in parts], items, length=length, reverse=True)
+    return [part.result(c, out) for part, c, out in zip(parts, carry, outs)]
+
+
+class _Backward:
+    """The recursions of a chunk for one group, backward in time."""
+
+    def __init__(self, read: Any, varying: Any, pairs: Sequence[Pair], signals: Slots):
+        self.read, self.group = read, pairs[0].group
+        self.relations = {p.number: p.relation for p in pairs}
+        self.dtype = wide(pairs[0].relation.y_var.aval.dtype)
+        structure = read(jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), varying))
+        self.width = n = structure.width
+        self.kept = [a for a in range(n) if not all(a in p.factorised for p in pairs)]
+        has = [[e is not None for e in row] for row in structure.D]
+        self.felt = _closure({a for a in range(n) if signals[a] is not None}, has)
+        self.backward = {b for b in range(n) if any(has[a][b] for a in self.felt)}
+        self.reach = {a: _closure({a}, has) for a in self.kept}
+        nothing = jnp.zeros(self.group.varshape, self.dtype)
+        self.start = (
+            {b: nothing for b in self.backward},
+            {a: {b: nothing + float(a == b) for b in self.reach[a]} for a in self.kept},
+        )
+
+    def step(self, carry, item):
+        (future, M), (values, q) = carry, item
+        group, felt, reach = self.group, self.felt, self.reach
+        recursion = self.read(values)
         total = {a: add([q[a], future.get(a)]) for a in felt}
         y, u = {}, {}
-        for i, r in relations.items():
+        for i, r in self.relations.items():
             df = recursion.df[i]
             c = weighted_sum([(df[a], r.place(group, total[a])) for a in felt])
             y[i] = None if c is None else unbroadcast(c, r.y_var.aval.shape).astype(wide(r.y_var.aval.dtype))
-            rows = {a: placed(r, group, [M[a][b] for b in reach[a]]) for a in kept}
+            rows = {a: placed(r, group, [M[a][b] for b in reach[a]]) for a in self.kept}
             u[i] = [
-                weighted_sum(list(zip(rows[a], [df[b] for b in reach[a]]))) if a in kept else None for a in range(n)
+                weighted_sum(list(zip(rows[a], [df[b] for b in reach[a]]))) if a in self.kept else None
+                for a in range(self.width)
             ]
-        back = {b: weighted_sum([(recursion.D[a][b], total[a]) for a in felt]).astype(dtype) for b in backward}
+        back = {b: weighted_sum([(recursion.D[a][b], total[a]) for a in felt]) for b in self.backward}
         product = lambda a, c: weighted_sum([(M[a][b], recursion.D[b][c]) for b in reach[a]])  # noqa: E731
-        M = {a: {c: spread(product(a, c), shape, dtype) for c in reach[a]} for a in kept}
-        return (back, M), (y, u)
+        M = {a: {c: spread(product(a, c), group.varshape, self.dtype) for c in reach[a]} for a in self.kept}
+        return ({b: v.astype(self.dtype) for b, v in back.items()}, M), (y, u)
 
-    (future, M), (y, u) = jax.lax.scan(body, start, (varying, signals), length=length, reverse=True)
-    rows = [[M[a].get(b) if a in kept else None for b in range(n)] for a in range(n)]
-    return ChunkCoefficients(y, u, [future.get(b) for b in range(n)], rows)
+    def result(self, carry, outs) -> ChunkCoefficients:
+        (future, M), (y, u) = carry, outs
+        rows = [[M[a].get(b) if a in self.kept else None for b in range(self.width)] for a in range(self.width)]
+        return ChunkCoefficients(y, u, [future.get(b) for b in range(self.width)], rows)
 
 
 def _closure(start: set[int], has: Sequence[Sequence[bool]]) -> list[int]:
