@@ -22,8 +22,9 @@ from jax.interpreters import partial_eval as pe
 __all__ = [
     'ClosedJaxpr', 'Jaxpr', 'Literal', 'Primitive', 'Var', 'any_rank', 'at_source', 'bind_equation', 'call_body',
     'close', 'consts_of', 'define_bilinear', 'define_primitive', 'eval_jaxpr', 'has_custom_rule', 'hashed',
-    'is_builtin', 'is_jit', 'is_remat', 'is_tracer', 'open_jaxpr', 'primitive_body', 'prune', 'reads',
-    'scan_operands', 'source_line', 'structs', 'sub_jaxprs', 'sub_program', 'trace_context', 'zeros',
+    'is_builtin', 'is_jit', 'is_on_one_device', 'is_remat', 'is_tracer', 'open_jaxpr', 'primitive_body', 'prune',
+    'reads', 'scan_operands', 'source_line', 'structs', 'sub_jaxprs', 'sub_program', 'trace_context',
+    'where_compiled', 'zeros',
 ]  # fmt: skip
 
 JIT_NAMES = frozenset("jit pjit closed_call core_call core_closed_call custom_lin_call eval_jaxpr xla_call".split())
@@ -279,13 +280,46 @@ def define_bilinear(
     ad.defbilinear(primitive, transposed(transpose_first), transposed(transpose_second))
 
     def lower(ctx, *args, **params):
-        axes = ctx.module_context.axis_context
-        whole = getattr(axes, "num_devices", None) == 1 or getattr(axes, "manual_axes", None) == frozenset(
-            getattr(getattr(axes, "mesh", None), "axis_names", ("",))
-        )
-        chosen = on_one_cpu if whole and on_one_cpu is not None else impl
+        chosen = on_one_cpu if is_on_one_device(ctx) and on_one_cpu is not None else impl
         return mlir.lower_fun(chosen, multiple_results=False)(ctx, *args, **params)
 
     mlir.register_lowering(primitive, mlir.lower_fun(impl, multiple_results=False))
     if on_one_cpu is not None:
         mlir.register_lowering(primitive, lower, platform="cpu")
+
+
+def is_on_one_device(ctx: Any) -> bool:
+    """Whether a program is compiled for one device, or for what one device does of a mesh (under ``shard_map``)."""
+    axes = ctx.module_context.axis_context
+    if hasattr(axes, "manual_axes"):
+        return axes.manual_axes == frozenset(axes.mesh.axis_names)
+    return getattr(axes, "num_devices", None) == 1
+
+
+def where_compiled(one_device: Callable[..., Any], otherwise: Callable[..., Any], *args: Any) -> Any:
+    """Either function of ``args``, which compute the same: the first where the program is compiled for one device.
+
+    What it returns has no derivative.
+    """
+    leaves, tree = jax.tree.flatten(args)
+    flat = [lambda *xs, f=f: jax.tree.leaves(f(*jax.tree.unflatten(tree, xs))) for f in (one_device, otherwise)]
+    out: Any = jax.tree.structure(jax.eval_shape(otherwise, *args))
+    return jax.tree.unflatten(out, _chosen_p.bind(*leaves, one_device=flat[0], otherwise=flat[1]))
+
+
+def _batch_chosen(args, dims, one_device, otherwise):
+    size = next(x.shape[d] for x, d in zip(args, dims) if d is not None)
+    mapped = [jax.vmap(f, dims, axis_size=size) for f in (one_device, otherwise)]
+    outs = _chosen_p.bind(*args, one_device=mapped[0], otherwise=mapped[1])
+    return outs, [0] * len(outs)
+
+
+def _lower_chosen(ctx, *args, one_device, otherwise):
+    chosen = one_device if is_on_one_device(ctx) else otherwise
+    return mlir.lower_fun(chosen, multiple_results=True)(ctx, *args)
+
+
+_chosen_p = Primitive("where_compiled")
+_chosen_p.multiple_results = True
+define_primitive(_chosen_p, lambda *xs, one_device, otherwise: otherwise(*xs), _batch_chosen)
+mlir.register_lowering(_chosen_p, _lower_chosen)

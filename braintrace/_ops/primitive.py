@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from .._jax import Primitive, define_primitive
+from .._jax import Primitive, define_primitive, where_compiled
 
 __all__ = ["ETPPrimitive", "Unshared", "anchored", "register_primitive"]
 
@@ -208,23 +208,32 @@ class ETPPrimitive(Primitive):
         """:meth:`weight_vjp` summed over ``axes`` leading axes (time, mapped samples) of all but the weights."""
         if self.rules.pp_x_repr is not None and self.rules.xy_to_dw is not None and not bound:
             return self._summed_own(x, cotangent, weights, params, fixed, axes)
+
+        def apart(x, cotangent, weights, fixed):
+            def apply(ws):
+                def one(x, fixed):
+                    return self.apply(x, ws, params, fixed)
+
+                for _ in range(axes):
+                    one = jax.vmap(one)
+                return one(x, dict(fixed))
+
+            y, pull = jax.vjp(apply, dict(weights))
+            return pull(cotangent.astype(y.dtype))[0]
+
+        def merged(x, cotangent, weights, fixed):
+            del fixed
+            lead = axes + int(self.batched)
+            x, cotangent = (v.reshape((-1, *v.shape[lead:])) for v in (x, cotangent))
+            y, pull = jax.vjp(lambda ws: whole.apply(x, ws, params, {}), dict(weights))
+            return pull(cotangent.astype(y.dtype))[0]
+
+        args = x, cotangent, dict(weights), dict(fixed)
         whole = self if self.batched else self.batched_twin
-        if whole is not None and whole.sample_ndim is not None and self.rules.pp_x_repr is None and not fixed:
-            axes += int(self.batched)
-            merged = [v.reshape((-1, *v.shape[axes:])) for v in (x, cotangent)]
-            y, pull = jax.vjp(lambda ws: whole.apply(merged[0], ws, params, {}), dict(weights))
-            return pull(merged[1].astype(y.dtype))[0]
-
-        def apply(ws):
-            def one(x, fixed):
-                return self.apply(x, ws, params, fixed)
-
-            for _ in range(axes):
-                one = jax.vmap(one)
-            return one(x, dict(fixed))
-
-        y, pull = jax.vjp(apply, dict(weights))
-        return pull(cotangent.astype(y.dtype))[0]
+        if whole is None or whole.sample_ndim is None or self.rules.pp_x_repr is not None or fixed:
+            return apart(*args)
+        # One axis of samples is faster; where one of the axes is spread over devices, merging them gathers it.
+        return where_compiled(merged, apart, *args)
 
     def _summed_own(self, x, cotangent, weights, params, fixed, axes):
         whole = self if self.batched else self.batched_twin

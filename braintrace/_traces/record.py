@@ -16,6 +16,7 @@ from .._compiler.cut import Entry
 from .._compiler.graph import ETraceGraph
 from .._compiler.groups import HiddenGroup
 from .._compiler.relations import HiddenParamOpRelation
+from .._jax import where_compiled
 from .._precision import widened
 from .._types import path_str
 
@@ -179,9 +180,10 @@ def contraction(
     gradient = gradients(x, cotangent) if set(operands) - offset or (fixed and bound) else {}
     if offset and not fixed:
         # A product with an array: XLA's reduction over leading axes is far slower on a CPU.
-        steps = cotangent.reshape((-1, *cotangent.shape[axes:]))
-        factors = jnp.ones(steps.shape[0], steps.dtype) if ones is None else ones.reshape(-1)
-        total = jnp.tensordot(factors, steps, 1).astype(steps.dtype)
+        factors = jnp.ones(cotangent.shape[:axes], cotangent.dtype) if ones is None else ones
+        merged = lambda f, c: jnp.tensordot(f.reshape(-1), c.reshape((-1, *c.shape[axes:])), 1)  # noqa: E731
+        total = where_compiled(merged, lambda f, c: jnp.tensordot(f, c, axes), factors, cotangent)
+        total = total.astype(cotangent.dtype)
         first = None if x is None else x[(0,) * axes]
         at_first = p.weight_vjp(first, total, operands, params, {}, bound)
         gradient.update({k: at_first[k] for k in offset})

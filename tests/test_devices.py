@@ -1,0 +1,151 @@
+"""A batch that is spread over devices: only gradients and losses cross, and the numbers stay what they are.
+
+Devices are virtual ones of the CPU, which a process has from its start: a child runs all cases.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RULES = {
+    "pp_prop": dict(decay_or_rank=0.9),
+    "d_rtrl": {},
+    "eprop": dict(kappa_filter_decay=0.5),
+    "ostl_recurrent": {},
+}
+BATCH, INPUTS, UNITS, STEPS = 16, 12, 24, 10
+MOVES = re.compile(r"= (.*?) (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)(?:-start)?\(")
+
+
+def crossings(program):
+    """What a compiled program sends between devices: name of the operation, number of elements."""
+    found = []
+    for shapes, name in MOVES.findall(program):
+        sizes = [re.sub(r"[^\d,]", "", s).split(",") for s in re.findall(r"\[([\d,]*)\]", shapes)]
+        elements = 0
+        for size in sizes:
+            n = 1
+            for k in filter(None, size):
+                n *= int(k)
+            elements += n
+        found.append((name, elements))
+    return found
+
+
+def child():
+    import warnings
+
+    import brainpy
+    import brainstate
+    import brainunit as u
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    import braintrace
+
+    warnings.simplefilter("ignore")
+    brainstate.environ.set(dt=1.0 * u.ms)
+    mesh = Mesh(np.array(jax.devices()), ("batch",))
+
+    class Gated(brainstate.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = braintrace.nn.GRUCell(INPUTS, UNITS)
+            self.readout = braintrace.nn.LeakyRateReadout(UNITS, 3, tau=5.0 * u.ms)
+
+        def update(self, x):
+            return self.readout(self.cell(x))
+
+    class Spiking(brainstate.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.neuron = brainpy.state.ALIF(UNITS, tau=20 * u.ms, V_th=1 * u.mV, R=1 * u.ohm)
+            self.comm = braintrace.nn.Linear(INPUTS + UNITS, UNITS)
+            self.readout = braintrace.nn.LeakyRateReadout(UNITS, 3, tau=5.0 * u.ms)
+
+        def update(self, x):
+            z = jnp.concatenate([x, self.neuron.get_spike()], -1)
+            return self.readout(self.neuron(self.comm(z) * u.mA))
+
+    def spread(value, axis):
+        """An array with the batch on that axis, over the devices; anything else on all of them."""
+        there = value.ndim > axis and value.shape[axis] == BATCH
+        return jax.device_put(value, NamedSharding(mesh, PartitionSpec(*[None] * axis, "batch" if there else None)))
+
+    def put(value, axis=0):
+        return jax.tree.map(lambda v: spread(v, axis) if v.ndim else v, value)
+
+    xs = jax.random.normal(jax.random.key(0), (STEPS, BATCH, INPUTS))
+    results = {}
+    for make in (Gated, Spiking):
+        for rule, options in RULES.items():
+            for vmap in (False, True):
+                learner = braintrace.compile(make(), rule, xs[0], batch_size=BATCH, vmap=vmap, seed=0, **options)
+                one = learner.module if vmap else learner
+                start = {p: s.value for p, s in learner.states().items()}
+                loss = lambda x: (learner(x) ** 2).mean()  # noqa: B023, E731
+                drives = {
+                    "step": lambda x: brainstate.transform.grad(loss, one.param_states)(x),  # noqa: B023
+                    "sequence": lambda xs: learner.etrace_grad(xs, step_fn=loss),  # noqa: B023
+                }
+                for name, drive in drives.items():
+                    found = []
+                    for sharded in (False, True):
+                        for p, s in learner.states().items():
+                            s.value = put(start[p]) if sharded else start[p]
+                        data = xs[0] if name == "step" else xs
+                        data = put(data, int(name != "step")) if sharded else data
+                        function = brainstate.transform.jit(drive)
+                        program = function.compile(data).as_text()
+                        found.append(jax.tree.map(np.asarray, dict(function(data))))
+                    for p, s in learner.states().items():
+                        s.value = start[p]
+                    a, b = (jax.tree.leaves(f) for f in found)
+                    error = max(float(np.abs(x - y).max() / max(np.abs(x).max(), 1e-3)) for x, y in zip(a, b))
+                    case = "/".join((make.__name__, rule, "mapped" if vmap else "batched", name))
+                    results[case] = {"crossings": crossings(program), "error": error, "weights": len(a)}
+    print(json.dumps(results))
+
+
+@pytest.fixture(scope="module")
+def results():
+    flags = "--xla_force_host_platform_device_count=8"
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+CASES = [
+    f"{model}/{rule}/{mode}/{drive}"
+    for model in ("Gated", "Spiking")
+    for rule in RULES
+    for mode in ("batched", "mapped")
+    for drive in ("step", "sequence")
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_only_gradients_and_losses_cross(results, case):
+    found = results[case]
+    assert found["error"] < 1e-4
+    assert [c for c in found["crossings"] if c[0] != "all-reduce" and c[1] > 64] == []
+    reductions = [c for c in found["crossings"] if c[0] == "all-reduce"]
+    assert 1 <= len(reductions) <= found["weights"] + 1
+
+
+def test_crossings_are_seen():
+    program = "  %a = f32[20,1,16,24]{3,1,0,2} all-gather(%b), x\n  %c = (f32[3]{0}, f32[]) all-reduce-start(%d)"
+    assert crossings(program) == [("all-gather", 7680), ("all-reduce", 4)]
+
+
+if __name__ == "__main__":
+    child()
