@@ -1058,6 +1058,30 @@ def test_the_bias_of_a_convolution(channel_first, size, rule):
     assert_close(gradient(learner_of(model, x, rule=rule), x, lambda out: (out * cost).sum()), truth)
 
 
+@pytest.mark.parametrize("rule", [braintrace.pp_prop, braintrace.D_RTRL])
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("layout, size", [("NCH", (N, 4)), ("NCH", (N, N)), ("NHC", (4, N))])
+def test_a_vector_as_the_bias_of_a_convolution(layout, size, batch, rule):
+    """One entry per channel, as it is given to the operation itself."""
+    shape = {"NCH": (N, N, 2), "NHC": (2, N, N)}[layout]
+    numbers = (layout, {"NCH": "OIH", "NHC": "HIO"}[layout], layout)
+    kernel, b = (ParamState(jax.random.normal(jax.random.key(k), s)) for k, s in enumerate([shape, (N,)]))
+    x = jax.random.normal(jax.random.key(2), (*batch, *size))
+
+    def plain(x):
+        y = jax.lax.conv_general_dilated(x.reshape(-1, *size), kernel.value, (1,), "SAME", dimension_numbers=numbers)
+        return (y + (b.value[:, None] if layout == "NCH" else b.value)).reshape(*batch, *y.shape[1:])
+
+    def step(m, x):
+        m.h.value = jnp.tanh(0.5 * m.h.value + braintrace.conv(x, m.k.value, m.b.value, dimension_numbers=numbers))
+        return m.h.value
+
+    model = Plain(step, k=kernel, b=b, h=HiddenState(jnp.zeros(x.shape)))
+    cost = jax.random.normal(jax.random.key(3), x.shape)
+    truth = grad(lambda: (jnp.tanh(plain(x)) * cost).sum(), model.states(ParamState))()
+    assert_close(gradient(learner_of(model, x, rule=rule), x, lambda out: (out * cost).sum()), truth)
+
+
 @pytest.mark.parametrize("vmap", [False, True])
 def test_a_filtered_trace_advances_without_gradients(vmap):
     """Four steps forward, then one gradient: the filter has seen all of them."""
