@@ -283,10 +283,11 @@ def _parts(learner: Any, optimizer: Any, more: Mapping[str, Any]) -> list[Part]:
                 known[id(state)] = state
                 parts.append(Part("/".join((prefix, *map(_segment, path))), state.value, state))
 
-    now, compiled = one.model4compile.states(), one.path_to_states
+    now = one.model4compile.states()
     add("random", [(("default",), brainstate.random.DEFAULT)])
-    add("model", ((path, compiled.get(path, state)) for path, state in now.items()))  # those that the step touches
-    add("model/unnamed", (((i,), state) for i, (path, state) in enumerate(compiled.items()) if path not in now))
+    add("model", now.items())
+    unnamed = (((i,), state) for i, (path, state) in enumerate(one.path_to_states.items()) if path not in now)
+    add("model/unnamed", unnamed)
     model = {id(state) for state in now.values()}
     add("learner", ((p, s) for p, s in one.states().items() if id(s) not in model and p != ("_modulator",)))
     if getattr(one, "modulator", None) is not None:

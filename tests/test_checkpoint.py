@@ -377,14 +377,6 @@ def test_states_stay_the_same_objects_and_jitted_functions_see_the_values():
     assert {k: id(s) for k, s in learner.states().items()} == objects
 
 
-def test_states_that_the_learner_steps_are_saved_whatever_the_model_holds_now():
-    learner = learner_of()
-    learner(jnp.ones(N_IN))
-    h = next(iter(learner.hidden_states.values())).value
-    brainstate.nn.init_all_states(learner.model4compile)
-    np.testing.assert_array_equal(state_dict(learner)["model/h"], h)
-
-
 def test_a_generator_of_nobody_is_saved():
     rng = brainstate.random.RandomState(5)
 
