@@ -28,6 +28,7 @@ from ._compiler.perturbation import add_hidden_perturbation_in_module as add_hid
 from ._compiler.policy import ControlFlowPolicy as ControlFlowPolicy
 from ._compiler.relations import HiddenParamOpRelation as HiddenParamOpRelation
 from ._compiler.report import CompilationReport as CompilationReport
+from ._layout import shard as shard
 from ._learners.base import EligibilityTrace as EligibilityTrace
 from ._learners.base import ETraceAlgorithm as ETraceAlgorithm
 from ._learners.bootstrap import DNI as DNI
@@ -134,6 +135,7 @@ __all__ = [
     "pp_prop",
     "register_primitive",
     "save",
+    "shard",
     "sparse_matmul",
     "state_dict",
     "train_synthetic_gradient",

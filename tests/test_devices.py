@@ -10,7 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import brainstate
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.tree import leaves
+
+import braintrace
 
 RULES = {
     "pp_prop": dict(decay_or_rank=0.9),
@@ -41,14 +47,9 @@ def child():
     import warnings
 
     import brainpy
-    import brainstate
     import brainunit as u
-    import jax
-    import jax.numpy as jnp
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-    import braintrace
 
     warnings.simplefilter("ignore")
     brainstate.environ.set(dt=1.0 * u.ms)
@@ -111,7 +112,37 @@ def child():
                     error = max(float(np.abs(x - y).max() / max(np.abs(x).max(), 1e-3)) for x, y in zip(a, b))
                     case = "/".join((make.__name__, rule, "mapped" if vmap else "batched", name))
                     results[case] = {"crossings": crossings(program), "error": error, "weights": len(a)}
+    grid = Mesh(np.array(jax.devices()).reshape(2, 4), ("batch", "units"))
+    for rule in ("pp_prop", "d_rtrl", "uoro"):
+        for name, layout in LAYOUTS.items():
+            found = []
+            for spread_out in (False, True):
+                learner = braintrace.compile(Gated(), rule, xs[0], batch_size=BATCH, seed=0, **RULES.get(rule, {}))
+                for state, value in zip(learner.param_states.values(), found[0][0] if found else ()):
+                    state.value = value
+                values = [s.value for s in learner.param_states.values()]
+                data = xs
+                if spread_out:
+                    braintrace.shard(learner, grid, **layout)
+                    learner.reset_state()
+                    data = jax.device_put(xs, NamedSharding(grid, PartitionSpec(None, layout.get("batch"))))
+                function = brainstate.transform.jit(
+                    lambda xs: learner.etrace_grad(xs, step_fn=lambda x: (learner(x) ** 2).mean())  # noqa: B023
+                )
+                program = function.compile(data).as_text()
+                found.append((values, jax.tree.map(np.asarray, dict(function(data)))))
+            a, b = (jax.tree.leaves(f[1]) for f in found)
+            error = max(float(np.abs(x - y).max() / max(np.abs(x).max(), 1e-3)) for x, y in zip(a, b))
+            shown = learner.report.to_str()
+            results[f"{rule}/{name}"] = {"crossings": crossings(program), "error": error, "report": shown}
     print(json.dumps(results))
+
+
+LAYOUTS = {
+    "batch": dict(batch="batch"),
+    "units": dict(units={"cell": "units"}),
+    "both": dict(batch="batch", units={("cell",): "units"}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +171,50 @@ def test_only_gradients_and_losses_cross(results, case):
     assert [c for c in found["crossings"] if c[0] != "all-reduce" and c[1] > 64] == []
     reductions = [c for c in found["crossings"] if c[0] == "all-reduce"]
     assert 1 <= len(reductions) <= found["weights"] + 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rule", ["pp_prop", "d_rtrl", "uoro"])
+def test_layouts(results, rule, layout):
+    """Over units only activities cross: never anything of the size of a trace."""
+    found = results[f"{rule}/{layout}"]
+    assert found["error"] < 1e-4
+    activities = 1.2 * STEPS * BATCH * (INPUTS + UNITS)
+    moved = [c for c in found["crossings"] if c[0] != "all-reduce"]
+    assert all(n <= activities < BATCH * UNITS * (INPUTS + UNITS) for _, n in moved)
+    assert layout != "batch" or moved == []
+    assert "Layout" in found["report"] and "cell.h" in found["report"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(batch="rows"), "no axis 'rows'.*'batch'"),
+        (dict(units={"cell": "rows"}), "no axis 'rows'"),
+        (dict(units={"layer": "batch"}), "'layer'.*h"),
+        (dict(batch="batch"), "no batch"),
+    ],
+)
+def test_layouts_that_are_refused(options, message):
+    learner = braintrace.compile(braintrace.nn.GRUCell(2, 3), "d_rtrl", jnp.zeros(2))
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        braintrace.shard(learner, jax.make_mesh((1,), ("batch",)), **options)
+    for wrong in ((learner.model4compile, jax.make_mesh((1,), ("batch",))), (learner, 8)):
+        with pytest.raises(TypeError):
+            braintrace.shard(*wrong)
+
+
+def test_a_layout_before_compiling_and_after_a_reset():
+    mesh = jax.make_mesh((1,), ("batch",))
+    cell = braintrace.nn.GRUCell(2, 3)
+    brainstate.nn.init_all_states(cell, batch_size=4)
+    learner = braintrace.D_RTRL(cell)
+    braintrace.shard(learner, mesh, batch="batch")
+    learner.compile_graph(jnp.zeros((4, 2)))
+    for _ in range(2):
+        specs = [x.sharding.spec for s in learner.states(braintrace.EligibilityTrace).values() for x in leaves(s.value)]
+        assert specs and all(spec[0] == "batch" for spec in specs)
+        learner.reset_state()
 
 
 def test_crossings_are_seen():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import html
 import sys
+from collections.abc import Iterator, Mapping
 from typing import TextIO
 
 import brainstate
+import jax
 
 from .._types import Path, path_str
 from .diagnostics import CompilationRecord, DiagnosticLevel
@@ -24,6 +26,8 @@ class CompilationReport:
     Parameters
     ----------
     graph : ETraceGraph
+    states : mapping, optional
+        Path -> state, of a learner whose layout on a mesh of devices is to be shown.
 
     Examples
     --------
@@ -36,8 +40,9 @@ class CompilationReport:
     CompilationReport(hidden_groups=1, etrace_weights=2, excluded_weights=0, warnings=0, errors=0)
     """
 
-    def __init__(self, graph: ETraceGraph):
+    def __init__(self, graph: ETraceGraph, states: Mapping[Path, brainstate.State] | None = None):
         self._graph = graph
+        self._states = states or {}
 
     @property
     def graph(self) -> ETraceGraph:
@@ -115,11 +120,20 @@ class CompilationReport:
                 [(path_str(p), kind or "used without a marked operation") for p, kind in self.excluded_weights],
             ),
         ]
+        found.append(("Layout", ("array", "shape", "axes of the mesh"), list(self._spread_arrays())))
         if level >= 2:
             notable = [r for r in self.diagnostics if r.level is not DiagnosticLevel.INFO]
             rows: list[tuple[str, ...]] = [(r.level.value, r.kind.value, r.message) for r in notable]
             found.append(("Warnings and errors", ("level", "kind", "message"), rows))
         return [(title, columns, list(dict.fromkeys(rows))) for title, columns, rows in found if rows]
+
+    def _spread_arrays(self) -> Iterator[tuple[str, str, str]]:
+        """What does not lie on all devices alike."""
+        for path, state in self._states.items():
+            for x in jax.tree.leaves(state.value):
+                spec = getattr(getattr(x, "sharding", None), "spec", None) or ()
+                if any(part is not None for part in spec):
+                    yield path_str(path), str(x.shape), f"({', '.join(map(str, spec))})"
 
     def to_str(self, level: int = 1) -> str:
         """The report as text; level 2 adds the warnings and errors."""

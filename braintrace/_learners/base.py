@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import brainstate
@@ -66,6 +67,7 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
         self.model4compile = model
         self._executor = graph_executor
         self.is_compiled = False
+        self._layout: Any = None
         self.running_index = brainstate.LongTermState(zeros((), jnp.int32))
 
     @property
@@ -89,7 +91,7 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
         """What is trained online and what is not; a ``RuntimeError`` before :meth:`compile_graph`."""
         if not self.is_compiled:
             raise RuntimeError("There is no report yet. Call compile_graph(*example_inputs) first.")
-        return CompilationReport(self.graph)
+        return CompilationReport(self.graph, self.states())
 
     def show_graph(self, verbose: bool = True, return_msg: bool = False) -> str | None:
         """Print the report; return its text if ``return_msg``."""
@@ -144,10 +146,20 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
         self.graph_executor.compile_graph(*args, **kwargs)
         self.init_etrace_state(*args)
         self.is_compiled = True
+        self._lay_out()
 
     def _select(self, call: Call) -> list[brainstate.State]:
         """The states that a call touches, its step being the present one."""
         return self.graph_executor.select(call)
+
+    def _lay_out(self) -> None:
+        """Spread the arrays over the devices of a mesh, if :func:`braintrace.shard` was called."""
+        if self._layout is not None:
+            self._layout.apply(self)
+
+    def _unit_axes(self) -> Iterable[tuple[brainstate.State, Sequence[Path], int]]:
+        """States of traces, paths of the states whose units they follow, and along which axis."""
+        return ()
 
     def init_etrace_state(self, *args: Any, **kwargs: Any) -> None:
         """Allocate zero traces, as new state objects."""

@@ -163,6 +163,11 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
         for key, state in (*self.etrace_xs.items(), *self.etrace_dfs.items()):
             yield state, axis.get(key)
 
+    def _unit_axes(self):
+        for r in self.graph.hidden_param_op_relations:
+            for g in r.hidden_groups:
+                yield self.etrace_dfs[pair_key(r, g.index)], g.hidden_paths, -2
+
     def get_etrace_of(self, weight: brainstate.ParamState | Path) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """The traces of one parameter.
 

@@ -179,6 +179,10 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
             batched = pair.meta.lead > 0 or len(pair.group.varshape) > pair.meta.relation.y_var.aval.ndim
             yield self._slot_traces[pair.key], 0 if batched else None
 
+    def _unit_axes(self):
+        for p in self._pairs():
+            yield self._slot_traces[p.key], p.group.hidden_paths, -1 if p.group.snap is None else -2
+
     def get_etrace_of(self, weight: brainstate.ParamState | Path) -> dict[str, dict[str, jax.Array]]:
         """The traces of one parameter.
 

@@ -182,6 +182,12 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
         for state in self.etrace_theta.values():
             yield state, None
 
+    def _unit_axes(self):
+        for index, state in self.etrace_s.items():
+            yield state, self.graph.hidden_groups[index].hidden_paths, -2
+        for (_, path), state in self.etrace_theta.items():
+            yield state, [path], -1
+
     def get_etrace_of(self, weight: brainstate.ParamState | Path) -> dict[tuple[int, Path], Any]:
         """The projections of one parameter.
 

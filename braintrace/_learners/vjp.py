@@ -169,6 +169,8 @@ class ETraceVjpAlgorithm(Recording):
 
             state.value = jax.tree.map(zeros, state.value)
         self.running_index.value = jnp.zeros_like(self.running_index.value)
+        if not is_tracer(self.running_index.value):
+            self._lay_out()
 
     def _leading_size(self) -> tuple[int | None, bool]:
         """Size of the first axis of the hidden states as they are now, and whether it is a mapped one."""

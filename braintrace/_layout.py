@@ -1,0 +1,128 @@
+"""Where the arrays of a learner lie on a mesh of devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import brainstate
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ._jax import is_tracer
+from ._learners.base import ETraceAlgorithm
+from ._sequence import ETraceVmap
+from ._types import Path, path_str
+
+__all__ = ["shard"]
+
+
+def shard(
+    learner: ETraceAlgorithm | ETraceVmap,
+    mesh: Mesh,
+    batch: str | None = None,
+    units: Mapping[str | Path, str] | None = None,
+) -> None:
+    """Spread a learner over a mesh of devices; what is not named lies on all of them.
+
+    Results are the same as on one device, up to rounding. Over the batch only gradients and losses cross between
+    devices. Over units the weights into them, their states and their traces stay where they are, and activities cross.
+
+    Parameters
+    ----------
+    learner : ETraceAlgorithm or ETraceVmap
+        Before it is compiled this is remembered: parameters, states and traces are laid out when it is. It is laid out
+        anew by ``reset_state``; call this again when the model's states have been initialised anew.
+    mesh : jax.sharding.Mesh
+    batch : str, optional
+        Axis of the mesh for the samples: the batch axis of states and traces, or the mapped one.
+    units : mapping, optional
+        Path of a part of the model, or its dotted name, to the axis of the mesh for its hidden units: the last axis of
+        its hidden states, of the parameters there that end with as many entries, and of their traces.
+
+    Raises
+    ------
+    ValueError
+        If the mesh has no such axis, no hidden state lies under a path, there is no batch, or sizes are no multiples of
+        those of the mesh; the message names the path and the shape.
+    TypeError
+        If ``learner`` or ``mesh`` is something else.
+
+    Examples
+    --------
+    >>> import braintrace, jax, jax.numpy as jnp
+    >>> x = jnp.ones((4, 2))
+    >>> learner = braintrace.compile(braintrace.nn.GRUCell(2, 3), 'd_rtrl', x, batch_size=4)
+    >>> braintrace.shard(learner, jax.make_mesh((1,), ('batch',)), batch='batch')
+    >>> learner.hidden_states['h',].value.sharding.spec
+    PartitionSpec('batch', None)
+    """
+    one = learner.module if isinstance(learner, ETraceVmap) else learner
+    if not isinstance(one, ETraceAlgorithm):
+        raise TypeError(f"learner must be a braintrace learner, or what maps one, got {type(learner).__name__}.")
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}.")
+    by_path = {tuple(k.split(".")) if isinstance(k, str) else tuple(k): v for k, v in (units or {}).items()}
+    for axis in (*([] if batch is None else [batch]), *by_path.values()):
+        if axis not in mesh.shape:
+            raise ValueError(f"The mesh has no axis {axis!r}; it has {', '.join(map(repr, mesh.shape))}.")
+    one._layout = Layout(mesh, batch, by_path)
+    if one.is_compiled:
+        one._lay_out()
+
+
+class Layout:
+    """What :func:`shard` was given."""
+
+    def __init__(self, mesh: Mesh, batch: str | None, units: Mapping[Path, str]):
+        self.mesh, self.batch, self.units = mesh, batch, units
+
+    def __deepcopy__(self, memo: Any) -> Layout:
+        return self
+
+    def apply(self, learner: Any) -> None:
+        """Put the arrays of a compiled learner where they belong."""
+        size, mapped = learner._leading_size()
+        batched = mapped or any(axis is not None for _, axis in learner._trace_states())
+        if self.batch is not None and not batched:
+            raise ValueError(
+                "The learner has no batch that could be spread. Compile it with batch_size=..., or leave out batch."
+            )
+        model = {id(s): p for p, s in learner.model4compile.states().items()}
+        places = {id(state): (paths, axis) for state, paths, axis in learner._unit_axes()}
+        for path, state in learner.states().items():
+            is_parameter = isinstance(state, brainstate.ParamState)
+            place = ([model[id(state)]], -1) if id(state) in model else places.get(id(state), ((), -1))
+            samples = None if is_parameter or self.batch is None else size
+            state.value = self._put(state.value, path_str(path), samples, self._units(learner, place))
+
+    def _units(self, learner, place) -> tuple[int, str, set[int]] | None:
+        """Axis of the array, axis of the mesh, and how many units there can be."""
+        for prefix, name in self.units.items():
+            under = lambda p: path_str(p[: len(prefix)]) == path_str(prefix)  # noqa: B023, E731
+            counts = {g.varshape[-1] for g in learner.graph.hidden_groups if any(map(under, g.hidden_paths))}
+            if not counts:
+                known = ", ".join(map(path_str, learner.hidden_states))
+                raise ValueError(f"No hidden state lies under {path_str(prefix)!r}; these are: {known}.")
+            if any(map(under, place[0])):
+                return place[1], name, counts
+        return None
+
+    def _put(self, value, title, samples, units):
+        def of_leaf(x):
+            if is_tracer(x) or not isinstance(x, jax.Array):
+                return x
+            spec: list[Any] = [None] * x.ndim
+            if samples is not None and x.ndim and x.shape[0] == samples:
+                spec[0] = self.batch
+            if units is not None and x.ndim >= -units[0] and x.shape[units[0]] in units[2]:
+                spec[units[0]] = units[1]
+            for n, name in zip(x.shape, spec):
+                if name is not None and n % self.mesh.shape[name]:
+                    raise ValueError(
+                        f"{title} has the shape {x.shape}: {n} is no multiple of the {self.mesh.shape[name]} devices "
+                        f"along {name!r}. Choose sizes that are, or leave it out."
+                    )
+            return jax.device_put(x, NamedSharding(self.mesh, PartitionSpec(*spec)))
+
+        return jax.tree.map(of_leaf, value)
