@@ -43,25 +43,30 @@ def shard(
     Raises
     ------
     ValueError
-        If the mesh has no such axis, no hidden state lies under a path, there is no batch, or sizes are no multiples of
-        those of the mesh; the message names the path and the shape.
+        If the axes of the mesh are explicit, it has no such axis, no hidden state lies under a path, there is no
+        batch, or sizes are no multiples of those of the mesh; the message names the path and the shape.
     TypeError
         If ``learner`` or ``mesh`` is something else.
 
     Examples
     --------
-    >>> import braintrace, jax, jax.numpy as jnp
+    >>> import braintrace, jax, jax.numpy as jnp, numpy as np
     >>> x = jnp.ones((4, 2))
     >>> learner = braintrace.compile(braintrace.nn.GRUCell(2, 3), 'd_rtrl', x, batch_size=4)
-    >>> braintrace.shard(learner, jax.make_mesh((1,), ('batch',)), batch='batch')
-    >>> learner.hidden_states['h',].value.sharding.spec
-    PartitionSpec('batch', None)
+    >>> braintrace.shard(learner, jax.sharding.Mesh(np.array(jax.devices()[:1]), ('batch',)), batch='batch')
+    >>> learner.hidden_states['h',].value.sharding.spec[0]
+    'batch'
     """
     one = learner.module if isinstance(learner, ETraceVmap) else learner
     if not isinstance(one, ETraceAlgorithm):
         raise TypeError(f"learner must be a braintrace learner, or what maps one, got {type(learner).__name__}.")
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}.")
+    if any("Explicit" in str(kind) for kind in getattr(mesh, "axis_types", None) or ()):
+        raise ValueError(
+            "The mesh has axes of the type Explicit, with which every operation of a model would have to say where its "
+            "result lies. Make it by jax.sharding.Mesh(devices, names), whose axes leave that to the compiler."
+        )
     by_path = {tuple(k.split(".")) if isinstance(k, str) else tuple(k): v for k, v in (units or {}).items()}
     for axis in (*([] if batch is None else [batch]), *by_path.values()):
         if axis not in mesh.shape:

@@ -13,6 +13,7 @@ from pathlib import Path
 import brainstate
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.tree import leaves
 
@@ -24,6 +25,7 @@ RULES = {
     "eprop": dict(kappa_filter_decay=0.5),
     "ostl_recurrent": {},
 }
+ONE = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",))
 BATCH, INPUTS, UNITS, STEPS = 16, 12, 24, 10
 MOVES = re.compile(r"= (.*?) (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)(?:-start)?\(")
 
@@ -48,7 +50,6 @@ def child():
 
     import brainpy
     import brainunit as u
-    import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     warnings.simplefilter("ignore")
@@ -198,18 +199,25 @@ def test_layouts(results, rule, layout):
 def test_layouts_that_are_refused(options, message):
     learner = braintrace.compile(braintrace.nn.GRUCell(2, 3), "d_rtrl", jnp.zeros(2))
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        braintrace.shard(learner, jax.make_mesh((1,), ("batch",)), **options)
-    for wrong in ((learner.model4compile, jax.make_mesh((1,), ("batch",))), (learner, 8)):
+        braintrace.shard(learner, ONE, **options)
+    for wrong in ((learner.model4compile, ONE), (learner, 8)):
         with pytest.raises(TypeError):
             braintrace.shard(*wrong)
 
 
+@pytest.mark.skipif(not hasattr(jax.sharding, "AxisType"), reason="this JAX knows no explicit axes")
+def test_explicit_axes_are_refused():
+    learner = braintrace.compile(braintrace.nn.GRUCell(2, 3), "d_rtrl", jnp.zeros(2))
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with pytest.raises(ValueError, match="Explicit.*Mesh"):
+        braintrace.shard(learner, mesh, batch="batch")
+
+
 def test_a_layout_before_compiling_and_after_a_reset():
-    mesh = jax.make_mesh((1,), ("batch",))
     cell = braintrace.nn.GRUCell(2, 3)
     brainstate.nn.init_all_states(cell, batch_size=4)
     learner = braintrace.D_RTRL(cell)
-    braintrace.shard(learner, mesh, batch="batch")
+    braintrace.shard(learner, ONE, batch="batch")
     learner.compile_graph(jnp.zeros((4, 2)))
     for _ in range(2):
         specs = [x.sharding.spec for s in learner.states(braintrace.EligibilityTrace).values() for x in leaves(s.value)]
