@@ -59,6 +59,7 @@ from ._ops import sparse_matmul as sparse_matmul
 from ._sequence import ETraceVmap as ETraceVmap
 from ._sequence import SequenceDriverMixin as SequenceDriverMixin
 from ._types import CompilationError as CompilationError
+from ._types import CompilationWarning as CompilationWarning
 from ._types import MultiStepData as MultiStepData
 from ._types import NotSupportedError as NotSupportedError
 from ._types import SingleStepData as SingleStepData
@@ -70,6 +71,7 @@ __all__ = [
     "CompilationError",
     "CompilationRecord",
     "CompilationReport",
+    "CompilationWarning",
     "ControlFlowPolicy",
     "DNI",
     "D_RTRL",

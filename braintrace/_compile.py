@@ -18,7 +18,7 @@ from ._learners.projection import UORO, RandomProjectionVjpAlgorithm
 from ._learners.rules import D_RTRL, EProp, OSTLFeedforward, OSTLRecurrent, ThreeFactor
 from ._learners.vjp import ETraceVjpAlgorithm
 from ._sequence import ETraceVmap
-from ._types import CompilationError, head
+from ._types import head
 
 __all__ = ["compile"]
 
@@ -124,12 +124,6 @@ def compile(
         else:
             brainstate.nn.init_all_states(model, batch_size=batch_size)
             learner.compile_graph(*example_inputs)
-    if not learner.graph.hidden_param_op_relations:
-        raise CompilationError(
-            f"Nothing in {type(model).__name__} is trainable online: no parameter drives a hidden state through a "
-            "marked operation. Route parameters through operations such as braintrace.matmul or the layers of "
-            "braintrace.nn.\n" + learner.report.to_str(2)
-        )
     if verbose:
         learner.report.show(level=verbose)
     return ETraceVmap(learner, vmap_states="new") if vmap else learner

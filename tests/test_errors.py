@@ -202,6 +202,7 @@ ROWS = [  # what is called, the exception, what the message names
     (lambda: raw().etrace_grad(XS, step_fn=jnp.sum), ValueError, "compile_graph"),
     (lambda: raw().etrace_evolve(XS), ValueError, "compile_graph"),
     # at compilation
+    (lambda: learner_of(stateless), NoRelation, "Model.*online.*braintrace.matmul"),
     (lambda: learner_of(writes_parameter), NotSupported, "'w'"),
     (lambda: learner_of(h=jnp.zeros((4, 3))), ValueError, r"etp_mv.*'w'.*\(3,\).*h.*\(4, 3\)"),
     (lambda: learner_of(h=jnp.zeros((2, 3))), ValueError, r"\(3,\).*\(2, 3\)"),

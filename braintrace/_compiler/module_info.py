@@ -341,10 +341,12 @@ def _name_states(states, retrieved):
         if path is None:
             path = (f"_unknown_path_{unknown}",)
             unknown += 1
+            drawn = isinstance(state, brainstate.random.RandomState)
+            level = DiagnosticLevel.INFO if drawn else DiagnosticLevel.WARNING
             records.append(
                 CompilationRecord(
                     DiagnosticKind.STATE_MISMATCH,
-                    DiagnosticLevel.WARNING,
+                    level,
                     f"The step uses a {type(state).__name__} that is no attribute of the model (a random generator, "
                     f"say). It is advanced like any other state and called {path_str(path)!r} here.",
                 )

@@ -14,7 +14,7 @@ from .._compiler.graph import ETraceGraph
 from .._compiler.report import CompilationReport
 from .._jax import zeros
 from .._sequence import SequenceDriverMixin
-from .._types import Path, path_str
+from .._types import CompilationError, Path, path_str
 
 __all__ = ["ETraceAlgorithm", "EligibilityTrace"]
 
@@ -138,10 +138,21 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
             initialised (``brainstate.nn.init_all_states``).
         **kwargs
             Keyword arguments of the model's ``update``.
+
+        Raises
+        ------
+        CompilationError
+            If no parameter has a trace.
         """
         if self.is_compiled or brainstate.transform.in_new_state_probe():
             return
         self.graph_executor.compile_graph(*args, **kwargs)
+        if not self.graph.hidden_param_op_relations:
+            raise CompilationError(
+                f"Nothing in {type(self.model4compile).__name__} is trainable online: no parameter drives a hidden "
+                "state through a marked operation. Route parameters through operations such as braintrace.matmul or "
+                "the layers of braintrace.nn.\n" + CompilationReport(self.graph).to_str(2)
+            )
         self.init_etrace_state(*args)
         self.is_compiled = True
 
