@@ -147,10 +147,19 @@ _DEPRECATED = (
     "SpMatMulOp",
 )
 
+_GONE = {
+    "ETraceState": "Use brainstate.HiddenState.",
+    "ETraceGroupState": "Use brainstate.HiddenGroupState.",
+    "ETraceTreeState": "Use brainstate.HiddenTreeState.",
+    "HybridDimVjpAlgorithm": "Use braintrace.pp_prop, or braintrace.D_RTRL where a trace per weight fits the memory.",
+    "stop_param_gradients": "Differentiate by the parameters that you train only, or use jax.lax.stop_gradient.",
+}
+
 
 def __getattr__(name: str) -> _Any:
     if name not in _DEPRECATED:
-        raise AttributeError(f"module 'braintrace' has no attribute {name!r}")
+        gone = f"; version 0.1 had it. {_GONE[name]}" if name in _GONE else ""
+        raise AttributeError(f"module 'braintrace' has no attribute {name!r}{gone}")
     from ._deprecated import forward
 
     return forward(name)

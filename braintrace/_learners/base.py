@@ -151,10 +151,17 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
             raise CompilationError(
                 f"Nothing in {type(self.model4compile).__name__} is trainable online: no parameter drives a hidden "
                 "state through a marked operation. Route parameters through operations such as braintrace.matmul or "
-                "the layers of braintrace.nn.\n" + CompilationReport(self.graph).to_str(2)
+                f"the layers of braintrace.nn.{self._not_hidden()}\n" + CompilationReport(self.graph).to_str(2)
             )
         self.init_etrace_state(*args)
         self.is_compiled = True
+
+    def _not_hidden(self) -> str:
+        states = {p: s for p, s in self.other_states.items() if not isinstance(s, brainstate.random.RandomState)}
+        if self.hidden_states or not states:
+            return ""
+        named = ", ".join(f"the {type(s).__name__} {path_str(p)!r}" for p, s in states.items())
+        return f" The step has no hidden state: make what it remembers a brainstate.HiddenState ({named})."
 
     def _select(self, call: Call) -> list[brainstate.State]:
         """The states that a call touches, its step being the present one."""
