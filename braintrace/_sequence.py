@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._compiler.constants import known_outputs
-from ._jax import trace_context
+from ._jax import is_outside, trace_context
 from ._precision import wide
-from ._types import MultiStepData, SingleStepData, head
+from ._types import CompilationWarning, MultiStepData, SingleStepData, head
+from ._warn import warn
 
 __all__ = ["ETraceVmap", "SequenceDriverMixin", "common_length"]
 
@@ -28,6 +29,7 @@ class SequenceDriverMixin:
 
     __module__ = "braintrace"
 
+    _calls_outside = 0
     _per_sample: Any = property(lambda self: self)  # the learner itself, or the one that is mapped
 
     def _driven(self) -> Any:
@@ -120,22 +122,27 @@ class SequenceDriverMixin:
             return jnp.sum(loss if m is None else loss * m.astype(jnp.result_type(loss))), (loss, aux)
 
         chunk = _chunk_length(trace_chunk)
-        items = (_windows(sequences, k), _windows(mask, k))
-        engine = _Chunks(self, weights, objective, chunk)
-        with self._explained(sequences):
+
+        def run(sequences, mask):
+            items = (_windows(sequences, k), _windows(mask, k))
+            engine = _Chunks(self, weights, objective, chunk)
             total, losses, aux = (
                 engine.run(items) if engine.applies(items) else _step_by_step(objective, weights, items)
             )
-        losses = losses.reshape(length)
-        count = jnp.maximum(mask.sum(), 1)
-        if reduction == "mean":
-            total = jax.tree.map(lambda g: g / count.astype(g.dtype), total)
-        total = {k: jax.tree.map(lambda g, v: g.astype(v.dtype), g, weights[k].value) for k, g in total.items()}
-        masked = losses * mask.astype(losses.dtype)
-        if loss_output == "masked":
-            losses = masked
-        elif loss_output == "scalar":
-            losses = masked.sum() / count.astype(losses.dtype) if reduction == "mean" else masked.sum()
+            losses = losses.reshape(length)
+            count = jnp.maximum(mask.sum(), 1)
+            if reduction == "mean":
+                total = jax.tree.map(lambda g: g / count.astype(g.dtype), total)
+            found = [jax.tree.map(lambda g, v: g.astype(v.dtype), total[k], s.value) for k, s in weights.items()]
+            masked = losses * mask.astype(losses.dtype)
+            if loss_output == "masked":
+                losses = masked
+            elif loss_output == "scalar":
+                losses = masked.sum() / count.astype(losses.dtype) if reduction == "mean" else masked.sum()
+            return found, losses, aux
+
+        found, losses, aux = self._as_one_program(run, sequences, mask)
+        total = dict(zip(weights, found))
         out = (total, *((losses,) if return_value else ()), *((aux,) if has_aux else ()))
         return out if len(out) > 1 else total
 
@@ -175,9 +182,29 @@ class SequenceDriverMixin:
             out = learner(*wrapped) if step_fn is None else step_fn(*slices)
             return out if return_outputs else None
 
-        with self._explained(sequences):
-            outputs = brainstate.transform.for_loop(body, _windows(sequences, k))
+        run = lambda sequences: brainstate.transform.for_loop(body, _windows(sequences, k))  # noqa: E731
+        outputs = self._as_one_program(run, sequences)
         return outputs if return_outputs else None
+
+    def _as_one_program(self, run: Callable[..., Any], sequences: tuple[Any, ...], *more: Any) -> Any:
+        """``run(sequences, *more)``; outside of any transformation, as a program that nothing holds afterwards.
+
+        JAX keeps what it compiles for a loop that is run as such, and traces ``step_fn``, a new function at each call
+        as far as it can tell, to another loop every time.
+        """
+        with self._explained(sequences):
+            if not is_outside():
+                return run(sequences, *more)
+            out = brainstate.transform.jit(lambda *args: run(*args))(sequences, *more)
+        self._calls_outside += 1
+        if self._calls_outside == 3:
+            warn(
+                "etrace_grad and etrace_evolve trace and compile their loop anew at every call outside of a "
+                "transformation, which takes far longer than the loop itself. Call them in a function wrapped in "
+                "brainstate.transform.jit.",
+                CompilationWarning,
+            )
+        return out
 
     @contextlib.contextmanager
     def _explained(self, sequences: tuple[Any, ...]) -> Iterator[None]:

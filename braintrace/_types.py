@@ -28,7 +28,7 @@ class CompilationError(Exception):
 
 
 class CompilationWarning(UserWarning):
-    """Something in a model will not be trained as its parameters seem to ask; see :class:`CompilationRecord`."""
+    """A model is not trained as its parameters seem to ask (see :class:`CompilationRecord`), or is compiled in vain."""
 
     __module__ = "braintrace"
 
