@@ -64,6 +64,7 @@ from ._ops import sparse_matmul as sparse_matmul
 from ._sequence import ETraceVmap as ETraceVmap
 from ._sequence import SequenceDriverMixin as SequenceDriverMixin
 from ._types import CompilationError as CompilationError
+from ._types import CompilationWarning as CompilationWarning
 from ._types import MultiStepData as MultiStepData
 from ._types import NotSupportedError as NotSupportedError
 from ._types import SingleStepData as SingleStepData
@@ -75,6 +76,7 @@ __all__ = [
     "CompilationError",
     "CompilationRecord",
     "CompilationReport",
+    "CompilationWarning",
     "ControlFlowPolicy",
     "DNI",
     "D_RTRL",
@@ -155,10 +157,19 @@ _DEPRECATED = (
     "SpMatMulOp",
 )
 
+_GONE = {
+    "ETraceState": "Use brainstate.HiddenState.",
+    "ETraceGroupState": "Use brainstate.HiddenGroupState.",
+    "ETraceTreeState": "Use brainstate.HiddenTreeState.",
+    "HybridDimVjpAlgorithm": "Use braintrace.pp_prop, or braintrace.D_RTRL where a trace per weight fits the memory.",
+    "stop_param_gradients": "Differentiate by the parameters that you train only, or use jax.lax.stop_gradient.",
+}
+
 
 def __getattr__(name: str) -> _Any:
     if name not in _DEPRECATED:
-        raise AttributeError(f"module 'braintrace' has no attribute {name!r}")
+        gone = f"; version 0.1 had it. {_GONE[name]}" if name in _GONE else ""
+        raise AttributeError(f"module 'braintrace' has no attribute {name!r}{gone}")
     from ._deprecated import forward
 
     return forward(name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import brainstate
@@ -18,7 +20,7 @@ from ._learners.projection import UORO, RandomProjectionVjpAlgorithm
 from ._learners.rules import D_RTRL, EProp, OSTLFeedforward, OSTLRecurrent, ThreeFactor
 from ._learners.vjp import ETraceVjpAlgorithm
 from ._sequence import ETraceVmap
-from ._types import CompilationError, head
+from ._types import head
 
 __all__ = ["compile"]
 
@@ -110,6 +112,7 @@ def compile(
         raise ValueError("Pass at least one example input, with the shapes and dtypes of later calls.")
     if isinstance(verbose, bool) or verbose not in (0, 1, 2):
         raise ValueError(f"verbose must be 0, 1 or 2, got {verbose!r}.")
+    _check_arguments(model, example_inputs)
     learner = rule(model, **options)
     with contextlib.nullcontext() if seed is None else brainstate.random.seed_context(seed):
         if vmap:
@@ -123,16 +126,41 @@ def compile(
             initialise()
         else:
             brainstate.nn.init_all_states(model, batch_size=batch_size)
-            learner.compile_graph(*example_inputs)
-    if not learner.graph.hidden_param_op_relations:
-        raise CompilationError(
-            f"Nothing in {type(model).__name__} is trainable online: no parameter drives a hidden state through a "
-            "marked operation. Route parameters through operations such as braintrace.matmul or the layers of "
-            "braintrace.nn.\n" + learner.report.to_str(2)
-        )
+            with _batch_in_place(batch_size, example_inputs):
+                learner.compile_graph(*example_inputs)
     if verbose:
         learner.report.show(level=verbose)
     return ETraceVmap(learner, vmap_states="new") if vmap else learner
+
+
+def _check_arguments(model: brainstate.nn.Module, inputs: tuple[Any, ...]) -> None:
+    if type(model).__call__ is not brainstate.nn.Module.__call__:
+        return
+    signature = inspect.signature(model.update)
+    try:
+        signature.bind(*inputs)
+    except TypeError as error:
+        sizes = [x for x in inputs if isinstance(x, int) and not isinstance(x, bool)]
+        batch = f" A batch size is passed by name: batch_size={sizes[-1]}." if sizes else ""
+        raise TypeError(
+            f"{type(model).__name__}.update takes ({', '.join(signature.parameters)}), and there are "
+            f"{len(inputs)} example inputs: {error}. Pass one example for each argument.{batch}"
+        ) from None
+
+
+@contextlib.contextmanager
+def _batch_in_place(batch_size: int | None, inputs: tuple[Any, ...]) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        others = [jnp.shape(x) for x in jax.tree.leaves(inputs) if jnp.shape(x)[:1] != (batch_size,)]
+        if batch_size is None or not others:
+            raise
+        first = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"The states have batch_size={batch_size}, an example input has the shape {others[0]}, and the model's "
+            f"step fails on them: {type(error).__name__}: {first} Pass inputs whose axis 0 is a batch of that size."
+        ) from error
 
 
 def _first_sample(inputs: tuple[Any, ...], batch_size: int | None) -> Any:

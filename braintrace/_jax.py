@@ -22,8 +22,8 @@ from jax.interpreters import partial_eval as pe
 __all__ = [
     'ClosedJaxpr', 'Jaxpr', 'Literal', 'Primitive', 'Var', 'any_rank', 'at_source', 'bind_equation', 'call_body',
     'close', 'consts_of', 'define_bilinear', 'define_primitive', 'eval_jaxpr', 'has_custom_rule', 'hashed',
-    'is_builtin', 'is_jit', 'is_on_one_device', 'is_remat', 'is_tracer', 'open_jaxpr', 'primitive_body', 'prune',
-    'reads', 'scan_operands', 'source_line', 'structs', 'sub_jaxprs', 'sub_program', 'trace_context',
+    'is_builtin', 'is_jit', 'is_on_one_device', 'is_outside', 'is_remat', 'is_tracer', 'open_jaxpr', 'primitive_body',
+    'prune', 'reads', 'scan_operands', 'source_line', 'structs', 'sub_jaxprs', 'sub_program', 'trace_context',
     'where_compiled', 'zeros',
 ]  # fmt: skip
 
@@ -79,6 +79,14 @@ def trace_context() -> Any:
     """An object equal to another one if both were made directly under the same transformation."""
     home = jax.extend.core if hasattr(jax.extend.core, "get_opaque_trace_state") else jax.core
     return home.get_opaque_trace_state(convention="nnx")
+
+
+_OUTSIDE = trace_context()
+
+
+def is_outside() -> bool:
+    """Whether no transformation is at work."""
+    return trace_context() == _OUTSIDE
 
 
 def is_jit(eqn: Any) -> bool:

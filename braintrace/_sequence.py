@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import brainstate
@@ -14,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._compiler.constants import known_outputs
-from ._jax import trace_context
+from ._jax import is_outside, trace_context
 from ._precision import wide
-from ._types import MultiStepData, SingleStepData, head
+from ._types import CompilationWarning, MultiStepData, SingleStepData, head
+from ._warn import warn
 
 __all__ = ["ETraceVmap", "SequenceDriverMixin", "common_length"]
 
@@ -26,6 +29,7 @@ class SequenceDriverMixin:
 
     __module__ = "braintrace"
 
+    _calls_outside = 0
     _per_sample: Any = property(lambda self: self)  # the learner itself, or the one that is mapped
 
     def _driven(self) -> Any:
@@ -103,26 +107,42 @@ class SequenceDriverMixin:
         length = common_length(sequences)
         k = self._window_length(chunk_size, length, gradient=True)
         mask = _check_mask(mask, length)
-        weights = self._per_sample.param_states if weights is None else weights
+        weights = self._per_sample.param_states if weights is None else _check_weights(weights)
+        _check_arguments(step_fn, len(sequences))
+        index = self._per_sample.running_index
 
         def objective(slices, m):
+            before = index.value
             loss, aux = _loss_and_aux(step_fn(*slices), has_aux, () if k is None else (k,))
+            if index.value is before:
+                raise ValueError(
+                    "step_fn did not call the learner whose etrace_grad this is, but the model itself, another "
+                    "learner or none: no trace would be part of the gradient. Call this learner in step_fn."
+                )
             return jnp.sum(loss if m is None else loss * m.astype(jnp.result_type(loss))), (loss, aux)
 
         chunk = _chunk_length(trace_chunk)
-        items = (_windows(sequences, k), _windows(mask, k))
-        engine = _Gradient(self, weights, objective, chunk)
-        total, losses, aux = engine.run(items) if engine.applies(items) else _step_by_step(objective, weights, items)
-        losses = losses.reshape(length)
-        count = jnp.maximum(mask.sum(), 1)
-        if reduction == "mean":
-            total = jax.tree.map(lambda g: g / count.astype(g.dtype), total)
-        total = {k: jax.tree.map(lambda g, v: g.astype(v.dtype), g, weights[k].value) for k, g in total.items()}
-        masked = losses * mask.astype(losses.dtype)
-        if loss_output == "masked":
-            losses = masked
-        elif loss_output == "scalar":
-            losses = masked.sum() / count.astype(losses.dtype) if reduction == "mean" else masked.sum()
+
+        def run(sequences, mask):
+            items = (_windows(sequences, k), _windows(mask, k))
+            engine = _Gradient(self, weights, objective, chunk)
+            total, losses, aux = (
+                engine.run(items) if engine.applies(items) else _step_by_step(objective, weights, items)
+            )
+            losses = losses.reshape(length)
+            count = jnp.maximum(mask.sum(), 1)
+            if reduction == "mean":
+                total = jax.tree.map(lambda g: g / count.astype(g.dtype), total)
+            found = [jax.tree.map(lambda g, v: g.astype(v.dtype), total[k], s.value) for k, s in weights.items()]
+            masked = losses * mask.astype(losses.dtype)
+            if loss_output == "masked":
+                losses = masked
+            elif loss_output == "scalar":
+                losses = masked.sum() / count.astype(losses.dtype) if reduction == "mean" else masked.sum()
+            return found, losses, aux
+
+        found, losses, aux = self._as_one_program(run, sequences, mask)
+        total = dict(zip(weights, found))
         out = (total, *((losses,) if return_value else ()), *((aux,) if has_aux else ()))
         return out if len(out) > 1 else total
 
@@ -154,19 +174,65 @@ class SequenceDriverMixin:
         k = self._window_length(chunk_size, length, gradient=False)
         if not (step_fn is None or callable(step_fn)):
             raise TypeError(f"step_fn must be a function of one slice, or None, got {step_fn!r}.")
+        if step_fn is not None:
+            _check_arguments(step_fn, len(sequences))
 
         def body(slices):
             wrapped = slices if k is None else map(MultiStepData, slices)
             out = learner(*wrapped) if step_fn is None else step_fn(*slices)
             return out if return_outputs else None
 
-        items = _windows(sequences, k)
-        engine = _Evolution(self, body)
         recorded = k is None or self._per_sample.vjp_method == "multi-step"
-        outputs = (
-            engine.run(items) if recorded and engine.applies((items,)) else brainstate.transform.for_loop(body, items)
-        )
+
+        def run(sequences):
+            items = _windows(sequences, k)
+            engine = _Evolution(self, body)
+            applies = recorded and engine.applies((items,))
+            return engine.run(items) if applies else brainstate.transform.for_loop(body, items)
+
+        outputs = self._as_one_program(run, sequences)
         return outputs if return_outputs else None
+
+    def _as_one_program(self, run: Callable[..., Any], sequences: tuple[Any, ...], *more: Any) -> Any:
+        """``run(sequences, *more)``; outside of any transformation, as a program that nothing holds afterwards.
+
+        JAX keeps what it compiles for a loop that is run as such, and traces ``step_fn``, a new function at each call
+        as far as it can tell, to another loop every time.
+        """
+        with self._explained(sequences):
+            if not is_outside():
+                return run(sequences, *more)
+            out = brainstate.transform.jit(lambda *args: run(*args))(sequences, *more)
+        self._calls_outside += 1
+        if self._calls_outside == 3:
+            warn(
+                "etrace_grad and etrace_evolve trace and compile their loop anew at every call outside of a "
+                "transformation, which takes far longer than the loop itself. Call them in a function wrapped in "
+                "brainstate.transform.jit.",
+                CompilationWarning,
+            )
+        return out
+
+    @contextlib.contextmanager
+    def _explained(self, sequences: tuple[Any, ...]) -> Iterator[None]:
+        """What fails under a driver fails with what the driver knows about it."""
+        try:
+            yield
+        except jax.errors.UnexpectedTracerError as error:
+            raise TypeError(
+                "step_fn calls the learner inside a transformation of JAX itself (jax.lax.cond, jax.jit, jax.grad, "
+                "...), which loses the states that the call writes. Use that of brainstate.transform there."
+            ) from error
+        except (TypeError, ValueError) as error:
+            size, _ = self._per_sample._leading_size()
+            shapes = [jnp.shape(x) for x in jax.tree.leaves(sequences)]
+            if any(s[0] != size for s in shapes) or all(len(s) == 1 or s[1] == size for s in shapes):
+                raise
+            raise ValueError(
+                f"Axis 0 of a sequence is time; the sequences have the shapes {shapes}, and {size} is the batch size "
+                "of the states. If the batch is in front, pass jnp.swapaxes(sequence, 0, 1). What failed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def _window_length(self, chunk_size: Any, length: int, *, gradient: bool) -> int | None:
         if chunk_size is None:
@@ -258,7 +324,14 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
         args, arrays = jax.tree.map(jnp.asarray, (args, arrays))
         recorder = self.module._recorder
         if recorder is None or recorder.context != trace_context():
-            return run(args, arrays)
+            try:
+                return run(args, arrays)
+            except brainstate.BatchAxisError as error:
+                raise brainstate.BatchAxisError(
+                    "A state of the learner was not made for the mapped axis. Make the states and compile the learner "
+                    "under brainstate.transform.vmap_new_states(state_tag='new') and map it with vmap_states='new'; "
+                    f"braintrace.compile(..., batch_size=..., vmap=True) does both. What failed: {error}"
+                ) from error
         out, recorded = record(recorder.zeros, args, arrays)
         recorder.take(*recorded, self._recorded_length)
         return out
@@ -506,6 +579,11 @@ def _loss_and_aux(result: Any, has_aux: bool, shape: tuple[int, ...]) -> tuple[A
         raise TypeError(
             f"step_fn must return the loss as an array without a unit, got {type(loss).__name__}{unit}{pair}."
         )
+    if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        raise TypeError(
+            f"step_fn must return a loss that has a derivative, got one of dtype {jnp.result_type(loss)} (a count of "
+            "errors, say). Return a real, differentiable function of the output; pass counts on by has_aux=True."
+        )
     if jnp.shape(loss) != shape:
         advice = "one per step of the window" if shape else "a sum or an average over batch and features"
         raise ValueError(f"step_fn must return a loss of shape {shape}, {advice}, got {jnp.shape(loss)}.")
@@ -550,12 +628,48 @@ def common_length(sequences: tuple[Any, ...]) -> int:
     return length
 
 
+def _check_arguments(step_fn: Callable[..., Any], sequences: int) -> None:
+    try:
+        signature = inspect.signature(step_fn)
+    except (TypeError, ValueError):  # not every callable has one
+        return
+    try:
+        signature.bind(*range(sequences))
+    except TypeError as error:
+        raise TypeError(
+            f"step_fn is called with one slice of each sequence, {sequences} here, and takes "
+            f"({', '.join(signature.parameters)}): {error}. Pass as many sequences as it has arguments."
+        ) from None
+
+
+def _check_weights(weights: Any) -> Mapping[Any, brainstate.State]:
+    advice = (
+        "Pass a mapping of keys to parameters, such as learner.param_states or model.states(brainstate.ParamState)."
+    )
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights must be a mapping, got {type(weights).__name__}. {advice}")
+    if not weights:
+        raise ValueError(f"weights is empty: there is nothing to differentiate. {advice}")
+    for key, state in weights.items():
+        if not isinstance(state, brainstate.State):
+            raise TypeError(f"weights[{key!r}] must be a state, got {type(state).__name__}. {advice}")
+        dtypes = [jnp.result_type(x) for x in jax.tree.leaves(state.value)]
+        if not all(jnp.issubdtype(d, jnp.inexact) for d in dtypes):
+            raise TypeError(
+                f"weights[{key!r}] is a {type(state).__name__} of dtype {dtypes[0]}, which has no gradient "
+                f"(learner.states() holds traces and counters too). {advice}"
+            )
+    return weights
+
+
 def _check_mask(mask: Any, length: int) -> jax.Array:
     if mask is None:
         return jnp.ones(length)
     mask = jnp.asarray(mask)
     if mask.shape != (length,):
         raise ValueError(f"mask must have shape ({length},), got {mask.shape}.")
+    if jnp.issubdtype(mask.dtype, jnp.complexfloating):
+        raise TypeError(f"mask must hold real weights of the losses, got {mask.dtype}. Pass its real part.")
     return mask if jnp.issubdtype(mask.dtype, jnp.floating) else mask.astype(jnp.result_type(float))
 
 

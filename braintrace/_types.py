@@ -7,7 +7,10 @@ from typing import Any
 
 import jax
 
-__all__ = ["CompilationError", "MultiStepData", "NotSupportedError", "Path", "SingleStepData", "head", "path_str"]
+__all__ = [
+    "CompilationError", "CompilationWarning", "MultiStepData", "NotSupportedError", "Path", "SingleStepData", "head",
+    "path_str",
+]  # fmt: skip
 
 Path = tuple[Any, ...]
 
@@ -20,6 +23,12 @@ class NotSupportedError(Exception):
 
 class CompilationError(Exception):
     """A model was traced, but nothing in it can be trained online."""
+
+    __module__ = "braintrace"
+
+
+class CompilationWarning(UserWarning):
+    """A model is not trained as its parameters seem to ask (see :class:`CompilationRecord`), or is compiled in vain."""
 
     __module__ = "braintrace"
 

@@ -1,5 +1,6 @@
 """What is refused, by which exception, and what its message must name."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from brainstate.transform import for_loop, grad, jit
 
 import braintrace
 from braintrace import D_RTRL, EProp, MultiStepData, OSTLFeedforward, SingleStepData, compile, matmul, pp_prop
+from braintrace import _deprecated as OLD
 
 pytestmark = [pytest.mark.usefixtures("time_step"), pytest.mark.filterwarnings("ignore:.*(relation_|never reads)")]
 
@@ -88,6 +90,40 @@ def gradient(learner, *args):
     return grad(lambda: learner(*args).sum(), learner.param_states)()
 
 
+def delays(m, x):
+    m.h.value = jnp.concatenate([matmul(x, m.w.value)[None], m.h.value[:-1]])
+    return m.h.value[-1]
+
+
+def remembers(m, x):
+    m.s.value = 0.5 * m.s.value + matmul(x, m.w.value)
+
+
+def unmapped():
+    learner = learner_of()
+    return braintrace.ETraceVmap(learner)(XS)
+
+
+def driven_by(step, *more, weights=None, evolve=False):
+    """A driver with `step` of the learner, another one of the same model and a slice."""
+    learner = learner_of()
+    other = pp_prop(learner.model4compile, 0.9)
+    other.compile_graph(X)
+    drive = learner.etrace_evolve if evolve else functools.partial(learner.etrace_grad, weights=weights)
+    return drive(XS, *more, step_fn=lambda x, *_: step(learner, other, x))
+
+
+def batched(step_fn=None, sequence=jnp.ones((4, 6, 2)), vmap=False):
+    learner = compile(cell(), "pp_prop", jnp.ones((4, 2)), batch_size=4, vmap=vmap, decay_or_rank=0.9)
+    if step_fn is None:
+        return learner.etrace_evolve(sequence)
+    return learner.etrace_grad(sequence, step_fn=lambda x: step_fn(learner, x))
+
+
+def in_plain_jax(transformed):
+    return lambda learner, other, x: transformed(lambda x: learner(x).sum(), x)
+
+
 def assign_decay():
     raw().decay = 0.5
 
@@ -108,6 +144,11 @@ def windows(losses=lambda out: out.sum(-1), **options):
     return drive(XS, lambda learner, x: losses(learner(MultiStepData(x))), **options)
 
 
+def conditionally(f, x):
+    return jax.lax.cond(x.sum() > 0, f, lambda x: 0.0, x)
+
+
+SHORT = brainstate.ShortTermState(jnp.zeros(3))
 NotSupported, NoRelation = braintrace.NotSupportedError, braintrace.CompilationError
 
 ROWS = [  # what is called, the exception, what the message names
@@ -128,6 +169,12 @@ ROWS = [  # what is called, the exception, what the message names
     (lambda: compile(cell(), "pp_prop", X), TypeError, "decay_or_rank"),
     (lambda: compile(cell(), "pp_prop", X, decay_or_rank=0.9, colour=1), TypeError, "colour"),
     (lambda: compile(Model(stateless), "pp_prop", X, decay_or_rank=0.9), NoRelation, "online.*braintrace.matmul"),
+    (lambda: compile(Model(remembers, s=SHORT), "pp_prop", X, decay_or_rank=0.9), NoRelation, "'s'.*HiddenState"),
+    (lambda: compile(cell(), "pp_prop", X, decay=0.9), TypeError, "decay. Did you mean decay_or_rank"),
+    (lambda: compile(cell(), "d_rtrl", X, trace_dtyp=None), TypeError, "Did you mean trace_dtype .*D_RTRL takes name"),
+    (lambda: compile(cell(), "pp_prop", XS, 6, decay_or_rank=0.9), TypeError, "GRUCell.*2 example.*batch_size=6"),
+    (lambda: compile(Model(leaky), "pp_prop", decay_or_rank=0.9, *(X, X)), TypeError, "positional"),
+    (lambda: compile(cell(), "pp_prop", XS, batch_size=4, decay_or_rank=0.9), ValueError, r"batch_size=4.*\(6, 2\)"),
     (lambda: compile(cell(), config(), X, config=config()), TypeError, "config"),
     (lambda: compile_mapped(jnp.ones((3, 2))), ValueError, "batch_size"),
     (lambda: compile_mapped(jnp.ones((3, 2)), batch_size=4), ValueError, r"\(3, 2\).*4|4.*\(3, 2\)"),
@@ -191,6 +238,11 @@ ROWS = [  # what is called, the exception, what the message names
     (lambda: braintrace.ETraceAlgorithm(cell(), "executor"), TypeError, "str"),
     # before compilation
     (lambda: raw()(X), ValueError, "compile_graph"),
+    (
+        lambda: pp_prop(cell(), 0.9).compile_graph(X),
+        AttributeError,
+        "GRUCell.*'h'.*init_all_states.*braintrace.compile",
+    ),
     (lambda: raw().get_etrace_of(("w",)), ValueError, "compile_graph"),
     (lambda: raw().graph, ValueError, "compile_graph"),
     (lambda: raw().executor.graph, ValueError, "compile_graph"),
@@ -202,9 +254,11 @@ ROWS = [  # what is called, the exception, what the message names
     (lambda: raw().etrace_grad(XS, step_fn=jnp.sum), ValueError, "compile_graph"),
     (lambda: raw().etrace_evolve(XS), ValueError, "compile_graph"),
     # at compilation
+    (lambda: learner_of(stateless), NoRelation, "Model.*online.*braintrace.matmul"),
     (lambda: learner_of(writes_parameter), NotSupported, "'w'"),
     (lambda: learner_of(h=jnp.zeros((4, 3))), ValueError, r"etp_mv.*'w'.*\(3,\).*h.*\(4, 3\)"),
     (lambda: learner_of(h=jnp.zeros((2, 3))), ValueError, r"\(3,\).*\(2, 3\)"),
+    (lambda: learner_of(delays, h=jnp.zeros((4, 3))), ValueError, "delay what the operation receives.*ShortTermState"),
     (lambda: braintrace.compile_etrace_graph(leaky, X), AssertionError, "function"),
     (lambda: braintrace.extract_module_info(3, X), AssertionError, "int"),
     (lambda: braintrace.find_hidden_groups_from_module(3, X), AssertionError, "int"),
@@ -267,6 +321,34 @@ ROWS = [  # what is called, the exception, what the message names
     (lambda: learner_of().etrace_grad(XS, step_fn=3), TypeError, "step_fn.*3"),
     (lambda: learner_of().etrace_evolve(XS, step_fn=3), TypeError, "step_fn.*3"),
     (lambda: braintrace.ETraceVmap(raw()).etrace_grad(XS, step_fn=jnp.sum), ValueError, "compile_graph"),
+    (lambda: drive(weights=cell()), TypeError, "weights.*GRUCell.*param_states"),
+    (lambda: drive(weights=[ParamState(X)]), TypeError, "weights.*list.*param_states"),
+    (lambda: drive(weights={}), ValueError, "weights is empty.*param_states"),
+    (lambda: drive(weights={"w": X}), TypeError, "weights.*'w'.*ArrayImpl.*param_states"),
+    (lambda: drive(weights=learner_of().states()), TypeError, "running_index.*int32.*param_states"),
+    (lambda: drive(mask=1j * jnp.ones(6)), TypeError, "mask.*complex64"),
+    (lambda: drive(XS, lambda learner, x: (learner(x) > 0).sum()), TypeError, "loss.*int32.*differentiable"),
+    (lambda: drive(XS, lambda learner, x: learner(x).sum() * 1j), TypeError, "loss.*complex64"),
+    (lambda: learner_of().etrace_grad(XS, step_fn=lambda x, y: x), TypeError, r"1 here.*\(x, y\).*sequences"),
+    (lambda: learner_of().etrace_evolve(XS, XS, step_fn=lambda x: x), TypeError, r"2 here.*\(x\).*sequences"),
+    (lambda: driven_by(lambda a, b, x: a.model4compile(x).sum()), ValueError, "did not call the learner"),
+    (lambda: driven_by(lambda a, b, x: b(x).sum()), ValueError, "did not call the learner"),
+    (lambda: driven_by(lambda a, b, x: learner_of()(x).sum()), ValueError, "did not call the learner"),
+    (lambda: driven_by(in_plain_jax(conditionally)), TypeError, "jax.lax.cond.*brainstate.transform"),
+    (lambda: driven_by(in_plain_jax(conditionally), evolve=True), TypeError, "jax.lax.cond.*brainstate.transform"),
+    (lambda: driven_by(in_plain_jax(lambda f, x: jax.jit(f)(x))), TypeError, "jax.jit.*brainstate.transform"),
+    (lambda: driven_by(in_plain_jax(lambda f, x: jax.grad(f)(x).sum())), TypeError, "jax.grad.*brainstate.transform"),
+    (batched, ValueError, r"time.*\(4, 6, 2\).*4 is the batch.*swapaxes"),
+    (lambda: batched(lambda f, x: f(x).sum()), ValueError, r"time.*\(4, 6, 2\).*4 is the batch.*swapaxes"),
+    (lambda: batched(lambda f, x: f(x).sum(), vmap=True), ValueError, r"\(4, 6, 2\).*4 is the batch.*swapaxes"),
+    (lambda: batched(lambda f, x: x.sum(), jnp.ones((6, 4, 2)), vmap=True), ValueError, "did not call the learner"),
+    (unmapped, brainstate.BatchAxisError, r"vmap_new_states.*vmap=True"),
+    # what older versions had
+    (lambda: braintrace.nn.Linear(2, 3, param_type=OLD.ETraceParam), TypeError, "param_type=ETraceParam.*gone.*out"),
+    (lambda: braintrace.nn.Embedding(2, 3, param_type=OLD.NonTempParam), TypeError, "param_type=NonTempParam.*gone"),
+    (lambda: braintrace.HybridDimVjpAlgorithm, AttributeError, "0.1.*pp_prop"),
+    (lambda: braintrace.ETraceState, AttributeError, "0.1.*brainstate.HiddenState"),
+    (lambda: braintrace.stop_param_gradients, AttributeError, "0.1.*stop_gradient"),
     # graph
     (lambda: learner_of().graph.explain(kind="nothing"), ValueError, "nothing"),
 ]
@@ -298,9 +380,11 @@ def test_states_that_changed_after_compilation_are_named():
         learner(X)
 
 
-def test_uninitialised_states_are_an_error():
-    with pytest.raises(Exception, match="h|init"):
-        pp_prop(cell(), 0.9).compile_graph(X)
+def test_a_missing_attribute_that_is_no_state_is_not_explained():
+    model = Model(lambda m, x: m.missing)
+    with pytest.raises(AttributeError) as caught:
+        pp_prop(model, 0.9).compile_graph(X)
+    assert "init_all_states" not in str(caught.value)
 
 
 def test_a_failed_compilation_leaves_the_learner_uncompiled():
@@ -355,6 +439,12 @@ FAILING = {
     "etrace_grad, windows": lambda f: f.etrace_grad(
         BATCHES, step_fn=lambda x: f(MultiStepData(x)).sum((1, 2)), chunk_size=2
     ),
+    "etrace_grad, cond of JAX": lambda f: f.etrace_grad(
+        BATCHES, step_fn=lambda x: conditionally(lambda x: f(x).sum(), x)
+    ),
+    "etrace_grad, another loss": lambda f: f.etrace_grad(BATCHES, step_fn=lambda x: (f(x) > 0).sum()),
+    "etrace_grad, swapped": lambda f: f.etrace_grad(jnp.swapaxes(BATCHES, 0, 1), step_fn=lambda x: f(x).sum()),
+    "etrace_grad, no weights": lambda f: f.etrace_grad(BATCHES, step_fn=lambda x: f(x).sum(), weights={}),
     "etrace_evolve": lambda f: f.etrace_evolve(BATCHES, step_fn=stops(f)),
     "etrace_evolve, shape": lambda f: f.etrace_evolve(BATCHES[..., :1]),
 }

@@ -1,5 +1,7 @@
 """Whole sequences: `etrace_grad` and `etrace_evolve` against the oracle and against the user's own loop."""
 
+import gc
+import warnings
 from itertools import product
 
 import brainstate
@@ -401,3 +403,39 @@ def test_drivers_need_a_compiled_graph():
     for drive in (learner.etrace_grad, learner.etrace_evolve):
         with pytest.raises(ValueError, match="compile_graph"):
             drive(xs, step_fn=lambda x: learner(x).sum())
+
+
+# -- outside of any transformation
+
+
+@pytest.mark.parametrize("vmap", [False, True])
+@pytest.mark.parametrize("driver", ["etrace_grad", "etrace_evolve"])
+def test_calls_outside_of_jit_leave_nothing_and_are_warned_about_once(driver, vmap):
+    x = jnp.ones((2, 3))
+    cell = braintrace.nn.ValinaRNNCell(3, 4)
+    learner = braintrace.compile(cell, "pp_prop", x, batch_size=2, vmap=vmap, decay_or_rank=0.9)
+    held = []
+
+    def call(xs=jnp.ones((5, *x.shape))):
+        getattr(learner, driver)(xs, step_fn=lambda x: learner(x).sum())
+
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        for number in range(5):
+            call()
+            gc.collect()
+            held.append(sum(type(o).__name__ == "JaxprEqn" for o in gc.get_objects()))
+            assert len(shown) == (number >= 2)
+        brainstate.transform.jit(call)()
+    assert held[1] == held[2] == held[4]
+    assert (shown[0].category, shown[0].filename) == (braintrace.CompilationWarning, __file__)
+    assert "brainstate.transform.jit" in str(shown[0].message)
+
+
+def test_calls_inside_of_jit_are_not_warned_about():
+    learner = braintrace.compile(braintrace.nn.ValinaRNNCell(3, 4), "pp_prop", jnp.ones(3), decay_or_rank=0.9)
+    run = brainstate.transform.jit(lambda xs: learner.etrace_evolve(xs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", braintrace.CompilationWarning)
+        for length in (2, 3, 4, 5):
+            run(jnp.ones((length, 3)))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .._types import Path
+from .._types import CompilationWarning, Path
+from .._warn import warn
 
 __all__ = ["CompilationRecord", "DiagnosticKind", "DiagnosticLevel", "emit"]
 
 
 class DiagnosticLevel(str, enum.Enum):  # noqa: UP042
-    """How much a record matters; warnings and errors are Python warnings too."""
+    """How much a record matters; warnings and errors are :class:`CompilationWarning` too."""
 
     INFO = "info"
     WARNING = "warning"
@@ -34,6 +34,8 @@ class DiagnosticKind(str, enum.Enum):  # noqa: UP042
     RELATION_EXCLUDED_SHAPE_MISMATCH = "relation_excluded_shape_mismatch"
     RELATION_EXCLUDED_WEIGHT_TO_WEIGHT = "relation_excluded_weight_to_weight"
     RELATION_EXCLUDED_SLICED_WEIGHT = "relation_excluded_sliced_weight"
+    RELATION_EXCLUDED_MIXING = "relation_excluded_mixing"
+    RELATION_EXCLUDED_UNMARKED = "relation_excluded_unmarked"
     RELATION_PARTIAL_PATH = "relation_partial_path"
     TRAINABLE_INVAR_NOT_PARAMSTATE = "trainable_invar_not_paramstate"
     COND_IF_CONVERTED = "cond_if_converted"
@@ -58,6 +60,8 @@ class DiagnosticKind(str, enum.Enum):  # noqa: UP042
     OUTPUT_BYPASSES_HIDDEN = "output_bypasses_hidden"
     OUTPUT_BYPASS_DROPPED = "output_bypass_dropped"
     STATE_MISMATCH = "state_mismatch"
+    STATE_NOT_HIDDEN = "state_not_hidden"
+    RECURRENT_MIXING = "recurrent_mixing"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +100,11 @@ class CompilationRecord:
         return f"CompilationRecord({', '.join(shown)})"
 
 
-def emit(records: Iterable[CompilationRecord]) -> None:
-    """Show warnings and errors among the records as Python warnings."""
+def emit(records: Iterable[CompilationRecord], said: set[str] | None = None) -> None:
+    """Show warnings and errors among the records as Python warnings, each once; ``said``: those shown before."""
+    said = set() if said is None else said
     for record in records:
-        if record.level is not DiagnosticLevel.INFO:
-            warnings.warn(f"[{record.kind.value}] {record.message}", UserWarning, stacklevel=2)
+        text = f"[{record.kind.value}] {record.message}"
+        if record.level is not DiagnosticLevel.INFO and text not in said:
+            said.add(text)
+            warn(text, CompilationWarning)

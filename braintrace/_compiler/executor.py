@@ -14,6 +14,7 @@ from brainstate.util import FlattedDict
 from .._jax import consts_of, is_tracer
 from .._types import Path, path_str
 from .call import Call, call_of, convertible, equal
+from .diagnostics import emit
 from .graph import ETraceGraph, compile_in_scope
 from .policy import ControlFlowPolicy
 from .report import CompilationReport
@@ -162,6 +163,7 @@ class ETraceGraphExecutor:
         self.control_flow = control_flow
         self._compiled: Compiled | None = None
         self._known: list[Compiled] = []
+        self._said: set[str] = set()
         self._example: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # after unpickling
 
     @property
@@ -214,6 +216,7 @@ class ETraceGraphExecutor:
 
     def _compile(self, call: Call) -> None:
         graph = compile_in_scope(self.model, call, self._scope, self._needs_perturbation, self.control_flow)
+        emit(graph.diagnostics, self._said)
         self._compiled = Compiled(graph, call)
         if self._compiled.outlives_its_trace:
             self._known.append(self._compiled)

@@ -15,6 +15,7 @@ from .descent import holds_link
 from .diagnostics import CompilationRecord, DiagnosticKind, emit
 from .flow import Flow, Reach, analyse_flow, analyse_reach
 from .groups import HiddenGroup, partition, slots_of
+from .influence import Influence
 from .module_info import ModuleInfo, extract_module_info, info_of_call
 from .neighbours import find_neighbourhood
 from .perturbation import HiddenPerturbation, add_hidden_perturbation_from_minfo
@@ -22,6 +23,7 @@ from .policy import ControlFlowPolicy
 from .relations import HiddenParamOpRelation, find_relations
 from .scope import CEILING, Scope, scope_of
 from .tape import Tape, build_tape
+from .untraced import mixing_transitions, unmarked_parameters, untraced_memory
 
 __all__ = [
     "ETraceGraph", "compile_etrace_graph", "compile_in_scope", "find_hidden_groups_from_minfo",
@@ -153,7 +155,9 @@ def compile_etrace_graph(
     """
     del include_output_bypass
     scope = scope_of(include_recurrent_mixing, sparse_n, snap_max_jacobian_elements)
-    return compile_in_scope(model, call_of(args, {}).first_step(), scope, include_hidden_perturb, control_flow)
+    graph = compile_in_scope(model, call_of(args, {}).first_step(), scope, include_hidden_perturb, control_flow)
+    emit(graph.diagnostics)
+    return graph
 
 
 def compile_in_scope(
@@ -163,16 +167,19 @@ def compile_in_scope(
     include_hidden_perturb: bool,
     control_flow: ControlFlowPolicy | None,
 ) -> ETraceGraph:
-    """:func:`compile_etrace_graph` for any call and scope."""
+    """:func:`compile_etrace_graph` for any call and scope, without its warnings."""
     info = info_of_call(model, call, control_flow)
     flow = analyse_flow(info)
     groups, group_of, merged = _groups(info, flow, scope)
     reach = _reach(info, flow, group_of)
-    relations, plain, found = find_relations(info, flow, reach, groups)
+    influence = Influence(info, flow)
+    relations, plain, found = find_relations(info, flow, reach, groups, influence)
     tape = build_tape(info, flow, reach, groups, (*relations, *plain))
     perturbation = add_hidden_perturbation_from_minfo(info) if include_hidden_perturb else None
+    found += unmarked_parameters(info, flow, influence) + untraced_memory(info, influence)
+    if not scope.mixing:
+        found += mixing_transitions(flow, groups, relations)
     diagnostics = (*info.diagnostics, *flow.diagnostics, *merged, *found)
-    emit(diagnostics)
     return ETraceGraph(info, groups, group_of, relations, plain, perturbation, tape, diagnostics)
 
 
@@ -336,7 +343,8 @@ def find_hidden_param_op_relations_from_minfo(
     del descended_scan_eqn_ids, descended_hidden_paths
     flow = analyse_flow(minfo)
     groups = sorted({g.index: g for g in hid_path_to_group.values()}.values(), key=lambda g: g.index)
-    relations, _, records = find_relations(minfo, flow, _reach(minfo, flow, hid_path_to_group), groups)
+    reach, influence = _reach(minfo, flow, hid_path_to_group), Influence(minfo, flow)
+    relations, _, records = find_relations(minfo, flow, reach, groups, influence)
     emit(records)
     return relations
 

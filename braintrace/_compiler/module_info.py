@@ -153,6 +153,24 @@ def _one_at_a_time() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _initialised() -> Iterator[None]:
+    """Say what makes the states, where a layer has none of its own."""
+    try:
+        yield
+    except AttributeError as error:
+        layer: Any = error.obj
+        of_module = isinstance(layer, brainstate.nn.Module)
+        if not of_module or type(layer).init_state is brainstate.nn.Module.init_state or error.name in vars(layer):
+            raise
+        raise AttributeError(
+            f"{error}. If that is a state, it is not initialised: call brainstate.nn.init_all_states(model) before "
+            "compile_graph, or let braintrace.compile do both.",
+            name=error.name,
+            obj=layer,
+        ) from error
+
+
+@contextlib.contextmanager
 def _same_states(model: brainstate.nn.Module) -> Iterator[None]:
     """Leave the states as they were even where tracing fails, and name the one that could not take its value back."""
     before = [(path, state, state._value) for path, state in model.states().items()]
@@ -318,7 +336,7 @@ def _traced(model, call, numbers):
 
     args = jax.tree.map(_abstract, (call.args, dict(call.keywords), numbers))
     traced = brainstate.transform.StatefulFunction(step, return_only_write=False, name="braintrace")
-    with _one_at_a_time(), _same_states(model):
+    with _one_at_a_time(), _same_states(model), _initialised():
         traced.make_jaxpr(*args)
     return traced, args
 
@@ -341,10 +359,12 @@ def _name_states(states, retrieved):
         if path is None:
             path = (f"_unknown_path_{unknown}",)
             unknown += 1
+            drawn = isinstance(state, brainstate.random.RandomState)
+            level = DiagnosticLevel.INFO if drawn else DiagnosticLevel.WARNING
             records.append(
                 CompilationRecord(
                     DiagnosticKind.STATE_MISMATCH,
-                    DiagnosticLevel.WARNING,
+                    level,
                     f"The step uses a {type(state).__name__} that is no attribute of the model (a random generator, "
                     f"say). It is advanced like any other state and called {path_str(path)!r} here.",
                 )

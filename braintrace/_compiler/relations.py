@@ -9,7 +9,7 @@ import brainstate
 import jax
 import numpy as np
 
-from .._jax import Literal, Var, any_rank, eval_jaxpr, hashed, sub_program
+from .._jax import Literal, Var, any_rank, eval_jaxpr, hashed, source_line, sub_program
 from .._ops.primitive import ETPPrimitive
 from .._ops.stacked import StackedPrimitive
 from .._types import Path, path_str
@@ -20,9 +20,13 @@ from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flatten import is_marked
 from .flow import Flow, MarkedOp, Reach, title_of
 from .groups import HiddenGroup
+from .influence import Influence
 from .module_info import ModuleInfo
 
 __all__ = ["HiddenParamOpRelation", "OperandProgram", "find_relations", "operand_program"]
+
+
+NO_PARAMETER = "none of its operands comes from a parameter"
 
 
 class OperandProgram(NamedTuple):
@@ -266,7 +270,7 @@ def _operand_program(step: _Step, op: MarkedOp) -> tuple[OperandProgram | None, 
     needed: set[int] = set()
     leaves: set[Any] = set()
     variables: dict[str, Any] = {}
-    why = "none of its operands comes from a parameter"
+    why = NO_PARAMETER
     for key, var in op.operands.items():
         if isinstance(var, Literal):
             continue
@@ -312,6 +316,7 @@ def find_relations(
     flow: Flow,
     reach: Reach,
     groups: Sequence[HiddenGroup],
+    influence: Influence,
 ) -> tuple[tuple[HiddenParamOpRelation, ...], tuple[HiddenParamOpRelation, ...], list[CompilationRecord]]:
     """Every marked operation with a parameter is a relation, or a record says why not.
 
@@ -331,7 +336,7 @@ def find_relations(
             records.append(
                 CompilationRecord(
                     DiagnosticKind.RELATION_EXCLUDED_NO_PARAMSTATE,
-                    DiagnosticLevel.WARNING,
+                    DiagnosticLevel.INFO if why == NO_PARAMETER else DiagnosticLevel.WARNING,
                     f"{name} is not trained online: {why}. Its value and gradient are those of plain JAX.",
                     primitive=name,
                 )
@@ -388,7 +393,7 @@ def find_relations(
         if not usable:
             plain.append(relation)
             if not fed:
-                records.append(_excluded(step, name, first, op, reach))
+                records.append(_excluded(step, name, first, op, reach, influence))
             continue
         relations.append(relation)
         calls[first] += 1
@@ -396,7 +401,7 @@ def find_relations(
             records.append(
                 CompilationRecord(
                     DiagnosticKind.RELATION_PARTIAL_PATH,
-                    DiagnosticLevel.WARNING,
+                    DiagnosticLevel.INFO,
                     f"{name} at {path_str(first)!r} reaches its hidden states directly and through another operation. "
                     "The current step is exact; the trace keeps the direct path.",
                     primitive=name,
@@ -436,7 +441,7 @@ def find_relations(
 
 def _relation(step, op, program, paths, used, call, mixed) -> HiddenParamOpRelation:
     info = step.info
-    connected = tuple(p for g in used for p in g.hidden_paths)
+    connected = tuple(p for g in used for p in _connected(g, op))
     states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
     trainable = {k: op.operands[k] for k in paths}
     fixed = _fixed_vars(op, paths)
@@ -464,6 +469,13 @@ def _relation(step, op, program, paths, used, call, mixed) -> HiddenParamOpRelat
         affine_keys=reads.affine,
         linear_keys=reads.linear,
     )
+
+
+def _connected(group: HiddenGroup, op: MarkedOp) -> list[Path]:
+    """The members of a group that an operation acts on without passing an old value."""
+    row = group.cut.df.get(op.index, ())
+    driven = {i for (i, _), entry in zip(group.slots, row) if entry.kind != "zero"}
+    return [p for i, p in enumerate(group.hidden_paths) if i in driven or not driven]
 
 
 def _fixed_vars(op: MarkedOp, trained) -> Mapping[int, Any]:
@@ -507,15 +519,30 @@ def _direct_groups(flow, group_of, k) -> set[int]:
     return {group_of[p].index for p, labels in flow.into.items() if ("y", k) in labels}
 
 
-def _excluded(step, name, path, op, reach) -> CompilationRecord:
+def _excluded(step, name, path, op, reach, influence) -> CompilationRecord:
     info, flow = step.info, step.flow
+    changed = influence.of([op.y], influence.opaque.__contains__)
+    if driven := influence.driven(changed):
+        products = influence.products(changed)
+        line = source_line(products[0]) if products else ""
+        how = (products[0].primitive.name if products else "loop") + (f" at {line}" if line else "")
+        return CompilationRecord(
+            DiagnosticKind.RELATION_EXCLUDED_MIXING,
+            DiagnosticLevel.WARNING,
+            f"{name} at {path_str(path)!r} reaches {', '.join(map(path_str, driven))} only through the {how}, which "
+            "mixes the positions of hidden values: no trace follows it, and its parameter gets the gradient of the "
+            "current step only. Make it a part of the weight of one braintrace.matmul there.",
+            primitive=name,
+            weight_path=path,
+            hidden_paths=driven,
+        )
     linked = {v for position in reach.links(op.y) for v in info.jaxpr.eqns[position].invars}
     blocking = sorted((reach.ops(op.y) | {o.index for o in flow.ops if o.y in linked}) - {op.index})
     if blocking and reach.groups(op.y):
         others = [flow.ops[k] for k in blocking]
         return CompilationRecord(
             DiagnosticKind.RELATION_EXCLUDED_WEIGHT_TO_WEIGHT,
-            DiagnosticLevel.WARNING,
+            DiagnosticLevel.INFO,
             f"{name} at {path_str(path)!r} reaches hidden states only through another operation: its parameter gets "
             "the exact gradient of the current step, without history.",
             primitive=name,
@@ -529,7 +556,7 @@ def _excluded(step, name, path, op, reach) -> CompilationRecord:
         )
     return CompilationRecord(
         DiagnosticKind.RELATION_EXCLUDED_NON_TEMPORAL,
-        DiagnosticLevel.WARNING,
+        DiagnosticLevel.INFO,
         f"{name} at {path_str(path)!r} drives no hidden state (a readout, say): its parameter gets the exact gradient "
         "of the current step, and needs no trace.",
         primitive=name,

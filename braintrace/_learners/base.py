@@ -15,7 +15,7 @@ from .._compiler.graph import ETraceGraph
 from .._compiler.report import CompilationReport
 from .._jax import zeros
 from .._sequence import SequenceDriverMixin
-from .._types import Path, path_str
+from .._types import CompilationError, Path, path_str
 
 __all__ = ["ETraceAlgorithm", "EligibilityTrace"]
 
@@ -140,13 +140,31 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
             initialised (``brainstate.nn.init_all_states``).
         **kwargs
             Keyword arguments of the model's ``update``.
+
+        Raises
+        ------
+        CompilationError
+            If no parameter has a trace.
         """
         if self.is_compiled or brainstate.transform.in_new_state_probe():
             return
         self.graph_executor.compile_graph(*args, **kwargs)
+        if not self.graph.hidden_param_op_relations:
+            raise CompilationError(
+                f"Nothing in {type(self.model4compile).__name__} is trainable online: no parameter drives a hidden "
+                "state through a marked operation. Route parameters through operations such as braintrace.matmul or "
+                f"the layers of braintrace.nn.{self._not_hidden()}\n" + CompilationReport(self.graph).to_str(2)
+            )
         self.init_etrace_state(*args)
         self.is_compiled = True
         self._lay_out()
+
+    def _not_hidden(self) -> str:
+        states = {p: s for p, s in self.other_states.items() if not isinstance(s, brainstate.random.RandomState)}
+        if self.hidden_states or not states:
+            return ""
+        named = ", ".join(f"the {type(s).__name__} {path_str(p)!r}" for p, s in states.items())
+        return f" The step has no hidden state: make what it remembers a brainstate.HiddenState ({named})."
 
     def _select(self, call: Call) -> list[brainstate.State]:
         """The states that a call touches, its step being the present one."""

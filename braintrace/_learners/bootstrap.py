@@ -204,7 +204,7 @@ class DNI(ParamDimVjpAlgorithm):
         snap_max_jacobian_elements: int = CEILING,
         **legacy: Any,
     ):
-        legacy_options(legacy)
+        legacy_options(legacy, type(self))
         super().__init__(
             model,
             name,

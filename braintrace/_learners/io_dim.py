@@ -114,7 +114,7 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
         random_feedback_key: jax.Array | int | None = None,
         **legacy: Any,
     ):
-        legacy_options(legacy)
+        legacy_options(legacy, type(self))
         if decay_or_rank is None and config is None:
             raise TypeError("Pass decay_or_rank (a decay in [0, 1), a rank >= 1, or a pair), or a config.")
         decays = None if decay_or_rank is None else _decay_pair(decay_or_rank)

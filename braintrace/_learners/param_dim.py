@@ -101,7 +101,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         snap_max_jacobian_elements: int = CEILING,
         **legacy: Any,
     ):
-        legacy_options(legacy)
+        legacy_options(legacy, type(self))
         super().__init__(model, name, vjp_method, control_flow, config, random_feedback_key, snap_max_jacobian_elements)
         self.fast_solve = bool(fast_solve)
         self.chunked_trace = bool(chunked_trace)

@@ -122,7 +122,7 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
         snap_max_jacobian_elements: int = CEILING,
         **legacy: Any,
     ):
-        legacy_options(legacy)
+        legacy_options(legacy, type(self))
         super().__init__(model, name, vjp_method, control_flow, config, random_feedback_key, snap_max_jacobian_elements)
         self.fast_solve = bool(fast_solve)
         if isinstance(projection_eps, bool) or not isinstance(projection_eps, numbers.Real):

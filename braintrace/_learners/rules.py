@@ -322,7 +322,7 @@ class ThreeFactor(ParamDimVjpAlgorithm):
         snap_max_jacobian_elements: int = CEILING,
         **legacy: Any,
     ):
-        legacy_options(legacy)
+        legacy_options(legacy, type(self))
         super().__init__(
             model,
             name,

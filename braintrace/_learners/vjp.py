@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -26,12 +28,35 @@ from .signals import expand_modulator, feedback_matrix, random_feedback
 __all__ = ["ETraceVjpAlgorithm", "legacy_options"]
 
 
-def legacy_options(options: dict[str, Any]) -> None:
+DELAY_LINE = (
+    " If the states are a delay line of outputs, delay what the operation receives instead: keep its inputs (spikes, "
+    "say) in a brainstate.ShortTermState, and apply the operation to the oldest."
+)
+
+
+def legacy_options(options: dict[str, Any], rule: type) -> None:
     """Accept what older scripts pass and newer versions ignore; everything else is a ``TypeError``."""
     if options.pop("mode", None) is not None:
         warnings.warn("The argument mode has no effect and is ignored.", DeprecationWarning, stacklevel=3)
     if options:
-        raise TypeError(f"Unknown argument(s): {', '.join(sorted(options))}.")
+        known = _arguments(rule)
+        near = {n: [k for k in known if n in k] or difflib.get_close_matches(n, known, 1, 0.5) for n in options}
+        meant = "".join(f" Did you mean {found[0]} for {n}?" for n, found in sorted(near.items()) if found)
+        raise TypeError(
+            f"Unknown argument(s): {', '.join(sorted(options))}.{meant} {rule.__name__} takes {', '.join(known)}."
+        )
+
+
+def _arguments(rule: type) -> list[str]:
+    """Names of the constructor's arguments behind the model, those that it passes on to its bases included."""
+    names: list[str] = []
+    for base in rule.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters
+            names += [k for k, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+            if "legacy" in parameters:
+                break
+    return [k for k in dict.fromkeys(names) if k not in ("self", "model")]
 
 
 def _check_config(config: Any, own: ETraceConfig) -> ETraceConfig:
@@ -242,11 +267,12 @@ class ETraceVjpAlgorithm(Recording):
                 y, shape = r.one.y_var.aval.shape, g.varshape
                 fits = y == shape or r.fold(g) is not None
                 if not fits and not (r.x_var is None and jnp.broadcast_shapes(y, shape) == shape):
+                    delayed = y and len(shape) > len(y) and shape[-len(y) :] == y
                     raise ValueError(
                         f"The output of {r.primitive.name} at {path_str(r.path)!r} has shape {y}, the hidden states "
                         f"{', '.join(map(path_str, g.hidden_paths))} that it drives have shape {shape}. Both need one "
                         "shape: initialise the states with the batch size of the inputs, or give the operation the "
-                        "shape of the states."
+                        "shape of the states." + DELAY_LINE * bool(delayed)
                     )
 
     def _trace_inputs(self, xs: dict[str, Any], record: TapeRecord, operands: Any, invals: list[Any]) -> Any:

@@ -8,7 +8,6 @@ the primitive replaces the derived one, and never changes results.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -16,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from .._jax import Primitive, define_primitive, where_compiled
+from .._types import CompilationWarning
+from .._warn import warn
 
 __all__ = ["ETPPrimitive", "Unshared", "anchored", "register_primitive"]
 
@@ -309,12 +310,11 @@ class ETPPrimitive(Primitive):
             i = mapped[0]
             operands[i] = jnp.moveaxis(operands[i], dims[i], 0)
             return self.batched_twin.bind(*operands, **params), 0
-        warnings.warn(
+        warn(
             f"jax.vmap over {self.name!r} maps operands {mapped}, which is not a batch of its input alone: "
             "it becomes plain JAX here, and its weight is invisible to online learning. "
             "Map only the input, or give the operation a batch axis.",
-            UserWarning,
-            stacklevel=2,
+            CompilationWarning,
         )
         out = jax.vmap(lambda *xs: self.impl_fn(*xs, **params), in_axes=tuple(dims))(*operands)
         return out, jax.tree.map(lambda _: 0, out)

@@ -45,6 +45,20 @@ def initialize(initializer: Initializer, shape: tuple[int, ...]) -> ArrayLike:
     return value if value.shape == shape else u.math.broadcast_to(value, shape)
 
 
+OF_OLDER_LAYERS = frozenset("ETraceParam ElemWiseParam NonTempParam FakeETraceParam FakeElemWiseParam".split())
+
+
+def parameter(param_type: Callable[..., Any], value: Any) -> Any:
+    """Make a layer's parameter."""
+    name = getattr(param_type, "__name__", "")
+    if name in OF_OLDER_LAYERS:
+        raise TypeError(
+            f"param_type={name} of version 0.1 is gone: every layer of braintrace.nn is trained online wherever it "
+            "drives a hidden state. Leave param_type out; take the layer of brainstate.nn where it shall not be."
+        )
+    return param_type(value)
+
+
 def set_sizes(module: brainstate.nn.Module, in_size: Size, out_size: Size) -> None:
     """Store both sizes on `module` as tuples; a layer maps the last axis only, so the others must agree."""
     module.in_size = in_size

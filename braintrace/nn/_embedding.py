@@ -9,7 +9,7 @@ from brainstate.typing import ArrayLike, Size
 
 from braintrace._ops import lookup
 
-from ._base import Initializer, initialize
+from ._base import Initializer, initialize, parameter
 
 
 class Embedding(brainstate.nn.Embedding):
@@ -76,7 +76,7 @@ class Embedding(brainstate.nn.Embedding):
                 f"Embedding takes a number of rows and a shape of one row, got num_embeddings={num_embeddings} and "
                 f"embedding_size={embedding_size}."
             )
-        self.weight = param_type(initialize(embedding_init, (self.num_embeddings, *self.out_size)))
+        self.weight = parameter(param_type, initialize(embedding_init, (self.num_embeddings, *self.out_size)))
 
     def _refuse_options(self) -> None:
         given: dict[str, Any] = {

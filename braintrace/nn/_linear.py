@@ -12,7 +12,7 @@ from brainstate.typing import ArrayLike, Size
 from braintrace._jax import any_rank
 from braintrace._ops import dense
 
-from ._base import Initializer, initialize, set_sizes
+from ._base import Initializer, initialize, parameter, set_sizes
 
 # The functions below act on the weight inside the marked operation. Operations compare their hooks by identity, so
 # every layer binds its hook once, when it is built: a new one at each call would trace the program anew.
@@ -95,7 +95,7 @@ class Linear(brainstate.nn.Linear):
         params = {"weight": initialize(w_init, shape)}
         if b_init is not None:
             params["bias"] = initialize(b_init, shape[-1:])
-        self.weight = param_type(params)
+        self.weight = parameter(param_type, params)
 
     def update(self, x: ArrayLike) -> ArrayLike:
         """Map `x` of shape ``(..., in)`` to ``(..., out)``."""
@@ -154,7 +154,7 @@ class SignedWLinear(brainstate.nn.SignedWLinear):
         shape = self.in_size[-1], self.out_size[-1]
         self.w_sign = None if w_sign is None else initialize(w_sign, shape)
         self._weight_fn = jnp.abs if w_sign is None else partial(_signed, self.w_sign)
-        self.weight = param_type(initialize(w_init, shape))
+        self.weight = parameter(param_type, initialize(w_init, shape))
 
     def update(self, x: ArrayLike) -> ArrayLike:
         """Map `x` of shape ``(..., in)`` to ``(..., out)``."""
@@ -231,7 +231,7 @@ class ScaledWSLinear(brainstate.nn.ScaledWSLinear):
             params["bias"] = initialize(b_init, shape[-1:])
         if ws_gain:
             params["gain"] = jnp.ones((1, shape[1]), params["weight"].dtype)
-        self.weight = param_type(params)
+        self.weight = parameter(param_type, params)
 
     @any_rank
     def update(self, x: ArrayLike) -> ArrayLike:

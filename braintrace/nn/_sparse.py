@@ -10,7 +10,7 @@ from brainstate.typing import ArrayLike, Size
 
 from braintrace._ops import grouped, low_rank, pattern_of, sparse_product
 
-from ._base import Initializer, initialize, set_sizes
+from ._base import Initializer, initialize, parameter, set_sizes
 
 
 def _as_tuple(size: Size) -> tuple[int, ...]:
@@ -66,7 +66,7 @@ class GroupedLinear(brainstate.nn.Module):
         params = {"weight": initialize(w_init, (num_groups, in_features, out_features))}
         if b_init is not None:
             params["bias"] = initialize(b_init, (num_groups, out_features))
-        self.weight = param_type(params)
+        self.weight = parameter(param_type, params)
 
     def update(self, x: ArrayLike) -> ArrayLike:
         """Map `x` of shape ``(..., num_groups, in_features)`` to ``(..., num_groups, out_features)``."""
@@ -137,7 +137,7 @@ class SparseLinear(brainstate.nn.SparseLinear):
         params = {"weight": spar_mat.data}
         if b_init is not None:
             params["bias"] = initialize(b_init, (cols,))
-        self.weight = param_type(params)
+        self.weight = parameter(param_type, params)
 
     def update(self, x: ArrayLike) -> ArrayLike:
         """Map `x` of shape ``(..., in)`` to ``(..., out)``."""
@@ -204,11 +204,12 @@ class LoRA(brainstate.nn.LoRA):
         self.in_features, self.lora_rank, self.out_features = rows, lora_rank, cols
         self.base_module = base_module
         a_init, b_init = kernel_init if isinstance(kernel_init, (tuple, list)) else (kernel_init, kernel_init)
-        self.weight = param_type(
+        self.weight = parameter(
+            param_type,
             {
                 "lora_a": initialize(a_init, (rows, lora_rank)),
                 "lora_b": initialize(b_init, (lora_rank, cols)),
-            }
+            },
         )
 
     __call__ = brainstate.nn.Module.__call__

@@ -1,0 +1,69 @@
+"""Which variables of a step a small change of others changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from .._jax import Literal, sub_jaxprs
+from .._types import Path
+from .flow import Flow, is_product
+from .module_info import ModuleInfo
+from .positions import dependence
+
+__all__ = ["Influence", "differentiable", "variables"]
+
+
+class Influence:
+    """Which variables of a step a small change of others changes, up to the new hidden values."""
+
+    def __init__(self, info: ModuleInfo, flow: Flow):
+        self.eqns, self.flow = info.jaxpr.eqns, flow
+        self.opaque = {op.position for op in flow.ops if not op.primitive.gradient_enabled}
+        self.ways = [_ways(eqn) for eqn in self.eqns]
+
+    def of(self, starts: Iterable[Any], blocked: Callable[[int], bool] = lambda position: False) -> set[Any]:
+        """``blocked`` tells which equations, by position, are not passed; new hidden values are not passed either."""
+        found = {v for v in starts if not isinstance(v, Literal)}
+        changed = set(found)
+        for position, ways in enumerate(self.ways):
+            if changed.isdisjoint(v for _, inputs in ways for v in inputs) or blocked(position):
+                continue
+            new = {v for v, inputs in ways if not changed.isdisjoint(inputs)}
+            found |= new
+            changed |= {v for v in new if v not in self.flow.members}
+        return found
+
+    def untraced(self, starts: Iterable[Any]) -> set[Any]:
+        """What no operation and no product of positions lies before: a trace would follow all of it."""
+        return self.of(starts, lambda position: position in self.opaque or is_product(self.eqns[position]))
+
+    def driven(self, changed: set[Any]) -> tuple[Path, ...]:
+        """The hidden states whose new values are among the variables."""
+        return tuple(p for v, paths in self.flow.members.items() if v in changed for p in paths)
+
+    def products(self, changed: set[Any]) -> list[Any]:
+        """Products that variables enter on their way to hidden states."""
+        entered = [e for e in self.eqns if is_product(e) and not changed.isdisjoint(variables(e.invars))]
+        return [e for e in entered if self.driven(self.of(e.outvars, self.opaque.__contains__))]
+
+
+def variables(atoms: Sequence[Any]) -> list[Any]:
+    return [v for v in atoms if not isinstance(v, Literal)]
+
+
+def differentiable(atoms: Sequence[Any]) -> list[Any]:
+    return [v for v in variables(atoms) if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
+
+
+def _ways(eqn: Any) -> list[tuple[Any, list[Any]]]:
+    """Every output with the inputs that change it."""
+    outs, inputs = differentiable(eqn.outvars), differentiable(eqn.invars)
+    if not outs or not inputs or eqn.primitive.name == "stop_gradient":
+        return []
+    if len(eqn.outvars) > 1 and any(sub_jaxprs(eqn)):
+        found = zip(eqn.outvars, dependence(eqn))
+        return [(v, differentiable([eqn.invars[i] for i in labels])) for v, labels in found if v in outs]
+    return [(v, inputs) for v in outs]

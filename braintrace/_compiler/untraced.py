@@ -1,0 +1,143 @@
+"""What carries a parameter's influence into later steps where no trace follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import brainstate
+
+from .._jax import source_line
+from .._types import Path, path_str
+from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
+from .flow import Flow, is_product
+from .groups import HiddenGroup
+from .influence import Influence, differentiable, variables
+from .module_info import ModuleInfo
+from .positions import unaligned_axes
+from .relations import HiddenParamOpRelation
+
+__all__ = ["mixing_transitions", "unmarked_parameters", "untraced_memory"]
+
+
+def unmarked_parameters(info: ModuleInfo, flow: Flow, influence: Influence) -> list[CompilationRecord]:
+    """Parameters that drive hidden states through no marked operation."""
+    records = []
+    opaque = influence.opaque.__contains__
+    for path, invars in info.weight_path_to_invars.items():
+        changed = influence.of(invars, opaque)
+        driven = influence.driven(changed)
+        if not driven:
+            continue
+        products = []
+        for eqn in influence.eqns:
+            inputs = variables(eqn.invars)
+            of_hidden = {s[1] for v in inputs if v not in changed for s in flow.labels.get(v, {}) if s[0] != "y"}
+            meets = is_product(eqn) or (eqn.primitive.name == "mul" and of_hidden)
+            if meets and not changed.isdisjoint(inputs) and influence.driven(influence.of(eqn.outvars, opaque)):
+                products.append((eqn, of_hidden))
+        of = sorted({p for _, hidden in products for p in hidden}, key=path_str)
+        what, line = ("multiplies " + _named(of)) if of else "is used", ""
+        operation = "matmul" if any(is_product(e) for e, _ in products) else "element_wise"
+        if products:
+            line = source_line(products[0][0])
+        records.append(
+            CompilationRecord(
+                DiagnosticKind.RELATION_EXCLUDED_UNMARKED,
+                DiagnosticLevel.WARNING if products else DiagnosticLevel.INFO,
+                f"The parameter {path_str(path)!r} {what} in plain JAX{f' at {line}' if line else ''}, on its way to "
+                f"{_named(driven)}. No trace follows this: it gets the gradient of the current step only. Use "
+                f"braintrace.{operation} or a layer of braintrace.nn there.",
+                weight_path=path,
+                hidden_paths=driven,
+                context={"line": line},
+            )
+        )
+    return records
+
+
+def untraced_memory(info: ModuleInfo, influence: Influence) -> list[CompilationRecord]:
+    """States that are not hidden, keep what parameters or hidden values did, and are read in a later step."""
+    jaxpr = info.jaxpr
+    kept: dict[Path, tuple[list[Any], list[Any]]] = {}
+    for path, state, numbers in zip(info.compiled_state_paths, info.compiled_model_states, info.state_leaves):
+        pairs = [(jaxpr.invars[info.first_state + n], jaxpr.outvars[info.num_var_out + n]) for n in numbers]
+        pairs = [(old, new) for old, new in pairs if old is not new and len(differentiable([old, new])) == 2]
+        if pairs and not isinstance(state, (brainstate.ParamState, brainstate.HiddenState)):
+            kept[path] = [old for old, _ in pairs], [new for _, new in pairs]
+    if not kept:
+        return []
+    sources = {
+        **info.weight_path_to_invars,
+        **{p: [v, *variables([info.hidden_path_to_outvar[p]])] for p, v in info.hidden_path_to_invar.items()},
+    }
+    fed: dict[Path, list[Path]] = {}
+    for _ in kept:  # what one of them keeps may come from another one
+        starts = {**sources, **{p: kept[p][0] for p in fed}}
+        changed = {p: influence.of(vs) for p, vs in starts.items()}
+        fed = {p: [s for s, of in changed.items() if s != p and not of.isdisjoint(new)] for p, (_, new) in kept.items()}
+        fed = {p: of for p, of in fed.items() if of}
+    states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
+    outputs = set(variables(jaxpr.outvars[: info.num_var_out])) - influence.flow.members.keys()
+    onward = {p: influence.untraced(kept[p][0]) for p in fed}
+    readers: dict[Path, str] = {}
+    for p in fed:
+        if driven := influence.driven(onward[p]):
+            readers[p] = f"{_named(driven)} {'reads' if len(driven) == 1 else 'read'} it"
+        elif not influence.of(kept[p][0]).isdisjoint(outputs):
+            readers[p] = "the output reads it"
+        elif not onward[p].isdisjoint(kept[p][1]) and not isinstance(states[p], brainstate.LongTermState):
+            readers[p] = "a loss may read it"
+    for _ in fed:
+        for p in fed.keys() - readers.keys():
+            if to := [q for q in readers if q != p and not onward[p].isdisjoint(kept[q][1])]:
+                readers[p] = f"{_named(to)} takes it over"
+    return [
+        CompilationRecord(
+            DiagnosticKind.STATE_NOT_HIDDEN,
+            DiagnosticLevel.WARNING,
+            f"The {type(states[p]).__name__} {path_str(p)!r} keeps what {_named(fed[p])} did for later steps, where "
+            f"{readers[p]}. Traces follow hidden states only: later steps give no gradient for it. Make it a "
+            "brainstate.HiddenState; to delay what an operation receives, keep the operation's input, not its output.",
+            weight_path=next((s for s in fed[p] if s in info.weight_path_to_invars), None),
+            hidden_paths=influence.driven(onward[p]),
+            context={"state": p},
+        )
+        for p in fed
+        if p in readers
+    ]
+
+
+def mixing_transitions(
+    flow: Flow, groups: Sequence[HiddenGroup], relations: Sequence[HiddenParamOpRelation]
+) -> list[CompilationRecord]:
+    """Traced groups in which a new value depends on old ones at other positions."""
+    records = []
+    lasting = {p for p, labels in flow.into.items() if any(s[0] == "old" for s in labels)}
+    for group in groups:
+        of = dict.fromkeys(p for r in relations if group in r.hidden_groups for p in r.parameter_paths)
+        mixed = [
+            p
+            for p in group.hidden_paths
+            for s, label in flow.into.get(p, {}).items()
+            if (s[0] == "old" or (s[0] == "new" and s[1] in lasting))
+            and s[1] in group.hidden_paths
+            and unaligned_axes(label, group.varshape)
+        ]
+        if mixed and of:
+            records.append(
+                CompilationRecord(
+                    DiagnosticKind.RECURRENT_MIXING,
+                    DiagnosticLevel.WARNING,
+                    f"The new value of {_named(dict.fromkeys(mixed))} depends on old values at other positions. Traces "
+                    f"of {_named(of)} keep what a position does to itself only; the current step is exact. Use a rule "
+                    "that sees the mixing (OSTLRecurrent, SnAp, UORO), or leave the mixing out.",
+                    weight_path=next(iter(of)),
+                    hidden_paths=tuple(dict.fromkeys(mixed)),
+                )
+            )
+    return records
+
+
+def _named(paths: Iterable[Path]) -> str:
+    return ", ".join(repr(path_str(p)) for p in paths)
