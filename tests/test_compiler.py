@@ -655,6 +655,8 @@ SILENT = {  # what trains as documented
     "a readout": readout,
     "a plain readout": lambda m, x: leaky(m, x) or m.h.value @ m.q.value,
     "a delay of what an operation receives": memory(lambda t, h, m: jnp.tanh(h), lambda h, t: h + matmul(t, Q)),
+    "a delay line": memory(lambda t, h, m: jnp.concatenate([jnp.tanh(h)[:1], t[:-1]]), lambda h, t: h + matmul(t, Q)),
+    "a ring buffer": memory(lambda t, h, m: t.at[0].set(jnp.tanh(h)[0]), lambda h, t: h + matmul(t, Q)),
     "a value for the next output": lambda m, x: leaky(m, x) or setattr(m.t, "value", m.h.value),
     "no gradient": memory(lambda t, h, m: jax.lax.stop_gradient(h), jnp.add),
     "no gradient when read": memory(keep_output, lambda h, t: h + jax.lax.stop_gradient(t)),

@@ -84,9 +84,14 @@ def untraced_memory(info: ModuleInfo, influence: Influence) -> list[CompilationR
     for p in fed:
         if driven := influence.driven(onward[p]):
             readers[p] = f"{_named(driven)} {'reads' if len(driven) == 1 else 'read'} it"
-        elif not influence.of(kept[p][0]).isdisjoint(outputs):
+            continue
+        reached = influence.of(kept[p][0])
+        enters = any(not reached.isdisjoint(variables(op.eqn.invars)) for op in influence.flow.ops)
+        if not reached.isdisjoint(outputs):
             readers[p] = "the output reads it"
-        elif not onward[p].isdisjoint(kept[p][1]) and not isinstance(states[p], brainstate.LongTermState):
+        elif onward[p].isdisjoint(kept[p][1]) or isinstance(states[p], brainstate.LongTermState):
+            continue  # the value of one step, or statistics
+        elif not enters:  # it is no delay of what an operation receives
             readers[p] = "a loss may read it"
     for _ in fed:
         for p in fed.keys() - readers.keys():
