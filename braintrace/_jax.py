@@ -22,9 +22,9 @@ from jax.interpreters import partial_eval as pe
 __all__ = [
     'ClosedJaxpr', 'Jaxpr', 'Literal', 'Primitive', 'Var', 'any_rank', 'at_source', 'bind_equation', 'call_body',
     'close', 'consts_of', 'define_bilinear', 'define_primitive', 'eval_jaxpr', 'has_custom_rule', 'hashed',
-    'is_builtin', 'is_jit', 'is_on_one_device', 'is_outside', 'is_remat', 'is_tracer', 'open_jaxpr', 'primitive_body',
-    'prune', 'reads', 'scan_operands', 'source_line', 'structs', 'sub_jaxprs', 'sub_program', 'trace_context',
-    'where_compiled', 'zeros',
+    'is_builtin', 'is_jit', 'is_on_one_device', 'is_outside', 'is_remat', 'is_tracer', 'open_jaxpr',
+    'primitive_body', 'prune', 'reads', 'refuses', 'scan_operands', 'source_line', 'structs', 'sub_jaxprs',
+    'sub_program', 'trace_context', 'where_compiled', 'zeros',
 ]  # fmt: skip
 
 JIT_NAMES = frozenset("jit pjit closed_call core_call core_closed_call custom_lin_call eval_jaxpr xla_call".split())
@@ -73,6 +73,20 @@ def zeros(shape: Sequence[int], dtype: Any) -> jax.Array:
     """Zeros that no kernel is compiled for; where a program is being traced, of that program."""
     value = jax.device_put(np.zeros(shape, dtype))
     return jnp.zeros(shape, dtype) if is_tracer(value) else value
+
+
+def refuses(message: str) -> Any:
+    """An identity that cannot be differentiated, and says why."""
+
+    @jax.custom_jvp
+    def identity(x):
+        return x
+
+    @identity.defjvp
+    def refuse(primals, tangents):
+        raise NotImplementedError(message)
+
+    return identity
 
 
 def trace_context() -> Any:

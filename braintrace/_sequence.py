@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._compiler.constants import known_outputs
-from ._jax import is_outside, trace_context
+from ._jax import is_outside, refuses, trace_context
 from ._precision import wide
 from ._types import CompilationWarning, MultiStepData, SingleStepData, head
 from ._warn import warn
@@ -529,17 +529,10 @@ class _Gradient(_Chunks):
         return out
 
 
-@jax.custom_jvp
-def no_gradient(outputs):
-    return outputs
-
-
-@no_gradient.defjvp
-def _refuse_gradient(primals, tangents):
-    raise NotImplementedError(
-        "The outputs of etrace_evolve have no gradient: it advances the model and the traces without one. Use "
-        "etrace_grad with the loss in its step_fn, or call the learner in a loop of your own."
-    )
+no_gradient = refuses(
+    "The outputs of etrace_evolve have no gradient: it advances the model and the traces without one. Use "
+    "etrace_grad with the loss in its step_fn, or call the learner in a loop of your own."
+)
 
 
 def _zeros_like(tree: Any) -> Any:

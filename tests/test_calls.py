@@ -54,6 +54,14 @@ def learner_of(rule="pp_prop", x=X, batch=B, vmap=False, **options):
     return braintrace.compile(Driven(), rule, x, batch_size=batch, vmap=vmap, **RULES[rule], **options)
 
 
+def initialise(model, size, vmap):
+    if vmap:
+        make = brainstate.transform.vmap_new_states(state_tag="new", axis_size=size)
+        make(lambda: brainstate.nn.init_all_states(model))()
+    else:
+        brainstate.nn.init_all_states(model, batch_size=size)
+
+
 def bare(learner):
     return learner.module if isinstance(learner, braintrace.ETraceVmap) else learner
 
@@ -183,13 +191,7 @@ def test_new_states_of_the_model_are_those_that_run(rule, vmap):
     fresh = learner_of(rule, vmap=vmap)
     learner.etrace_evolve(XS)
 
-    def initialise():
-        brainstate.nn.init_all_states(model, **({} if vmap else {"batch_size": B}))
-
-    if vmap:
-        brainstate.transform.vmap_new_states(state_tag="new", axis_size=B)(initialise)()
-    else:
-        initialise()
+    initialise(model, B, vmap)
     bare(learner).reset_state()
     assert list(bare(learner).hidden_states.values()) == [model.h]
     assert_close(sequence(learner)["w",], sequence(fresh)["w",])
@@ -207,13 +209,8 @@ def test_another_batch_size(rule, vmap, explicit):
     size, x = 5, jax.random.normal(jax.random.key(5), (T, 5, N_IN))
     fresh = learner_of(rule, x[0], size, vmap=vmap)
 
-    def initialise():
-        brainstate.nn.init_all_states(model, **({} if vmap else {"batch_size": size}))
-
-    if vmap:
-        brainstate.transform.vmap_new_states(state_tag="new", axis_size=size)(initialise)()
-    else:
-        initialise()
+    initialise(model, size, vmap)
+    if not vmap:
         with pytest.raises(ValueError, match=r"reset_state\(batch_size"):
             learner(x[0])
     bare(learner).reset_state(**({"batch_size": size} if explicit else {}))
@@ -318,3 +315,9 @@ def test_without_jit(rule):
     for a, b in zip(*(jax.tree.leaves({p: s.value for p, s in x.states().items()}) for x in (learner, other))):
         if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
             assert_close(a, b)
+
+
+def test_the_outputs_of_an_evolution_have_no_gradient():
+    learner = learner_of()
+    with pytest.raises(NotImplementedError, match="etrace_grad"):
+        brainstate.transform.grad(lambda: learner.etrace_evolve(XS, return_outputs=True).sum(), learner.param_states)()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._jax import any_rank
+from .._jax import any_rank, refuses
 from .._traces.record import Slots
 
 __all__ = ["NO_WINDOW", "Bars", "credit", "no_window_gradient", "reverse_only", "with_cotangent"]
@@ -54,14 +54,7 @@ NO_WINDOW = (
 )
 
 
-@jax.custom_jvp
-def no_window_gradient(outputs):
-    return outputs
-
-
-@no_window_gradient.defjvp
-def _refuse_window(primals, tangents):
-    raise NotImplementedError(NO_WINDOW)
+no_window_gradient = refuses(NO_WINDOW)
 
 
 def credit(reverse, zeros, lifted, held, weights):
@@ -103,15 +96,8 @@ def _filled(tree, like):
     return jax.tree.unflatten(structure, [_filled(t, c) for t, c in zip(given, children)])
 
 
-@jax.custom_jvp
-def _first_order(weight):
-    """Identity that refuses to be differentiated: traces are constants, so what they give has no second derivative."""
-    return weight
-
-
-@_first_order.defjvp
-def _refuse_second_order(primals, tangents):
-    raise NotImplementedError(
-        "An online gradient has no second derivatives with respect to parameters. Use vjp_method='multi-step', which "
-        "differentiates a step or window as it is, or wrap the gradient in jax.lax.stop_gradient."
-    )
+# Traces are constants, so what they give has no second derivative.
+_first_order = refuses(
+    "An online gradient has no second derivatives with respect to parameters. Use vjp_method='multi-step', which "
+    "differentiates a step or window as it is, or wrap the gradient in jax.lax.stop_gradient."
+)
