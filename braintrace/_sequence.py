@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._compiler.constants import known_outputs
-from ._jax import is_outside, refuses, trace_context
+from ._jax import is_outside, trace_context
 from ._precision import wide
 from ._types import CompilationWarning, MultiStepData, SingleStepData, head
 from ._warn import warn
@@ -476,7 +476,8 @@ class _Evolution(_Chunks):
         for state in self.learner.path_to_states.values():
             if not isinstance(state, brainstate.ParamState):
                 state.value = jax.lax.stop_gradient(state.value)
-        return no_gradient(outputs)
+        parameters = [s.value for s in self.learner.param_states.values()]
+        return no_gradient(outputs, parameters)
 
 
 class _Gradient(_Chunks):
@@ -529,10 +530,21 @@ class _Gradient(_Chunks):
         return out
 
 
-no_gradient = refuses(
-    "The outputs of etrace_evolve have no gradient: it advances the model and the traces without one. Use "
-    "etrace_grad with the loss in its step_fn, or call the learner in a loop of your own."
-)
+@jax.custom_vjp
+def no_gradient(outputs, parameters):
+    """``outputs``, which refuse a gradient with respect to ``parameters``, also where none would flow."""
+    del parameters
+    return outputs
+
+
+def _refuse_gradient(residuals, bars):
+    raise NotImplementedError(
+        "The outputs of etrace_evolve have no gradient: it advances the model and the traces without one. Use "
+        "etrace_grad with the loss in its step_fn, or call the learner in a loop of your own."
+    )
+
+
+no_gradient.defvjp(lambda outputs, parameters: (outputs, None), _refuse_gradient)
 
 
 def _zeros_like(tree: Any) -> Any:

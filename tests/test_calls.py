@@ -55,11 +55,15 @@ def learner_of(rule="pp_prop", x=X, batch=B, vmap=False, **options):
 
 
 def initialise(model, size, vmap):
-    if vmap:
-        make = brainstate.transform.vmap_new_states(state_tag="new", axis_size=size)
-        make(lambda: brainstate.nn.init_all_states(model))()
-    else:
+    if not vmap:
         brainstate.nn.init_all_states(model, batch_size=size)
+        return
+
+    @brainstate.transform.vmap_new_states(state_tag="new", axis_size=size)
+    def make():
+        brainstate.nn.init_all_states(model)
+
+    make()
 
 
 def bare(learner):
@@ -319,5 +323,12 @@ def test_without_jit(rule):
 
 def test_the_outputs_of_an_evolution_have_no_gradient():
     learner = learner_of()
+    evolve = lambda: learner.etrace_evolve(XS, return_outputs=True)  # noqa: E731
     with pytest.raises(NotImplementedError, match="etrace_grad"):
-        brainstate.transform.grad(lambda: learner.etrace_evolve(XS, return_outputs=True).sum(), learner.param_states)()
+        brainstate.transform.grad(lambda: evolve().sum(), learner.param_states)()
+
+    def after_a_warm_up():
+        return loss(learner, X), evolve()
+
+    _, outputs = brainstate.transform.grad(after_a_warm_up, learner.param_states, has_aux=True)()
+    assert outputs.shape == (T, B, N)
