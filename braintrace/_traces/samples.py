@@ -67,7 +67,7 @@ def _met_on_one_cpu(signal, trace, *, samples):
 
 
 def _spread(weight, trace, *, samples, rank):
-    return (weight * trace).sum(tuple(range(samples, trace.ndim - rank)))
+    return (weight[(None,) * samples] * trace).sum(tuple(range(samples, trace.ndim - rank)))
 
 
 def _batch_met(args: Any, dims: Any, *, samples: int) -> Any:
