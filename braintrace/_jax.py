@@ -325,23 +325,26 @@ def where_compiled(one_device: Callable[..., Any], otherwise: Callable[..., Any]
     """
     leaves, tree = jax.tree.flatten(args)
     flat = [lambda *xs, f=f: jax.tree.leaves(f(*jax.tree.unflatten(tree, xs))) for f in (one_device, otherwise)]
-    out: Any = jax.tree.structure(jax.eval_shape(otherwise, *args))
-    return jax.tree.unflatten(out, _chosen_p.bind(*leaves, one_device=flat[0], otherwise=flat[1]))
+    like = jax.eval_shape(otherwise, *args)
+    out: Any = jax.tree.structure(like)
+    shapes = tuple((s.shape, s.dtype) for s in jax.tree.leaves(like))
+    return jax.tree.unflatten(out, _chosen_p.bind(*leaves, one_device=flat[0], otherwise=flat[1], shapes=shapes))
 
 
-def _batch_chosen(args, dims, one_device, otherwise):
+def _batch_chosen(args, dims, one_device, otherwise, shapes):
     size = next(x.shape[d] for x, d in zip(args, dims) if d is not None)
     mapped = [jax.vmap(f, dims, axis_size=size) for f in (one_device, otherwise)]
-    outs = _chosen_p.bind(*args, one_device=mapped[0], otherwise=mapped[1])
-    return outs, [0] * len(outs)
+    shapes = tuple(((size, *shape), dtype) for shape, dtype in shapes)
+    return _chosen_p.bind(*args, one_device=mapped[0], otherwise=mapped[1], shapes=shapes), [0] * len(shapes)
 
 
-def _lower_chosen(ctx, *args, one_device, otherwise):
+def _lower_chosen(ctx, *args, one_device, otherwise, shapes):
     chosen = one_device if is_on_one_device(ctx) else otherwise
     return mlir.lower_fun(chosen, multiple_results=True)(ctx, *args)
 
 
 _chosen_p = Primitive("where_compiled")
 _chosen_p.multiple_results = True
-define_primitive(_chosen_p, lambda *xs, one_device, otherwise: otherwise(*xs), _batch_chosen)
+define_primitive(_chosen_p, lambda *xs, one_device, otherwise, shapes: otherwise(*xs), _batch_chosen)
+_chosen_p.def_abstract_eval(lambda *_, shapes, **__: [jax.core.ShapedArray(*s) for s in shapes])
 mlir.register_lowering(_chosen_p, _lower_chosen)
