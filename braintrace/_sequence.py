@@ -18,7 +18,7 @@ import numpy as np
 from ._compiler.constants import known_outputs
 from ._jax import is_outside, trace_context
 from ._precision import wide
-from ._types import CompilationWarning, MultiStepData, SingleStepData, head
+from ._types import CompilationWarning, Held, MultiStepData, SingleStepData, head
 from ._warn import warn
 
 __all__ = ["ETraceVmap", "SequenceDriverMixin", "common_length"]
@@ -287,8 +287,8 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
         axis_size: int | None = None,
     ):
         super().__init__(module, in_axes, out_axes, vmap_states, vmap_out_states, axis_name, axis_size)
-        self._filters = _Held((vmap_states, vmap_out_states))
-        self._functions = _Held((None, None, None))
+        self._filters = Held((vmap_states, vmap_out_states))
+        self._functions = Held((None, None, None))
 
     def _mapped(self, options: dict[str, Any]) -> tuple[Callable, Callable]:
         """The mapped call, and the same under a driver, for the module and the states that it has now."""
@@ -314,7 +314,7 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
             mapped(run, in_axes=(axes, 0), out_axes=self.out_axes, **over),
             mapped(record, in_axes=(0, axes, 0), out_axes=(self.out_axes, 0), **over),
         )
-        self._functions = _Held((key, *functions))
+        self._functions = Held((key, *functions))
         return functions
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
@@ -335,13 +335,6 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
         out, recorded = record(recorder.zeros, args, arrays)
         recorder.take(*recorded, self._recorded_length)
         return out
-
-
-class _Held:
-    """What the states of a module are not looked for in."""
-
-    def __init__(self, value: Any):
-        self.value = value
 
 
 def _states_by_axis(module: Any, states: Any) -> Any:

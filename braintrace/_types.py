@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 __all__ = [
-    "CompilationError", "CompilationWarning", "MultiStepData", "NotSupportedError", "Path", "SingleStepData", "head",
-    "path_str",
+    "CompilationError", "CompilationWarning", "Held", "MultiStepData", "NotSupportedError", "Path",
+    "SingleStepData", "head", "path_str",
 ]  # fmt: skip
 
 Path = tuple[Any, ...]
@@ -83,6 +83,13 @@ class MultiStepData(_Data):
     >>> braintrace.MultiStepData(jnp.ones((10, 3))).data.shape
     (10, 3)
     """
+
+
+class Held:
+    """Keeps the states of a value out of those of the module that holds it."""
+
+    def __init__(self, value: Any):
+        self.value = value
 
 
 # brainpy.state keys the synapses of a neuron by the description they were made of.

@@ -204,14 +204,16 @@ class ETraceGraphExecutor:
     def select(self, call: Call) -> list[brainstate.State]:
         """Make the step that serves a call the present one, compiling it if need be; the states that it touches."""
         present = self.compiled
-        difference = present.difference(call, self._states_of(present))
-        if difference is not None:
-            others = (c for c in self._known if c is not present and c.difference(call, self._states_of(c)) is None)
-            found = next(others, None)
-            if found is None:
-                self._compile_another(call, difference)
-            else:
-                self._compiled = found
+        states = self._states_of(present)
+        difference = present.difference(call, states)
+        if difference is None:
+            return states
+        others = (c for c in self._known if c is not present and c.difference(call, self._states_of(c)) is None)
+        found = next(others, None)
+        if found is None:
+            self._compile_another(call, difference)
+        else:
+            self._compiled = found
         return self._states_of(self.compiled)
 
     def _compile(self, call: Call) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
 from .._sequence import common_length
-from .._types import MultiStepData, Path, path_str
+from .._types import Held, MultiStepData, Path, path_str
 from .config import ETraceConfig
 from .param_dim import ParamDimVjpAlgorithm
 from .vjp import legacy_options
@@ -125,13 +125,6 @@ class SyntheticGradient(brainstate.nn.Module):
             estimate = flat @ param_values["w"][i].astype(h.dtype) + param_values["b"][i].astype(h.dtype)
             out[i] = estimate.reshape(h.shape)
         return out
-
-
-class Held:
-    """Keeps the states of an object out of those of the learner that holds it."""
-
-    def __init__(self, value: Any):
-        self.value = value
 
 
 class DNI(ParamDimVjpAlgorithm):

@@ -144,7 +144,7 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
         """Allocate zero traces, as new state objects; the step counter is not touched."""
         del args, kwargs
         self._check_output_shapes()
-        zeros = init_io(self.graph)
+        zeros = self._zero_traces()
         self.etrace_xs = {k: EligibilityTrace(v) for k, v in zeros.xs.items()}
         self.etrace_dfs = {k: EligibilityTrace(v) for k, v in zeros.dfs.items()}
 
