@@ -318,17 +318,35 @@ def is_on_one_device(ctx: Any) -> bool:
     return getattr(axes, "num_devices", None) == 1
 
 
-def where_compiled(one_device: Callable[..., Any], otherwise: Callable[..., Any], *args: Any) -> Any:
-    """Either function of ``args``, which compute the same: the first where the program is compiled for one device.
+def where_compiled(one_device: Callable[..., Any], otherwise: Callable[..., Any], *args: Any, static: Any = ()) -> Any:
+    """Either function of ``(*static, *args)``, which compute the same: the first where it is compiled for one device.
 
-    What it returns has no derivative.
+    What it returns has no derivative. Calls that are alike in functions, ``static`` and shapes are traced and lowered
+    once.
     """
     leaves, tree = jax.tree.flatten(args)
-    flat = [lambda *xs, f=f: jax.tree.leaves(f(*jax.tree.unflatten(tree, xs))) for f in (one_device, otherwise)]
-    like = jax.eval_shape(otherwise, *args)
-    out: Any = jax.tree.structure(like)
-    shapes = tuple((s.shape, s.dtype) for s in jax.tree.leaves(like))
-    return jax.tree.unflatten(out, _chosen_p.bind(*leaves, one_device=flat[0], otherwise=flat[1], shapes=shapes))
+    like = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+    choose = _choice if _has_hash(static) else _choice.__wrapped__
+    one_device, otherwise, shapes, out = choose(one_device, otherwise, static, tree, like)
+    return jax.tree.unflatten(out, _chosen_p.bind(*leaves, one_device=one_device, otherwise=otherwise, shapes=shapes))
+
+
+def _has_hash(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+@functools.lru_cache
+def _choice(one_device, otherwise, static, tree, like):
+    """Both functions of flat arguments, and the shapes and structure of what they return."""
+    flat = [lambda *xs, f=f: jax.tree.leaves(f(*static, *tree.unflatten(xs))) for f in (one_device, otherwise)]
+    args = tree.unflatten([jax.ShapeDtypeStruct(*s) for s in like])
+    result = jax.eval_shape(lambda *args: otherwise(*static, *args), *args)
+    leaves, out = jax.tree.flatten(result)
+    return *flat, tuple((s.shape, s.dtype) for s in leaves), out
 
 
 def _batch_chosen(args, dims, one_device, otherwise, shapes):

@@ -345,9 +345,9 @@ def _states_by_axis(module: Any, states: Any) -> Any:
     return module.states(states)
 
 
-_FEW_CALLS, _MANY_CALLS = 32, 200  # fewer leave small products, more gain nothing
+_FEW_CALLS, _TINY_CALLS, _MANY_CALLS = 32, 100, 200  # fewer leave small products, more gain nothing
 _USUAL_CALLS = 1, 2, 5, 10, 20, 25, 50, 100, 200  # divide most sequences: memory is then the same for all of them
-_SMALL_BYTES = 2**26
+_SMALL_BYTES, _TINY_BYTES = 2**26, 2**22
 
 
 class _Chunks:
@@ -451,6 +451,8 @@ class _Chunks:
         held, record = self.learner._chunk_bytes()
         samples = math.prod(self.front) * (self.length or 1)
         few = min(_FEW_CALLS, max(1, _SMALL_BYTES // (record * samples)))
+        if _TINY_CALLS * record * samples <= _TINY_BYTES:
+            few = _TINY_CALLS  # one chunk in place of a loop over several compiles faster
         most = min(_MANY_CALLS, max(few, held // (record * samples)))
         usual = max(k for k in _USUAL_CALLS if k <= most)
         even = (k for k in (usual, *range(most, most // 2, -1)) if calls % k == 0)  # leaves no shorter chunk to compile

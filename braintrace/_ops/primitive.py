@@ -210,31 +210,33 @@ class ETPPrimitive(Primitive):
         if self.rules.pp_x_repr is not None and self.rules.xy_to_dw is not None and not bound:
             return self._summed_own(x, cotangent, weights, params, fixed, axes)
 
-        def apart(x, cotangent, weights, fixed):
-            def apply(ws):
-                def one(x, fixed):
-                    return self.apply(x, ws, params, fixed)
-
-                for _ in range(axes):
-                    one = jax.vmap(one)
-                return one(x, dict(fixed))
-
-            y, pull = jax.vjp(apply, dict(weights))
-            return pull(cotangent.astype(y.dtype))[0]
-
-        def merged(x, cotangent, weights, fixed):
-            del fixed
-            lead = axes + int(self.batched)
-            x, cotangent = (v.reshape((-1, *v.shape[lead:])) for v in (x, cotangent))
-            y, pull = jax.vjp(lambda ws: whole.apply(x, ws, params, {}), dict(weights))
-            return pull(cotangent.astype(y.dtype))[0]
-
         args = x, cotangent, dict(weights), dict(fixed)
+        static = tuple(sorted(params.items()))
         whole = self if self.batched else self.batched_twin
         if whole is None or whole.sample_ndim is None or self.rules.pp_x_repr is not None or fixed:
-            return apart(*args)
+            return self._summed_apart(static, axes, *args)
         # One axis of samples is faster; where one of the axes is spread over devices, merging them gathers it.
-        return where_compiled(merged, apart, *args)
+        return where_compiled(
+            ETPPrimitive._summed_merged, ETPPrimitive._summed_apart, *args, static=(self, static, axes)
+        )
+
+    def _summed_apart(self, params, axes, x, cotangent, weights, fixed):
+        def apply(ws):
+            def one(x, fixed):
+                return self.apply(x, ws, dict(params), fixed)
+
+            for _ in range(axes):
+                one = jax.vmap(one)
+            return one(x, fixed)
+
+        y, pull = jax.vjp(apply, weights)
+        return pull(cotangent.astype(y.dtype))[0]
+
+    def _summed_merged(self, params, axes, x, cotangent, weights, fixed):
+        lead, whole = axes + int(self.batched), self if self.batched else self.batched_twin
+        x, cotangent = (v.reshape((-1, *v.shape[lead:])) for v in (x, cotangent))
+        y, pull = jax.vjp(lambda ws: whole.apply(x, ws, dict(params), fixed), weights)
+        return pull(cotangent.astype(y.dtype))[0]
 
     def _summed_own(self, x, cotangent, weights, params, fixed, axes):
         whole = self if self.batched else self.batched_twin

@@ -25,6 +25,8 @@ __all__ = [
     "placed", "relation_name", "sensitivities", "spread", "unbroadcast", "weighted_sum", "x_aval", "x_keys",
 ]  # fmt: skip
 
+_SMALL = 2**15  # elements
+
 Slots = list[Any]  # one array of shape V per hidden variable of a group, or None for a known zero
 
 
@@ -179,10 +181,12 @@ def contraction(
     offset = set(operation.offset_keys)
     gradient = gradients(x, cotangent) if set(operands) - offset or (fixed and bound) else {}
     if offset and not fixed:
-        # A product with an array: XLA's reduction over leading axes is far slower on a CPU.
         factors = jnp.ones(cotangent.shape[:axes], cotangent.dtype) if ones is None else ones
-        merged = lambda f, c: jnp.tensordot(f.reshape(-1), c.reshape((-1, *c.shape[axes:])), 1)  # noqa: E731
-        total = where_compiled(merged, lambda f, c: jnp.tensordot(f, c, axes), factors, cotangent)
+        # A product with an array runs far faster on a CPU than XLA's reduction over leading axes, and compiles slower.
+        if cotangent.size < _SMALL:
+            total = times(factors).sum(tuple(range(axes)))
+        else:
+            total = where_compiled(_weighted_merged, _weighted_apart, factors, cotangent, static=(axes,))
         total = total.astype(cotangent.dtype)
         first = None if x is None else x[(0,) * axes]
         at_first = p.weight_vjp(first, total, operands, params, {}, bound)
@@ -194,3 +198,11 @@ def contraction(
         at_zero = gradients(jnp.zeros_like(x), times(ones - 1.0))
         gradient.update({k: gradient[k] + at_zero[k] for k in operation.affine_keys})
     return gradient
+
+
+def _weighted_apart(axes, factors, cotangent):
+    return jnp.tensordot(factors, cotangent, axes)
+
+
+def _weighted_merged(axes, factors, cotangent):
+    return jnp.tensordot(factors.reshape(-1), cotangent.reshape((-1, *cotangent.shape[axes:])), 1)
