@@ -340,7 +340,7 @@ def test_a_sparse_jacobian_is_never_formed_whole():
         assert learner.graph.hidden_groups[0].trace_state_width == 2
         run = brainstate.transform.jit(lambda x, f=learner: f(x))
         run(jnp.ones((2, 2)))
-        step = jax.jit(learner.graph.tape.record)
+        step = jax.jit(learner.graph.step.record)
         invals = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in learner.graph.module_info.jaxpr.invars]
         operands = learner._operands(invals)
         sizes[n] = step.lower(invals, operands).compile().memory_analysis().temp_size_in_bytes

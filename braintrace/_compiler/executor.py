@@ -386,7 +386,7 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
         leaves = [*jax.tree.leaves(call.given), *info.environment_leaves(call.inputs)]
         over_time = [*call.over_time, *([False] * info.environment.num_leaves)]
         values = {p: s.value for p, s in zip(info.compiled_state_paths, states)}
-        zeros = graph.tape.zeros().new
+        zeros = graph.step.zeros().new
 
         def run(leaves, values, zeros):
             if any(over_time):
@@ -419,7 +419,7 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
         states = [info.reals(p, x) for p in info.compiled_state_paths for x in jax.tree.leaves(values[p])]
         invals = [*leaves, *states]
         operands = [r.operand_program.operands(invals) for r in graph.operations]
-        outs, record = graph.tape(invals, operands, graph.tape.zeros()._replace(new=zeros))
+        outs, record = graph.step(invals, operands, graph.step.zeros()._replace(new=zeros))
         out, values = info.results(outs)
         new = dict(zip(info.compiled_state_paths, values))
         dense = lambda g, entries: g.dense([e.read(record.varying[g.index]) for e in entries])  # noqa: E731
@@ -436,7 +436,7 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
         return [g.dense_D(record.varying[g.index]) if g.index in traced else None for g in self.graph.hidden_groups]
 
     def _window(self, over_time, leaves, values, stepper, trace):
-        zeros = self.graph.tape.zeros().new
+        zeros = self.graph.step.zeros().new
 
         def body(carry, sliced):
             values, trace = carry

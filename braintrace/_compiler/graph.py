@@ -22,7 +22,7 @@ from .perturbation import HiddenPerturbation, add_hidden_perturbation_from_minfo
 from .policy import ControlFlowPolicy
 from .relations import HiddenParamOpRelation, find_relations
 from .scope import CEILING, Scope, scope_of
-from .tape import Tape, build_tape
+from .step import PerturbedStep, perturb
 from .untraced import mixing_transitions, unmarked_parameters, untraced_memory
 
 __all__ = [
@@ -46,7 +46,7 @@ class ETraceGraph(NamedTuple):
     plain_operations : tuple of HiddenParamOpRelation
         Operations with parameters that drive no group (readouts, weights that act through other weights).
     hidden_perturb : HiddenPerturbation or None
-    tape : Tape
+    step : PerturbedStep
         The step as a program whose reverse pass yields the learning signals.
     diagnostics : tuple of CompilationRecord
     """
@@ -57,7 +57,7 @@ class ETraceGraph(NamedTuple):
     hidden_param_op_relations: tuple[HiddenParamOpRelation, ...]
     plain_operations: tuple[HiddenParamOpRelation, ...]
     hidden_perturb: HiddenPerturbation | None
-    tape: Tape
+    step: PerturbedStep
     diagnostics: tuple[CompilationRecord, ...]
 
     @property
@@ -174,13 +174,13 @@ def compile_in_scope(
     reach = _reach(info, flow, group_of)
     influence = Influence(info, flow)
     relations, plain, found = find_relations(info, flow, reach, groups, influence)
-    tape = build_tape(info, flow, reach, groups, (*relations, *plain))
+    step = perturb(info, flow, reach, groups, (*relations, *plain))
     perturbation = add_hidden_perturbation_from_minfo(info) if include_hidden_perturb else None
     found += unmarked_parameters(info, flow, influence) + untraced_memory(info, influence)
     if not scope.mixing:
         found += mixing_transitions(flow, groups, relations)
     diagnostics = (*info.diagnostics, *flow.diagnostics, *merged, *found)
-    return ETraceGraph(info, groups, group_of, relations, plain, perturbation, tape, diagnostics)
+    return ETraceGraph(info, groups, group_of, relations, plain, perturbation, step, diagnostics)
 
 
 @any_rank

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from .._compiler.call import Call
-from .._compiler.tape import TapeRecord
+from .._compiler.step import StepRecord
 from .._traces.record import Slots, sensitivities, x_keys
 from .._types import Path
 from .base import ETraceAlgorithm
@@ -102,7 +102,7 @@ class Binding(ETraceAlgorithm):
         info = self.graph.module_info
         return [info.first_state + n for n in info.state_leaves[info.compiled_state_paths.index(path)]]
 
-    def _read_record(self, record: TapeRecord, operands: list[dict[str, jax.Array]]) -> tuple[Any, Any, Any]:
+    def _read_record(self, record: StepRecord, operands: list[dict[str, jax.Array]]) -> tuple[Any, Any, Any]:
         """Inputs by x-key, df by key, and D per group."""
         xs = {}
         for i, key in x_keys(self.graph).items():

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._compiler.tape import TapeRecord, Zeros
+from .._compiler.step import StepRecord, Zeros
 from .._jax import any_rank, trace_context
 from .._traces.record import Slots, add, contraction
 from .._types import Path
@@ -69,7 +69,7 @@ class Recording(Binding):
         raise NotImplementedError
 
     def _chunk_step(
-        self, carry: Any, index: jax.Array, record: TapeRecord, operands: Any, bars: Bars
+        self, carry: Any, index: jax.Array, record: StepRecord, operands: Any, bars: Bars
     ) -> tuple[Any, Any, set[int]]:
         """Advance the carry; what to emit, and the operations whose inputs are to be emitted."""
         raise NotImplementedError
@@ -91,7 +91,7 @@ class Recording(Binding):
         return not self._overrides(*hooks) and all(r.is_static for r in self.graph.operations)
 
     def _recorder_zeros(self) -> Any:
-        return self.graph.tape.zeros() if self._is_single_step else self._hidden_zeros()
+        return self.graph.step.zeros() if self._is_single_step else self._hidden_zeros()
 
     def _no_cotangents(self) -> Any:
         """In the place of those of the recorder's zeros, where nothing is differentiated."""
@@ -121,7 +121,7 @@ class Recording(Binding):
                 raise NotImplementedError(NO_WINDOW)
             invals = self._invals(leaves, values)
             held = jax.lax.stop_gradient(self._operands(invals))
-            outs, record = self.graph.tape(invals, held, recorder.zeros)
+            outs, record = self.graph.step(invals, held, recorder.zeros)
             recorder.take(record, extras, None)
             return self._outvals(outs)
         hidden = self._shifted(values.hidden, recorder.zeros)

@@ -16,7 +16,7 @@ from .._compiler.call import Call, call_of
 from .._compiler.executor import ETraceVjpGraphExecutor
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
-from .._compiler.tape import TapeRecord
+from .._compiler.step import StepRecord
 from .._jax import any_rank, is_tracer, trace_context
 from .._traces.record import Slots, instantaneous, spread
 from .._types import Path, path_str
@@ -275,7 +275,7 @@ class ETraceVjpAlgorithm(Recording):
                         "shape of the states." + DELAY_LINE * bool(delayed)
                     )
 
-    def _trace_inputs(self, xs: dict[str, Any], record: TapeRecord, operands: Any, invals: list[Any]) -> Any:
+    def _trace_inputs(self, xs: dict[str, Any], record: StepRecord, operands: Any, invals: list[Any]) -> Any:
         """What of a step's inputs the trace update takes: by default their linear representations, by x-key."""
         del record, operands, invals
         return xs
@@ -433,7 +433,7 @@ class ETraceVjpAlgorithm(Recording):
             return out, new, self._advance(traces, index, record, operands, invals, values.weights)
         held = jax.lax.stop_gradient(self._invals(leaves, values))
         held_operands = self._operands(held)
-        record = self.graph.tape.record(held, held_operands)
+        record = self.graph.step.record(held, held_operands)
         after = self._advance(traces, index, record, held_operands, held, values.weights)
         values = self._hooked(values, after, index + 1)
         invals = self._invals(leaves, values)
@@ -441,7 +441,7 @@ class ETraceVjpAlgorithm(Recording):
         zeros = self._credited_zeros(traces, after, index, record, leaves, operands, values.weights, aux)
         trained = len(self.graph.hidden_param_op_relations)
         operands = [jax.lax.stop_gradient(w) if i < trained else w for i, w in enumerate(operands)]
-        out, new = self._outvals(self.graph.tape(invals, operands, zeros)[0])
+        out, new = self._outvals(self.graph.step(invals, operands, zeros)[0])
         return out, new, after
 
     def _run_window(self, over_time, length, leaves, values, traces, index, aux):
@@ -491,7 +491,7 @@ class ETraceVjpAlgorithm(Recording):
         invals = self._invals(leaves, values)
         operands = self._operands(invals)
         operands = [jax.lax.stop_gradient(w) if i < held else w for i, w in enumerate(operands)]
-        outs, record = self.graph.tape(invals, operands, self.graph.tape.zeros())
+        outs, record = self.graph.step(invals, operands, self.graph.step.zeros())
         return *self._outvals(outs), record, operands, invals
 
     @staticmethod
@@ -514,12 +514,12 @@ class ETraceVjpAlgorithm(Recording):
 
     # -- how cotangents of a step's result reach the parameters ---------------------------------------------------
     #
-    # The zeros that the tape adds come from `credit`, a function of arrays that depend on the parameters: its value is
+    # The zeros that the step adds come from `credit`, a function of arrays that depend on the parameters: its value is
     # zero, its reverse rule turns the signals into cotangents of these arrays. All of it is an ordinary JAX program,
     # so that under jax.vmap the weight gradients of all samples are one product.
 
     def _credited_zeros(self, traces, after, index, record, leaves, operands, weights, aux):
-        zeros = self.graph.tape.zeros()
+        zeros = self.graph.step.zeros()
         _, dfs, _ = self._read_record(record, operands)
         relations = self.graph.hidden_param_op_relations
         every = range(len(relations))
@@ -553,7 +553,7 @@ class ETraceVjpAlgorithm(Recording):
         now = self._first_step(over_time, length, leaves)
         invals = self._invals(now, values)
         operands = self._operands(invals)
-        fixed = self.graph.tape.record(*jax.lax.stop_gradient((invals, operands))).fixed
+        fixed = self.graph.step.record(*jax.lax.stop_gradient((invals, operands))).fixed
         every = range(len(self.graph.hidden_param_op_relations))
         lifted = self._lifts(every, traces, operands, fixed, values.weights, index)
         zeros = self._hidden_zeros()
