@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._compiler.constants import known_outputs
+from ._chunks import ChunkedEvolution, ChunkedGradient, zeros_to_add
 from ._jax import is_outside, trace_context
-from ._precision import wide
-from ._types import CompilationWarning, Held, MultiStepData, SingleStepData, head
+from ._types import CompilationWarning, Held, MultiStepData, SingleStepData
 from ._warn import warn
 
 __all__ = ["ETraceVmap", "SequenceDriverMixin", "common_length"]
@@ -31,6 +28,10 @@ class SequenceDriverMixin:
 
     _calls_outside = 0
     _per_sample: Any = property(lambda self: self)  # the learner itself, or the one that is mapped
+
+    def _vmap_shape(self) -> tuple[int, ...]:
+        """The size of the mapped axis, if there is one."""
+        return ()
 
     def _driven(self) -> Any:
         if not self._per_sample.is_compiled:
@@ -125,7 +126,7 @@ class SequenceDriverMixin:
 
         def run(sequences, mask):
             items = (_windows(sequences, k), _windows(mask, k))
-            engine = _Gradient(self, weights, objective, chunk)
+            engine = ChunkedGradient(self._per_sample, objective, self._vmap_shape(), chunk, weights)
             total, losses, aux = (
                 engine.run(items) if engine.applies(items) else _step_by_step(objective, weights, items)
             )
@@ -186,7 +187,7 @@ class SequenceDriverMixin:
 
         def run(sequences):
             items = _windows(sequences, k)
-            engine = _Evolution(self, body)
+            engine = ChunkedEvolution(self._per_sample, body, self._vmap_shape())
             applies = recorded and engine.applies((items,))
             return engine.run(items) if applies else brainstate.transform.for_loop(body, items)
 
@@ -290,6 +291,10 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
         self._filters = Held((vmap_states, vmap_out_states))
         self._functions = Held((None, None, None))
 
+    def _vmap_shape(self) -> tuple[int, ...]:
+        state = next(iter(self.module.hidden_states.values()))
+        return (jax.tree.leaves(state.value)[0].shape[0],)
+
     def _mapped(self, options: dict[str, Any]) -> tuple[Callable, Callable]:
         """The mapped call, and the same under a driver, for the module and the states that it has now."""
         module = self.module
@@ -345,212 +350,6 @@ def _states_by_axis(module: Any, states: Any) -> Any:
     return module.states(states)
 
 
-_FEW_CALLS, _TINY_CALLS, _MANY_CALLS = 32, 100, 200  # fewer leave small products, more gain nothing
-_USUAL_CALLS = 1, 2, 5, 10, 20, 25, 50, 100, 200  # divide most sequences: memory is then the same for all of them
-_SMALL_BYTES, _TINY_BYTES = 2**26, 2**22
-
-
-class _Chunks:
-    """A sequence of calls, with everything that is as large as a weight done once for a chunk of them.
-
-    Neither the derivatives of a step nor its learning signals depend on the traces. So a step leaves a small record,
-    and the algebra of the traces follows for a chunk of records together, as products over time.
-    """
-
-    def __init__(self, learner: Any, function: Callable, chunk: int | None = None):
-        self.learner, self.function, self.chunk = learner._per_sample, function, chunk
-        self.front: tuple[int, ...] = ()
-        if isinstance(learner, ETraceVmap):
-            state = next(iter(self.learner.hidden_states.values()))
-            self.front = (jax.tree.leaves(state.value)[0].shape[0],)
-        self.calls, self.length = 0, None
-
-    def applies(self, items: Any) -> bool:
-        """Whether the learner's call can be recorded: one is made, not inside of another transformation."""
-        if not self.learner._can_record():
-            return False
-        while True:
-            graph = self.learner.graph
-            self.step = brainstate.transform.StatefulFunction(self._one_call)
-            first = jax.eval_shape(lambda items: (*jax.tree.map(head, items), self._zeros()), items)
-            self.program = self.step.make_jaxpr(*first).get_jaxpr(*first)
-            if self.learner.graph is graph:
-                return self.calls == 1
-
-    def _one_call(self, *item: Any) -> Any:
-        """Gradients of plain uses of parameters, cotangents of the zeros, result, and what the learner's call left.
-
-        The last of the items are the zeros.
-        """
-        raise NotImplementedError
-
-    def _recorded(self, zeros: Any, *args: Any) -> Any:
-        """What the function returns, and what the learner's call in it left."""
-        with self.learner._recording(zeros) as recorder:
-            result = self.function(*args)
-        # Not the recorder itself: traced values that it held would be kept alive.
-        self.calls, self.length = recorder.calls, recorder.length
-        return result, recorder.recorded
-
-    def _zeros(self):
-        zeros = self.learner._recorder_zeros()
-        return jax.tree.map(lambda z: jnp.zeros((*self.front, *z.shape), z.dtype), zeros)
-
-    def _over_chunks(self, total: Any, items: Any) -> tuple[Any, Any]:
-        """``total`` (sums for plain uses, and for operands) after all calls, and their results."""
-        self.operands = jax.lax.stop_gradient(self.learner._static_operands())
-        calls = jax.tree.leaves(items)[0].shape[0]
-        size = min(calls, self.chunk or self._automatic(calls))
-        whole = calls - calls % size
-        results = []
-        if whole == size:
-            total, out = self._chunk(total, _part(items, 0, size))
-            results.append(out)
-        elif whole:
-            # Sliced chunk by chunk: a sequence cut to the whole chunks would be a copy of it.
-            body = lambda total, i: self._chunk(total, _part(items, i * size, size))  # noqa: E731
-            total, out = brainstate.transform.scan(body, total, jnp.arange(whole // size))
-            results.append(jax.tree.map(lambda v: v.reshape((-1, *v.shape[2:])), out))
-        if whole < calls:
-            total, out = self._chunk(total, _part(items, whole, calls - whole))
-            results.append(out)
-        return total, results[0] if len(results) == 1 else jax.tree.map(lambda *v: jnp.concatenate(v), *results)
-
-    def _chunk(self, total, items):
-        plain, traced = total
-        learner = self.learner
-        traces = learner._get_etrace_data()
-
-        def body(carry, item):
-            plain, engine = carry
-            index = learner.running_index.value
-            grads, bars, result, recorded = self.step(*item, self._zeros())
-            read = lambda engine, recorded, bars: learner._recorded_step(  # noqa: E731
-                engine, index, recorded, bars, self.operands, self.length
-            )
-            if self.front:
-                read = jax.vmap(read, out_axes=(0, 1), axis_size=self.front[0])
-            engine, emitted = read(engine, recorded, bars)
-            return ({i: v + grads[i] for i, v in plain.items()}, engine), (emitted, result)
-
-        (plain, engine), (emitted, result) = brainstate.transform.scan(
-            body, (plain, learner._chunk_start(traces)), items
-        )
-        emitted = jax.tree.map(lambda v: v.reshape((-1, *v.shape[2:])), emitted)
-        length = jax.tree.leaves(items)[0].shape[0] * (self.length or 1)
-        traces, found = learner._recorded_chunk(traces, engine, emitted, self.operands, self.front, length)
-        learner._assign_etrace_data(traces)
-        traced = {
-            i: {k: v + found[i][k].astype(v.dtype) if found.get(i) else v for k, v in ws.items()}
-            for i, ws in traced.items()
-        }
-        return (plain, traced), result
-
-    def _automatic(self, calls: int) -> int:
-        """As many calls as their records are smaller than what is then touched once instead of at every step."""
-        held, record = self.learner._chunk_bytes()
-        samples = math.prod(self.front) * (self.length or 1)
-        few = min(_FEW_CALLS, max(1, _SMALL_BYTES // (record * samples)))
-        if _TINY_CALLS * record * samples <= _TINY_BYTES:
-            few = _TINY_CALLS  # one chunk in place of a loop over several compiles faster
-        most = min(_MANY_CALLS, max(few, held // (record * samples)))
-        usual = max(k for k in _USUAL_CALLS if k <= most)
-        even = (k for k in (usual, *range(most, most // 2, -1)) if calls % k == 0)  # leaves no shorter chunk to compile
-        return next(even, most)
-
-
-class _Evolution(_Chunks):
-    """Calls without a loss."""
-
-    def _one_call(self, slices, zeros):
-        result, recorded = self._recorded(zeros, slices)
-        return {}, self.learner._no_cotangents(), result, recorded
-
-    def run(self, items: Any) -> Any:
-        _, outputs = self._over_chunks(({}, {}), (items,))
-        for state in self.learner.path_to_states.values():
-            if not isinstance(state, brainstate.ParamState):
-                state.value = jax.lax.stop_gradient(state.value)
-        parameters = [s.value for s in self.learner.param_states.values()]
-        return no_gradient(outputs, parameters)
-
-
-class _Gradient(_Chunks):
-    """Calls whose results are losses and auxiliary data; a step is differentiated alone, with respect to its zeros."""
-
-    def __init__(self, learner: Any, weights: Mapping[Any, brainstate.State], objective: Callable, chunk: int | None):
-        super().__init__(learner, objective, chunk)
-        self.weights = weights
-        self.numbers: dict[Any, list[int]] = {}  # of the leaves of each key's value, among all of them
-        for key, state in weights.items():
-            first = sum(map(len, self.numbers.values()))
-            self.numbers[key] = list(range(first, first + len(jax.tree.leaves(state.value))))
-
-    def _one_call(self, slices, m, zeros):
-        def differentiable(slices, m, zeros):
-            (value, result), recorded = self._recorded(zeros, slices, m)
-            return value, (result, recorded)
-
-        gradient = brainstate.transform.grad(differentiable, self.weights, argnums=2, has_aux=True)
-        (grads, bars), more = gradient(slices, m, zeros)
-        return self._leaves(grads), bars, *more
-
-    def _leaves(self, by_key):
-        return [leaf for key in self.weights for leaf in jax.tree.leaves(by_key[key])]
-
-    def run(self, items: Any) -> Any:
-        """Gradients by the keys of ``weights``, losses and auxiliary data."""
-        known = known_outputs(self.program, look_inside=False)
-        leaves = self._leaves({k: s.value for k, s in self.weights.items()})
-        # Most parameters are used by operations alone: zeros need not be added up.
-        numbers = [i for numbers in self.numbers.values() for i in numbers if np.any(known.get(i, True))]
-        plain = _zeros_like({i: leaves[i] for i in numbers})
-        traced = _zeros_like(dict(enumerate(self.learner._static_operands())))
-        total, (losses, aux) = self._over_chunks((plain, traced), items)
-        return self._by_key(*total), losses, aux
-
-    def _by_key(self, plain, traced):
-        learner = self.learner
-        by_path = learner._parameter_gradients(traced)
-        path_of = learner.state_id_to_path
-        out = {}
-        for key, state in self.weights.items():
-            leaves, tree = jax.tree.flatten(state.value)
-            traced_ones = by_path.get(path_of.get(id(state)), [None] * len(leaves))
-            found = []
-            for number, leaf, extra in zip(self.numbers[key], leaves, traced_ones):
-                parts = [g for g in (plain.get(number), extra) if g is not None] or [_zeros_like(leaf)]
-                found.append(functools.reduce(jnp.add, [g.astype(wide(leaf.dtype)) for g in parts]))
-            out[key] = tree.unflatten(found)
-        return out
-
-
-@jax.custom_vjp
-def no_gradient(outputs, parameters):
-    """``outputs``, which refuse a gradient with respect to ``parameters``, also where none would flow."""
-    del parameters
-    return outputs
-
-
-def _refuse_gradient(residuals, bars):
-    raise NotImplementedError(
-        "The outputs of etrace_evolve have no gradient: it advances the model and the traces without one. Use "
-        "etrace_grad with the loss in its step_fn, or call the learner in a loop of your own."
-    )
-
-
-no_gradient.defvjp(lambda outputs, parameters: (outputs, None), _refuse_gradient)
-
-
-def _zeros_like(tree: Any) -> Any:
-    """To be summed to over time."""
-    return jax.tree.map(lambda v: jnp.zeros(v.shape, wide(v.dtype)), tree)
-
-
-def _part(tree: Any, start: Any, size: int) -> Any:
-    return jax.tree.map(lambda v: jax.lax.dynamic_slice_in_dim(v, start, size), tree)
-
-
 def _step_by_step(objective, weights, items):
     """The gradient of a sequence as a sum of gradients of its steps."""
     gradient = brainstate.transform.grad(objective, weights, has_aux=True)
@@ -564,7 +363,7 @@ def _step_by_step(objective, weights, items):
             grads = jax.tree.map(lambda g: g * m.astype(g.dtype), grads)
         return jax.tree.map(jnp.add, total, grads), (loss, aux)
 
-    zeros = _zeros_like({p: s.value for p, s in weights.items()})
+    zeros = zeros_to_add({p: s.value for p, s in weights.items()})
     total, (losses, aux) = brainstate.transform.scan(body, zeros, items)
     return total, losses, aux
 

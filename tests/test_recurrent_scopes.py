@@ -342,7 +342,7 @@ def test_a_sparse_jacobian_is_never_formed_whole():
         run(jnp.ones((2, 2)))
         step = jax.jit(learner.graph.step.record)
         invals = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in learner.graph.module_info.jaxpr.invars]
-        operands = learner._operands(invals)
+        operands = learner._binding.operands(invals)
         sizes[n] = step.lower(invals, operands).compile().memory_analysis().temp_size_in_bytes
     assert sizes[400] < 8 * max(sizes[100], 4096)
 

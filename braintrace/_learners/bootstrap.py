@@ -249,7 +249,7 @@ class DNI(ParamDimVjpAlgorithm):
 
     def _packed(self, by_path: Mapping[Path, Any]) -> dict[int, jax.Array]:
         """Values per hidden state, without units, as one array per group."""
-        return self._by_group(self._hidden_reals(by_path))
+        return self._by_group(self._binding.reals(by_path))
 
     def _by_group(self, reals: Mapping[Path, Any]) -> dict[int, jax.Array]:
         return {g.index: g.concat_hidden([reals[p] for p in g.hidden_paths]) for g in self.graph.hidden_groups}
@@ -341,8 +341,8 @@ def train_synthetic_gradient(
     synthesizer: Any = learner._attached()
     length = common_length((inputs,))
     k = learner._window_length(chunk_size, length, gradient=True) or 1
-    for path, zero in learner._hidden_zeros().items():
-        shape = learner._hidden_reals({path: learner.hidden_states[path].value})[path].shape
+    for path, zero in learner._binding.hidden_zeros().items():
+        shape = learner._binding.reals({path: learner.hidden_states[path].value})[path].shape
         if shape != zero.shape:
             raise ValueError(
                 f"{path_str(path)!r} has shape {shape}, the learner was compiled for {zero.shape}: it is mapped over "

@@ -8,24 +8,13 @@ from typing import Any
 import brainstate
 import jax
 
+from .._binding import Binding
 from .._compiler.policy import ControlFlowPolicy
-from .._traces.io import (
-    IOTrace,
-    bias_correction,
-    contract_io,
-    contract_io_chunk,
-    filtered_one,
-    init_io,
-    join,
-    lift_io,
-    split,
-    update_io,
-)
-from .._traces.record import pair_key, x_keys
+from .._engines.io import IOEngine, IOTrace
+from .._engines.record import pair_key
 from .._types import Path, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
-from .credit import Bars
 from .vjp import ETraceVjpAlgorithm, legacy_options
 
 __all__ = ["ES_D_RTRL", "IODimVjpAlgorithm", "pp_prop"]
@@ -143,13 +132,9 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
     def init_etrace_state(self, *args: Any, **kwargs: Any) -> None:
         """Allocate zero traces, as new state objects; the step counter is not touched."""
         del args, kwargs
-        self._check_output_shapes()
-        zeros = self._zero_traces()
+        zeros = self._engine.init()
         self.etrace_xs = {k: EligibilityTrace(v) for k, v in zeros.xs.items()}
         self.etrace_dfs = {k: EligibilityTrace(v) for k, v in zeros.dfs.items()}
-
-    def _zero_traces(self) -> IOTrace:
-        return init_io(self.graph)
 
     def _trace_states(self):
         relations = self.graph.hidden_param_op_relations
@@ -159,7 +144,7 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
             behind = int(r.sub_steps is not None)
             axis |= {pair_key(r, g.index): behind for g in r.hidden_groups if g.index in with_batch}
             if r.one.primitive.batched and r.x_var is not None:
-                axis[x_keys(self.graph)[i]] = behind
+                axis[self._engine.x_keys[i]] = behind
         for key, state in (*self.etrace_xs.items(), *self.etrace_dfs.items()):
             yield state, axis.get(key)
 
@@ -186,7 +171,7 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
             Before compilation, or if ``weight`` has no trace; the message names the path.
         """
         path = self._path_of(weight)
-        keys = x_keys(self.graph)
+        keys = self._engine.x_keys
         xs, dfs = {}, {}
         for i, r in enumerate(self.graph.hidden_param_op_relations):
             if path in r.parameter_paths:
@@ -197,7 +182,9 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
             raise ValueError(f"The parameter {path_str(path)!r} is trained by the current step alone: it has no trace.")
         return xs, dfs
 
-    # -- the rule -------------------------------------------------------------------------------------------------
+    def _make_engine(self, binding: Binding) -> IOEngine:
+        numbers = tuple(range(len(binding.graph.hidden_param_op_relations)))
+        return IOEngine(binding, numbers, *self._decays, self.config.recursion_f)
 
     def _get_etrace_data(self) -> IOTrace:
         return IOTrace(
@@ -208,58 +195,6 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
         for states, values in ((self.etrace_xs, vals.xs), (self.etrace_dfs, vals.dfs)):
             for key, state in states.items():
                 state.value = values[key]
-
-    def _advance_slots(self, traces: IOTrace, xs, dfs, Ds) -> IOTrace:
-        return update_io(self.graph, traces, xs, dfs, Ds, *self._decays, self.config.recursion_f)
-
-    def _update_etrace_data(self, running_index, old_traces, xs_and_dfs, Ds, weight_vals, input_is_multi_step):
-        del running_index, weight_vals, input_is_multi_step
-        return join(self._advance_slots(split(old_traces), *xs_and_dfs, Ds))
-
-    def _lift(self, number, traces: IOTrace, operands, fixed, steps):
-        relation = self.graph.hidden_param_op_relations[number]
-        one = filtered_one(self.decay_x, steps)
-        return lift_io(relation, self._x_trace(traces.xs, number), operands, fixed, one)
-
-    def _meet(self, number, traces: IOTrace, signals, steps):
-        relation = self.graph.hidden_param_op_relations[number]
-        return contract_io(relation, split(traces), signals, bias_correction(self.decay_f, steps))
-
-    def _x_trace(self, xs, number):
-        """An operation without an input has no x-trace."""
-        return xs.get(x_keys(self.graph).get(number, ""))
-
-    def _chunk_start(self, traces: IOTrace):
-        return split(traces)
-
-    def _chunk_step(self, carry, index, record, operands, bars: Bars):
-        def cotangents(traces, signals, steps):
-            correction = bias_correction(self.decay_f, steps)
-            found = {i: contract_io(r, traces, signals, correction) for i, r in enumerate(relations)}
-            return {i: c for i, c in found.items() if c is not None}
-
-        relations = self.graph.hidden_param_op_relations
-        before = cotangents(carry, bars.old, index)
-        xs, dfs, Ds = self._read_record(record, operands)
-        carry = self._advance_slots(carry, xs, dfs, Ds)
-        now = cotangents(carry, bars.new, index + 1)
-        met = {i for i in (*before, *now) if record.fixed[i]}
-        ones = filtered_one(self.decay_x, index + 1), filtered_one(self.decay_x, index)
-        return carry, (carry.xs if before or now else {}, now, before, ones), met
-
-    def _chunk_end(self, traces, carry, emitted, operands, front, length):
-        del length
-        xs, now, before, ones = emitted.engine
-        gradients = {}
-        for i, r in enumerate(self.graph.hidden_param_op_relations):
-            inputs = self._x_trace(traces.xs, i), self._x_trace(xs, i)
-            cotangents = now.get(i), before.get(i)
-            fixed = emitted.fixed.get(i, {})
-            gradients[i] = contract_io_chunk(r, *inputs, *cotangents, ones, operands[i], fixed, 1 + len(front))
-        return join(carry), gradients
-
-
-IODimVjpAlgorithm._engine = IODimVjpAlgorithm
 
 
 class pp_prop(IODimVjpAlgorithm):

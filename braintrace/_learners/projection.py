@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import brainstate
@@ -10,12 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._binding import Binding
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
-from .._jax import zeros
-from .._precision import wide
-from .._traces import projection
-from .._traces.projection import Projection
+from .._engines.projection import Projection, ProjectionEngine, Projections
 from .._types import Path, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
@@ -129,34 +128,34 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
             raise TypeError(f"projection_eps must be a number above 0, got {projection_eps!r}.")
         if not np.float32(projection_eps) > 0:
             raise ValueError(f"projection_eps must be above 0, also in float32, got {projection_eps!r}.")
-        self.projection_eps = float(projection_eps)
+        self.projection_eps: float = float(projection_eps)
         self.projection_key = projection_key
         self._key: Any = _as_key(projection_key)
 
     def init_etrace_state(self, *args: Any, **kwargs: Any) -> None:
         """Allocate zero projections, as new state objects; the step counter is not touched."""
         del args, kwargs
-        self._check_output_shapes()
-        zero = lambda x: zeros(x.shape, wide(x.dtype))  # noqa: E731
-        projections, rng, step = self._zero_traces()
+        engine = self._engine
+        projections, rng, step = engine.init()
         self.etrace_s = {index: EligibilityTrace(p.state) for index, p in projections.items()}
-        self.etrace_theta = {
-            (index, path): EligibilityTrace(jax.tree.map(zero, self.param_states[path].value))
-            for index in projections
-            for path in self._paths_of(index)
-        }
+        self.etrace_theta = {}
+        for index, (path, value) in self._of_parameters(projections):
+            self.etrace_theta[index, path] = EligibilityTrace(value)
         # As plain numbers, which every transformation maps.
         self.projection_rng = brainstate.ShortTermState(rng)
         self.projection_step = brainstate.ShortTermState(step)
 
-    def _zero_traces(self):
-        projections, values = {}, self.param_states
-        for g in self._projected_groups():
-            dtype = wide(jnp.result_type(*(v.aval.dtype for v in g.program.part.news)))
-            own = jax.tree.leaves([values[path].value for path in self._paths_of(g.index)])
-            thetas = [zeros(x.shape, wide(x.dtype)) for x in own]
-            projections[g.index] = projection.Projection(zeros((*g.varshape, g.num_state), dtype), thetas)
-        return projections, jax.random.key_data(self._key), zeros((), jnp.int32)
+    def _make_engine(self, binding: Binding) -> ProjectionEngine:
+        numbers = tuple(range(len(binding.graph.hidden_param_op_relations)))
+        return ProjectionEngine(binding, numbers, self._key, self._draw_projection, self.projection_eps)
+
+    def _of_parameters(self, projections: Mapping[int, Projection]) -> Iterator[tuple[int, tuple[Path, Any]]]:
+        """Group index, path and projected value, a pytree like the parameter."""
+        for index, own in projections.items():
+            paths = self._engine.paths_of(index)
+            tree: Any = jax.tree.structure([self.param_states[p].value for p in paths])
+            for path, value in zip(paths, tree.unflatten(own.parameters)):
+                yield index, (path, value)
 
     def reset_state(self, batch_size: int | None = None, **kwargs: Any) -> None:
         """Zero the projections and the step counter, and begin the stream of random signs anew.
@@ -211,86 +210,25 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
             raise ValueError(f"The parameter {path_str(path)!r} is trained by the current step alone: it has no trace.")
         return found
 
-    # -- the rule -----------------------------------------------------------------------------------------------
-
-    def _can_record(self) -> bool:
-        """Projections advance step by step: each is made of new random signs."""
-        return False
-
-    def _groups_of(self, numbers):
-        """Indices of the groups that relations drive."""
-        return sorted({g.index for i in numbers for g in self.graph.hidden_param_op_relations[i].hidden_groups})
-
-    def _projected_groups(self):
-        return [g for g in self.graph.hidden_groups if g.index in self.graph.traced]
-
-    def _relations_of(self, index: int):
-        relations = enumerate(self.graph.hidden_param_op_relations)
-        return {i: r for i, r in relations if any(g.index == index for g in r.hidden_groups)}
-
-    def _paths_of(self, index: int) -> list[Path]:
-        found = {p for r in self._relations_of(index).values() for p in r.parameter_paths}
-        return [p for p in self.param_states if p in found]
-
     def _draw_projection(
         self, key: jax.Array, step: jax.Array, group_index: int, shape: tuple[int, ...], dtype: Any
     ) -> jax.Array:
         """Random signs for one group at one step."""
         return jax.random.rademacher(jax.random.fold_in(jax.random.fold_in(key, step), group_index), shape, dtype)
 
-    def _get_etrace_data(self):
+    def _get_etrace_data(self) -> Projections:
         projections = {}
         for index, state in self.etrace_s.items():
-            own = [self.etrace_theta[index, p].value for p in self._paths_of(index)]
+            own = [self.etrace_theta[index, p].value for p in self._engine.paths_of(index)]
             projections[index] = Projection(state.value, jax.tree.leaves(own))
-        return projections, self.projection_rng.value, self.projection_step.value
+        return Projections(projections, self.projection_rng.value, self.projection_step.value)
 
-    def _assign_etrace_data(self, vals) -> None:
+    def _assign_etrace_data(self, vals: Projections) -> None:
         projections, self.projection_rng.value, self.projection_step.value = vals
         for index, state in self.etrace_s.items():
             state.value = projections[index].state
-            own = [self.etrace_theta[index, p] for p in self._paths_of(index)]
-            tree: Any = jax.tree.structure([s.value for s in own])
-            for s, value in zip(own, tree.unflatten(projections[index].parameters)):
-                s.value = value
-
-    def _trace_inputs(self, xs, record, operands, invals):
-        return record, operands, invals
-
-    def _update_etrace_data(self, running_index, old_traces, xs_and_dfs, Ds, weight_vals, input_is_multi_step):
-        del running_index, Ds, weight_vals, input_is_multi_step
-        (record, operands, invals), dfs = xs_and_dfs
-        old, key_data, step = old_traces
-        key, new = jax.random.wrap_key_data(key_data, impl=jax.random.key_impl(self._key)), {}
-        for g in self._projected_groups():
-            own = old[g.index]
-            noise = self._draw_projection(key, step, g.index, own.state.shape, own.state.dtype)
-            carried = projection.step_jacobian_product(g, record.varying[g.index], own.state)
-            relations = self._relations_of(g.index)
-            found = projection.projected(relations, g, noise, dfs, record.x, operands, record.fixed)
-            leaves = self._leaf_gradients(found, invals)
-            by_parameter = [leaves.get(n) for p in self._paths_of(g.index) for n in self._leaf_numbers(p)]
-            now = [jnp.zeros_like(o) if v is None else v for o, v in zip(own.parameters, by_parameter)]
-            new[g.index] = projection.advance(own, carried, noise, now, self.projection_eps)
-        return new, key_data, step + 1
-
-    def _lifts(self, numbers, traces, operands, fixed, weights, steps):
-        """Per group the product of its projected parameters with the parameters themselves."""
-        del operands, fixed, steps
-        values = self._weight_dict(weights)
-        out = {}
-        for index in self._groups_of(numbers):
-            leaves = jax.tree.leaves([values[p] for p in self._paths_of(index)])
-            held = jax.lax.stop_gradient(traces[0][index].parameters)
-            out[index] = sum((h * w).sum() for h, w in zip(held, leaves))
-        return out
-
-    def _meets(self, numbers, traces, signals, steps):
-        del steps
-        return {index: projection.meet(traces[0][index], signals[index]) for index in self._groups_of(numbers)}
-
-
-RandomProjectionVjpAlgorithm._engine = RandomProjectionVjpAlgorithm
+        for index, (path, value) in self._of_parameters(projections):
+            self.etrace_theta[index, path].value = value
 
 
 def _as_key(given: Any) -> jax.Array:

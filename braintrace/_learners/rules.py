@@ -10,6 +10,7 @@ import jax
 
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
+from .._engines.param import check_anchors
 from .config import ETraceConfig
 from .io_dim import pp_prop
 from .param_dim import ParamDimVjpAlgorithm
@@ -256,7 +257,7 @@ class SnAp(ParamDimVjpAlgorithm):
 
     def init_etrace_state(self, *args: Any, **kwargs: Any) -> None:
         """Allocate zero traces, as new state objects; the step counter is not touched."""
-        self._check_anchors()
+        check_anchors(self.graph.hidden_param_op_relations)
         super().init_etrace_state(*args, **kwargs)
 
 

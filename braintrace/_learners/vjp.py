@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import brainstate
 import jax
 import jax.numpy as jnp
 
+from .._binding import Binding
+from .._chunks import Recorder
 from .._compiler.call import Call, call_of
 from .._compiler.executor import ETraceVjpGraphExecutor
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
-from .._compiler.step import StepRecord
+from .._credit import reverse_only
+from .._engines.engine import Engine, check_outputs
 from .._jax import any_rank, is_tracer, trace_context
-from .._traces.record import Slots, instantaneous, spread
-from .._types import Path, path_str
+from .._online import Hooks, OnlineStep
+from .._types import Path
+from .base import ETraceAlgorithm
 from .config import ETraceConfig
-from .credit import Bars, credit, no_window_gradient, reverse_only, with_cotangent
-from .recording import Recording
 from .signals import expand_modulator, feedback_matrix, random_feedback
 
 __all__ = ["ETraceVjpAlgorithm", "legacy_options"]
-
-
-DELAY_LINE = (
-    " If the states are a delay line of outputs, delay what the operation receives instead: keep its inputs (spikes, "
-    "say) in a brainstate.ShortTermState, and apply the operation to the oldest."
-)
 
 
 def legacy_options(options: dict[str, Any], rule: type) -> None:
@@ -70,7 +67,7 @@ def _check_config(config: Any, own: ETraceConfig) -> ETraceConfig:
     return config
 
 
-class ETraceVjpAlgorithm(Recording):
+class ETraceVjpAlgorithm(ETraceAlgorithm):
     r"""Abstract base of the learners that differentiate through one step, or one window, in reverse mode.
 
     Parameters
@@ -105,7 +102,7 @@ class ETraceVjpAlgorithm(Recording):
     __module__ = "braintrace"
 
     _default_config: ClassVar[ETraceConfig] = ETraceConfig()
-    _engine: ClassVar[type[ETraceVjpAlgorithm]]  # the class whose hooks are the engine's own
+    _recorder: Recorder | None = None
 
     def __init__(
         self,
@@ -214,7 +211,7 @@ class ETraceVjpAlgorithm(Recording):
     def _select(self, call: Call) -> list[brainstate.State]:
         states = super()._select(call)
         if self.is_compiled and not self._overrides("init_etrace_state", "_get_etrace_data"):
-            wanted = self._plan("shapes", lambda: jax.eval_shape(self._zero_traces))
+            wanted = self._plan("shapes", lambda: jax.eval_shape(self._engine.init))
             held = self._get_etrace_data()
             trees: list[Any] = [jax.tree.structure(t) for t in (wanted, held)]
             if trees[0] != trees[1]:
@@ -230,14 +227,14 @@ class ETraceVjpAlgorithm(Recording):
                     )
         return states
 
-    # -- to be given by an engine -------------------------------------------------------------------------------
+    # -- to be given by an engine's learner ----------------------------------------------------------------------
+
+    def _make_engine(self, binding: Binding) -> Engine:
+        """The algebra of the traces, for one compiled step."""
+        raise NotImplementedError
 
     def _trace_states(self) -> Iterator[tuple[brainstate.State, int | None]]:
         """The states of traces, and which of their axes is the batch."""
-        raise NotImplementedError
-
-    def _zero_traces(self) -> Any:
-        """Traces of the present step at the start, as :meth:`_get_etrace_data` gives them."""
         raise NotImplementedError
 
     def _get_etrace_data(self) -> Any:
@@ -247,6 +244,8 @@ class ETraceVjpAlgorithm(Recording):
     def _assign_etrace_data(self, vals: Any) -> None:
         """Write the trace states."""
         raise NotImplementedError
+
+    # -- hooks with a default -----------------------------------------------------------------------------------
 
     def _update_etrace_data(
         self,
@@ -258,54 +257,8 @@ class ETraceVjpAlgorithm(Recording):
         input_is_multi_step: bool,
     ) -> Any:
         """Traces after one step."""
-        raise NotImplementedError
-
-    def _check_output_shapes(self) -> None:
-        """Refuse operations whose output has another shape than the hidden states that it drives."""
-        for r in self.graph.hidden_param_op_relations:
-            for g in r.hidden_groups:
-                y, shape = r.one.y_var.aval.shape, g.varshape
-                fits = y == shape or r.fold(g) is not None
-                if not fits and not (r.x_var is None and jnp.broadcast_shapes(y, shape) == shape):
-                    delayed = y and len(shape) > len(y) and shape[-len(y) :] == y
-                    raise ValueError(
-                        f"The output of {r.primitive.name} at {path_str(r.path)!r} has shape {y}, the hidden states "
-                        f"{', '.join(map(path_str, g.hidden_paths))} that it drives have shape {shape}. Both need one "
-                        "shape: initialise the states with the batch size of the inputs, or give the operation the "
-                        "shape of the states." + DELAY_LINE * bool(delayed)
-                    )
-
-    def _trace_inputs(self, xs: dict[str, Any], record: StepRecord, operands: Any, invals: list[Any]) -> Any:
-        """What of a step's inputs the trace update takes: by default their linear representations, by x-key."""
-        del record, operands, invals
-        return xs
-
-    def _lift(self, number: int, traces: Any, operands: dict[str, jax.Array], fixed: Any, steps: jax.Array) -> Any:
-        """Arrays whose cotangents :meth:`_meet` gives, and through which these reach the operands of one relation."""
-        raise NotImplementedError
-
-    def _meet(self, number: int, traces: Any, signals: list[Slots], steps: jax.Array) -> Any | None:
-        """Cotangents of :meth:`_lift` for signals that meet traces of that many steps; ``None`` if there are none."""
-        raise NotImplementedError
-
-    def _lifts(
-        self,
-        numbers: Iterable[int],
-        traces: Any,
-        operands: Sequence[Any],
-        fixed: Sequence[Any],
-        weights: list[Any],
-        steps: jax.Array,
-    ) -> Any:
-        """What carries the cotangents of :meth:`_meets` to the parameters: by default, :meth:`_lift` per relation."""
-        del weights
-        return {i: self._lift(i, traces, operands[i], fixed[i], steps) for i in numbers}
-
-    def _meets(self, numbers: Iterable[int], traces: Any, signals: list[Slots], steps: jax.Array) -> Any:
-        """Cotangents of :meth:`_lifts`."""
-        return {i: self._meet(i, traces, signals, steps) for i in numbers}
-
-    # -- hooks with a default -----------------------------------------------------------------------------------
+        del running_index, weight_vals, input_is_multi_step
+        return self._engine.advance(old_traces, xs_and_dfs, Ds)
 
     def _compute_learning_signal(self, signals: list[jax.Array], args_plus_aux: Any) -> list[jax.Array]:
         """Signals per group, shape ``V + (S,)``, as they meet the traces."""
@@ -349,8 +302,11 @@ class ETraceVjpAlgorithm(Recording):
         del exit_hiddens, aux
         return None
 
-    def _overrides(self, *names: str) -> bool:
-        return any(getattr(type(self), n, None) is not getattr(self._engine, n, None) for n in names)
+    @classmethod
+    def _overrides(cls, *names: str) -> bool:
+        """Whether a subclass of the engine's learner has hooks of its own."""
+        home = next(base for base in cls.__mro__ if "_make_engine" in vars(base))
+        return any(getattr(cls, n, None) is not getattr(home, n, None) for n in names)
 
     # -- one call -----------------------------------------------------------------------------------------------
 
@@ -389,19 +345,19 @@ class ETraceVjpAlgorithm(Recording):
         length = call.length
         states = self._select(call)
         aux = self._aux(modulator)
-        leaves, over_time = self._input_leaves(call)
+        online, binding = self._online, self._binding
+        leaves, over_time = binding.inputs(call)
         leaves = [reverse_only(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in leaves]
-        info = self.graph.module_info
-        values = self._split([self._state_value(p, s) for p, s in zip(info.compiled_state_paths, states)])
+        values = binding.values(states)
         index = self.running_index.value
         if self._recorder is not None and self._recorder.context == trace_context():
-            out, new = self._record(over_time, length, leaves, values, aux)
+            out, new = self._recorder.run(online, over_time, length, leaves, values, aux)
         else:
             traces = jax.lax.stop_gradient(self._get_etrace_data())
-            run = self._run_step if self._is_single_step else self._run_window
+            run = online.run_step if self._is_single_step else online.run_window
             out, new, traces = run(over_time, length, leaves, values, traces, index, aux)
             self._assign_etrace_data(traces)
-        for state, value in zip(self._split(states)[1:], new[1:]):
+        for state, value in zip(binding.split(states)[1:], new[1:]):
             for s, v in zip(state, value):
                 s.value = v
         self.running_index.value = index + (1 if length is None else length)
@@ -422,199 +378,43 @@ class ETraceVjpAlgorithm(Recording):
             expand_modulator(aux, g, jnp.result_type(float))
         return aux
 
-    def _run_step(self, over_time, length, leaves, values, traces, index, aux):
-        """One step, differentiated as such: see :func:`credit`."""
-        if length is not None:
-            out, new, traces = self._run_window(over_time, length, leaves, values, traces, index, aux)
-            return (*no_window_gradient((out, new)), traces)
-        if not (any(map(is_tracer, jax.tree.leaves(values.weights))) or self._overrides("_solve_weight_gradients")):
-            # Nothing differentiates this call in a parameter.
-            out, new, record, operands, invals = self._plain_step(leaves, values)
-            return out, new, self._advance(traces, index, record, operands, invals, values.weights)
-        held = jax.lax.stop_gradient(self._invals(leaves, values))
-        held_operands = self._operands(held)
-        record = self.graph.step.record(held, held_operands)
-        after = self._advance(traces, index, record, held_operands, held, values.weights)
-        values = self._hooked(values, after, index + 1)
-        invals = self._invals(leaves, values)
-        operands = self._operands(invals)
-        zeros = self._credited_zeros(traces, after, index, record, leaves, operands, values.weights, aux)
-        trained = len(self.graph.hidden_param_op_relations)
-        operands = [jax.lax.stop_gradient(w) if i < trained else w for i, w in enumerate(operands)]
-        out, new = self._outvals(self.graph.step(invals, operands, zeros)[0])
-        return out, new, after
+    # -- the compiled step, the algebra of the traces, and what this learner adds to it
 
-    def _run_window(self, over_time, length, leaves, values, traces, index, aux):
-        """A window of steps (or one), differentiated through all of them."""
-        values = bare = self._hooked(values, traces, index)
-        values = values._replace(hidden=self._credited_entry(traces, index, leaves, over_time, length, values, aux))
-        weights = jax.lax.stop_gradient(values.weights)
+    @property
+    def _binding(self) -> Binding:
+        return self._plan("binding", self._bind)
 
-        def step(carry, leaves):
-            hidden, others, traces, index = carry
-            out, new, record, *read = self._plain_step(leaves, values._replace(hidden=hidden, others=others))
-            traces = self._advance(traces, index, record, *jax.lax.stop_gradient(read), weights)
-            return (new.hidden, new.others, traces, index + 1), out
+    def _bind(self) -> Binding:
+        check_outputs(self.graph.hidden_param_op_relations)
+        return Binding(self.graph)
 
-        start = (values.hidden, values.others, traces, index)
-        (hidden, others, traces, _), out = self._over_time(step, start, over_time, length, leaves)
-        exits = self._hidden_reals(self._hidden_dict(hidden))
-        estimate = self._inject_exit_cotangent(jax.lax.stop_gradient(exits), aux)
-        if estimate is not None and any(map(is_tracer, jax.tree.leaves((leaves, values)))):
-            future = self._future(estimate, over_time, length, leaves, bare)
-            out, hidden, others = with_cotangent((out, hidden, others), future)
-        return out, values._replace(hidden=hidden, others=others), traces
+    @property
+    def _engine(self) -> Any:
+        return self._make_engine(self._binding)
 
-    def _future(self, estimate, over_time, length, leaves, values):
-        """The hidden values at the exit of a window times their estimated cotangents.
+    @property
+    def _online(self) -> OnlineStep:
+        changed = self.config.learning_signal in ("random_feedback", "modulatory")
+        own = lambda name: getattr(self, name) if self._overrides(name) else None  # noqa: E731
+        hooks = Hooks(
+            self._update_etrace_data,
+            self._compute_learning_signal if changed or self._overrides("_compute_learning_signal") else None,
+            own("_solve_weight_gradients"),
+            own("_inject_exit_cotangent"),
+            self.config.learning_signal == "modulatory",
+        )
+        return OnlineStep(self._binding, self._engine, hooks)
 
-        Of the same window with what the traces account for held fixed: the operands of relations, and the part of the
-        entry that meets the traces.
-        """
+    def _can_record(self) -> bool:
+        """Whether sequences may be driven chunk by chunk."""
+        hooks = "_update_etrace_data", "_solve_weight_gradients", "_make_etrace_stepper", "_inject_exit_cotangent"
+        static = all(r.is_static for r in self.graph.operations)
+        return static and self._engine.has_chunks and not self._overrides(*hooks)
 
-        def step(carry, leaves):
-            hidden, others = carry
-            now = values._replace(hidden=hidden, others=others)
-            _, new, *_ = self._plain_step(leaves, now, held=len(self.graph.hidden_param_op_relations))
-            return (new.hidden, new.others), None
-
-        (hidden, _), _ = self._over_time(step, (values.hidden, values.others), over_time, length, leaves)
-        exits = self._hidden_reals(self._hidden_dict(hidden))
-        terms = [(jax.lax.stop_gradient(bar) * exits[p]).sum() for p, bar in estimate.items()]
-        return sum(terms, jnp.zeros(()))
-
-    def _plain_step(self, leaves, values, held=0):
-        """The model's step with trained operands as they are, what it leaves for the traces, and what it read.
-
-        The operands of the first ``held`` operations are constants.
-        """
-        invals = self._invals(leaves, values)
-        operands = self._operands(invals)
-        operands = [jax.lax.stop_gradient(w) if i < held else w for i, w in enumerate(operands)]
-        outs, record = self.graph.step(invals, operands, self.graph.step.zeros())
-        return *self._outvals(outs), record, operands, invals
-
-    @staticmethod
-    def _over_time(step, start, over_time, length, leaves):
-        """``step(carry, leaves)`` once, or scanned over the leaves that have a time axis."""
-        if length is None:
-            return step(start, leaves)
-
-        def body(carry, sliced):
-            sliced = iter(sliced)
-            return step(carry, [next(sliced) if m else x for x, m in zip(leaves, over_time)])
-
-        return jax.lax.scan(body, start, [x for x, m in zip(leaves, over_time) if m], length=length)
-
-    def _advance(self, traces, index, record, operands, invals, weights):
-        xs, dfs, Ds = self._read_record(record, operands)
-        inputs = self._trace_inputs(xs, record, operands, invals)
-        weights = self._weight_dict(jax.lax.stop_gradient(weights))
-        return self._update_etrace_data(index, traces, (inputs, dfs), Ds, weights, False)
-
-    # -- how cotangents of a step's result reach the parameters ---------------------------------------------------
-    #
-    # The zeros that the step adds come from `credit`, a function of arrays that depend on the parameters: its value is
-    # zero, its reverse rule turns the signals into cotangents of these arrays. All of it is an ordinary JAX program,
-    # so that under jax.vmap the weight gradients of all samples are one product.
-
-    def _credited_zeros(self, traces, after, index, record, leaves, operands, weights, aux):
-        zeros = self.graph.step.zeros()
-        _, dfs, _ = self._read_record(record, operands)
-        relations = self.graph.hidden_param_op_relations
-        every = range(len(relations))
-        read = [i for i in every if any(p in zeros.old for g in relations[i].hidden_groups for p in g.hidden_paths)]
-        apply = lambda i, r: r.primitive.apply(record.x[i], operands[i], r.eqn_params, record.fixed[i])  # noqa: E731
-        lifted = {
-            "now": self._lifts(every, after, operands, record.fixed, weights, index + 1),
-            "before": self._lifts(read, traces, operands, record.fixed, weights, index) if read else {},
-            "beside": {i: apply(i, r) for i, r in enumerate(relations) if i in zeros.y},
-        }
-        beside = tuple(lifted["beside"])  # a rule of differentiation that held traced values would keep them alive
-        own = zeros._replace(y={i: zeros.y[i] for i in beside})
-
-        def reverse(held, bars):
-            traces, after, index, dfs, leaves, aux = held
-            bars = self._bars(bars.new, bars.old, bars.y, dfs, leaves, aux)
-            return {
-                "now": self._meets(every, after, bars.new, index + 1),
-                "before": self._meets(read, traces, bars.old, index) if read else {},
-                "beside": {i: bars.beside[i] for i in beside},
-            }
-
-        held = jax.lax.stop_gradient((traces, after, index, dfs, leaves, aux))
-        own = credit(reverse, own, lifted, held, weights)
-        return own._replace(y={**zeros.y, **own.y})
-
-    def _credited_entry(self, traces, index, leaves, over_time, length, values, aux):
-        """Hidden values at the entry of a window, whose cotangents meet the traces there."""
-        if not any(map(is_tracer, jax.tree.leaves(values.weights))):
-            return values.hidden
-        now = self._first_step(over_time, length, leaves)
-        invals = self._invals(now, values)
-        operands = self._operands(invals)
-        fixed = self.graph.step.record(*jax.lax.stop_gradient((invals, operands))).fixed
-        every = range(len(self.graph.hidden_param_op_relations))
-        lifted = self._lifts(every, traces, operands, fixed, values.weights, index)
-        zeros = self._hidden_zeros()
-
-        def reverse(held, bars):
-            traces, index, leaves, aux = held
-            return self._meets(every, traces, self._changed(self._slots(bars), (leaves, aux)), index)
-
-        zeros = credit(reverse, zeros, lifted, jax.lax.stop_gradient((traces, index, now, aux)), None)
-        return self._shifted(values.hidden, zeros)
-
-    def _bars(self, new, old, y, dfs, leaves, aux) -> Bars:
-        """Signals as they meet the traces, and what they do not carry."""
-        bare = self._slots(new)
-        beside = {}
-        trained = len(self.graph.hidden_param_op_relations)
-        modulated = self.config.learning_signal == "modulatory"  # the modulator is all that the traces meet
-        for i, bar in y.items():
-            if modulated and i < trained:
-                beside[i] = jnp.zeros_like(bar)
-                continue
-            carried = instantaneous(self.graph.operations[i], dfs, bare)
-            beside[i] = bar if carried is None else bar - carried
-        args = (leaves, aux)
-        before = self._slots(old)
-        silent: list[Slots] = [[None] * len(slots) for slots in before]
-        return Bars(self._changed(bare, args), silent if modulated else self._changed(before, args), beside)
-
-    def _changed(self, signals: list[Slots], args: Any) -> list[Slots]:
-        """The signals as the traces meet them."""
-        if not (
-            self._overrides("_compute_learning_signal")
-            or self.config.learning_signal in ("random_feedback", "modulatory")
-        ):
-            return signals
-        if self.config.learning_signal != "modulatory" and all(s is None for slots in signals for s in slots):
-            return signals
-        dense = []
-        for g, slots in zip(self.graph.hidden_groups, signals):
-            dtype = next((s.dtype for s in slots if s is not None), jnp.result_type(float))
-            dense.append(jnp.stack([spread(s, g.varshape, dtype) for s in slots], -1))
-        changed = self._compute_learning_signal(dense, args)
-        return [[s[..., a] for a in range(s.shape[-1])] for s in changed]
-
-    def _hooked(self, values, traces, index):
-        """The parameters, through the hook of a subclass for their gradients."""
-        if not self._overrides("_solve_weight_gradients"):
-            return values
-
-        @jax.custom_vjp
-        def hook(weights, traces, index):
-            del traces, index
-            return weights
-
-        @any_rank
-        def backward(held, bars):
-            weights, traces, index = held
-            found = self._solve_weight_gradients(
-                index, traces, None, self._weight_dict(weights), self._weight_dict(bars), None
-            )
-            return [found[p] for p in self._weight_dict(bars)], None, None
-
-        hook.defvjp(lambda weights, traces, index: (weights, (weights, traces, index)), backward)
-        return values._replace(weights=hook(values.weights, traces, index))
+    @contextlib.contextmanager
+    def _recording(self, zeros: Any) -> Iterator[Recorder]:
+        before, self._recorder = self._recorder, Recorder(self._online, self._is_single_step, zeros)
+        try:
+            yield self._recorder
+        finally:
+            self._recorder = before

@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from .._jax import any_rank, refuses
-from .._traces.record import Slots
+from ._jax import any_rank, refuses
 
-__all__ = ["NO_WINDOW", "Bars", "credit", "no_window_gradient", "reverse_only", "with_cotangent"]
-
-
-class Bars(NamedTuple):
-    """Cotangents of one step, as they meet the traces.
-
-    Attributes
-    ----------
-    new, old : list
-        Signals with respect to the groups' new and old values: per group, one array per hidden variable or ``None``.
-    beside : dict
-        Operation number -> cotangent of its output that no trace carries.
-    """
-
-    new: list[Slots]
-    old: list[Slots]
-    beside: dict[int, jax.Array]
+__all__ = ["NO_WINDOW", "credit", "no_window_gradient", "reverse_only", "with_cotangent"]
 
 
 @jax.custom_vjp

@@ -12,22 +12,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .._binding import Signals
 from .._compiler.cut import Entry
 from .._compiler.graph import ETraceGraph
 from .._compiler.groups import HiddenGroup
 from .._compiler.relations import HiddenParamOpRelation
+from .._compiler.step import StepRecord
 from .._jax import where_compiled
 from .._precision import widened
 from .._types import path_str
 
 __all__ = [
-    "Jacobian", "Sensitivity", "Slots", "add", "contraction", "instantaneous", "over_groups", "pair_key",
-    "placed", "relation_name", "sensitivities", "spread", "unbroadcast", "weighted_sum", "x_aval", "x_keys",
+    "Jacobian", "Sensitivity", "add", "contraction", "instantaneous", "over_groups", "pair_key",
+    "placed", "read_record", "relation_name", "spread", "unbroadcast", "weighted_sum", "x_aval", "x_keys",
 ]  # fmt: skip
 
 _SMALL = 2**15  # elements
-
-Slots = list[Any]  # one array of shape V per hidden variable of a group, or None for a known zero
 
 
 class Jacobian(NamedTuple):
@@ -67,11 +67,12 @@ def pair_key(relation: HiddenParamOpRelation, group_index: int) -> str:
     return f"{relation_name(relation)}/hidden_group_{group_index}"
 
 
-def x_keys(graph: ETraceGraph) -> dict[int, str]:
+def x_keys(graph: ETraceGraph, numbers: Sequence[int]) -> dict[int, str]:
     """Relation number -> key of its x-trace; relations that read the same value in the same way share one."""
     keys: dict[int, str] = {}
     shared: dict[Any, str] = {}
-    for i, r in enumerate(graph.hidden_param_op_relations):
+    for i in numbers:
+        r = graph.hidden_param_op_relations[i]
         if r.x_var is None:
             continue
         shapes = tuple((k, v.aval.shape, v.aval.dtype) for k, v in r.weight_vars.items())
@@ -93,17 +94,21 @@ def x_aval(relation: HiddenParamOpRelation) -> jax.ShapeDtypeStruct:
     return jax.eval_shape(relation.x_repr, x, weights)
 
 
-def sensitivities(
-    graph: ETraceGraph, varying: Sequence[Sequence[Any]]
-) -> tuple[dict[str, Sensitivity], list[Jacobian]]:
-    """Fill the known structure of df and D with one step's varying entries."""
+def read_record(
+    graph: ETraceGraph, record: StepRecord, operands: Sequence[Mapping[str, Any]], numbers: Sequence[int]
+) -> tuple[dict[str, Any], dict[str, Sensitivity], list[Jacobian]]:
+    """Of one step: inputs of the relations ``numbers`` by trace key, df by relation and group, D per group."""
+    relations, xs = graph.hidden_param_op_relations, {}
+    for i, key in x_keys(graph, numbers).items():
+        if key not in xs:
+            xs[key] = relations[i].x_repr(record.x[i], operands[i])
 
     def read(entry: Entry, group: int):
-        return entry.read(varying[group])
+        return entry.read(record.varying[group])
 
     dfs = {
         pair_key(r, g.index): Sensitivity(tuple(read(e, g.index) for e in g.cut.df[r.op_index]))
-        for r in graph.hidden_param_op_relations
+        for r in relations
         for g in r.hidden_groups
     }
     traced = graph.traced
@@ -112,7 +117,7 @@ def sensitivities(
         Jacobian(tuple(tuple(read(e, g.index) for e in row) for row in g.cut.D)) if g.index in traced else nothing
         for g in graph.hidden_groups
     ]
-    return dfs, Ds
+    return xs, dfs, Ds
 
 
 def weighted_sum(terms: Sequence[tuple[Any, Any]]) -> Any | None:
@@ -130,7 +135,7 @@ def add(terms: Sequence[Any]) -> Any | None:
 
 
 def instantaneous(
-    relation: HiddenParamOpRelation, dfs: Mapping[str, Sensitivity], signals: Sequence[Slots]
+    relation: HiddenParamOpRelation, dfs: Mapping[str, Sensitivity], signals: Signals
 ) -> jax.Array | None:
     """``sum_a df_a signal_a``, shaped like y: the position-wise part of the current step."""
     pairs = {

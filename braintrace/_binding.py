@@ -1,0 +1,161 @@
+"""Between a model's states and arguments and the flat inputs and outputs of its compiled step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import brainstate
+import brainunit as u
+import jax
+import jax.numpy as jnp
+
+from ._compiler.call import Call
+from ._compiler.graph import ETraceGraph
+from ._types import Path
+
+__all__ = ["Binding", "Signals", "Slots", "Values", "first_step"]
+
+Slots = list[Any]  # one array of shape V per hidden variable of a group, or None for a known zero
+Signals = list[Slots]  # per group
+
+
+class Values(NamedTuple):
+    """Values of all states that a call touches, as lists in the graph's order."""
+
+    weights: list[Any]
+    hidden: list[Any]
+    others: list[Any]
+
+
+class Binding:
+    """Translates for one compiled step; knows no learner and no traces.
+
+    Attributes
+    ----------
+    graph : ETraceGraph
+    """
+
+    def __init__(self, graph: ETraceGraph):
+        self.graph = graph
+        self._info = graph.module_info
+
+    # -- arguments and states
+
+    def inputs(self, call: Call) -> tuple[list[jax.Array], list[bool]]:
+        """Leaves of the arguments and of the environment in their compiled dtypes, and which have a time axis."""
+        info = self._info
+        leaves = [_as(x, v.aval.dtype) for x, v in zip(jax.tree.leaves(call.given), info.jaxpr.invars)]
+        more = info.environment_leaves(call.inputs)
+        return [*leaves, *more], [*call.over_time, *([False] * len(more))]
+
+    def state_value(self, path: Path, state: brainstate.State) -> Any:
+        """A state's value in its compiled dtype."""
+        tree: Any
+        leaves, tree = jax.tree.flatten(state.value)
+        return tree.unflatten([_as(x, a.dtype) for x, a in zip(leaves, self._info.state_avals(path))])
+
+    def values(self, states: Sequence[brainstate.State]) -> Values:
+        return self.split([self.state_value(p, s) for p, s in zip(self._info.compiled_state_paths, states)])
+
+    def split(self, values: Sequence[Any]) -> Values:
+        """What stands for the states, in their order, by kind of state."""
+        out = Values([], [], [])
+        for state, value in zip(self._info.compiled_model_states, values):
+            out[_kind(state)].append(value)
+        return out
+
+    def invals(self, leaves: Sequence[Any], values: Values) -> list[Any]:
+        parts = tuple(map(iter, values))
+        out, info = list(leaves), self._info
+        for path, state in zip(info.compiled_state_paths, info.compiled_model_states):
+            out.extend(info.reals(path, x) for x in jax.tree.leaves(next(parts[_kind(state)])))
+        return out
+
+    def outvals(self, outs: list[Any]) -> tuple[Any, Values]:
+        out, values = self._info.results(outs)
+        return out, self.split(values)
+
+    # -- hidden values
+
+    def hidden_by_path(self, hidden: Sequence[Any]) -> dict[Path, Any]:
+        return dict(zip(self._info.states_of(brainstate.HiddenState), hidden))
+
+    def hidden_zeros(self) -> dict[Path, jax.Array]:
+        """Without units, as everything that meets the traces."""
+        return {p: jnp.zeros(v.aval.shape, v.aval.dtype) for p, v in self._info.hidden_path_to_invar.items()}
+
+    def shifted(self, hidden: Sequence[Any], zeros: Mapping[Path, jax.Array]) -> list[Any]:
+        """Hidden values plus reals without units."""
+        info = self._info
+        of = {p: info.complex_hidden[p].join(z) if p in info.complex_hidden else z for p, z in zeros.items()}
+        return [jax.tree.map(lambda v, z=of[p]: v + z, h) for p, h in self.hidden_by_path(hidden).items()]
+
+    def reals(self, by_path: Mapping[Path, Any]) -> dict[Path, Any]:
+        """Hidden values without units, complex ones as their parts."""
+        return {p: self._info.reals(p, u.get_mantissa(v)) for p, v in by_path.items()}
+
+    def signals(self, by_path: Mapping[Path, jax.Array]) -> Signals:
+        """Per group one array per hidden variable; ``None`` where the signal is known to be zero."""
+        found: Signals = []
+        for g in self.graph.hidden_groups:
+            bars = [by_path.get(p) for p in g.hidden_paths]
+            bars = [None if b is None or b.dtype == jax.dtypes.float0 else b for b in bars]
+            picked = [(bars[i], c) for i, c in g.slots]
+            found.append([b if b is None or c is None else b[..., c] for b, c in picked])
+        return found
+
+    # -- parameters and the operands that they give
+
+    def weights_by_path(self, weights: Sequence[Any]) -> dict[Path, Any]:
+        return dict(zip(self._info.states_of(brainstate.ParamState), weights))
+
+    def leaf_numbers(self, path: Path) -> list[int]:
+        """Where the leaves of a state are among the step's inputs."""
+        info = self._info
+        return [info.first_state + n for n in info.state_leaves[info.compiled_state_paths.index(path)]]
+
+    def of_parameters(self, states: Mapping[Path, brainstate.ParamState]) -> list[Any]:
+        """The step's inputs, those alone that parameters give."""
+        invals: list[Any] = [None] * len(self._info.jaxpr.invars)
+        for path, state in states.items():
+            for n, leaf in zip(self.leaf_numbers(path), jax.tree.leaves(self.state_value(path, state))):
+                invals[n] = leaf
+        return invals
+
+    def operands(self, invals: Sequence[Any]) -> list[dict[str, jax.Array]]:
+        """The trained operands of every operation."""
+        return [r.operand_program.operands(invals) for r in self.graph.operations]
+
+    def leaf_gradients(
+        self, gradients: Mapping[int, dict[str, jax.Array]], invals: Sequence[Any]
+    ) -> dict[int, jax.Array]:
+        """Gradients of operations' operands -> those of the parameter leaves, by number among the step's inputs."""
+        leaves: dict[int, jax.Array] = {}
+        for i, gradient in gradients.items():
+            if gradient:
+                for n, g in self.graph.operations[i].operand_program.pull_back(invals, gradient).items():
+                    leaves[n] = leaves[n] + g if n in leaves else g
+        return leaves
+
+    def source(self, number: int) -> int:
+        """The first operation that reads the same input."""
+        operations = self.graph.operations
+        return next(i for i, r in enumerate(operations) if r.x_var is operations[number].x_var)
+
+
+def first_step(over_time: Sequence[bool], length: int | None, leaves: Sequence[Any]) -> Sequence[Any]:
+    """Argument leaves of the first step of a window, or of the one step."""
+    return leaves if length is None else [x[0] if m else x for x, m in zip(leaves, over_time)]
+
+
+def _kind(state: brainstate.State) -> int:
+    """Position in :class:`Values`."""
+    return 0 if isinstance(state, brainstate.ParamState) else 1 if isinstance(state, brainstate.HiddenState) else 2
+
+
+def _as(value: Any, dtype: Any) -> Any:
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+        return value
+    same = jnp.result_type(value) == dtype and hasattr(value, "dtype")
+    return jnp.asarray(value) if same else jnp.asarray(value).astype(dtype)

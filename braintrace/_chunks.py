@@ -1,0 +1,360 @@
+"""A sequence of calls, chunk by chunk: steps leave records, and what is as large as a weight is done once a chunk."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import brainstate
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._binding import first_step
+from ._compiler.constants import known_outputs
+from ._compiler.step import Zeros
+from ._credit import NO_WINDOW
+from ._engines.engine import Cotangents, Emitted
+from ._engines.record import add, contraction, read_record
+from ._jax import any_rank, trace_context
+from ._online import OnlineStep, over_window, silent
+from ._precision import wide
+from ._types import head
+
+__all__ = ["ChunkedEvolution", "ChunkedGradient", "Recorder", "zeros_to_add"]
+
+
+class Recorder:
+    """Stands in for the traces while a driver differentiates a step: gives the zeros, takes the record.
+
+    A single-step learner adds zeros wherever its perturbed step does; one that differentiates through windows adds them
+    to the hidden values at the entry of a window.
+    """
+
+    def __init__(self, online: OnlineStep, single_step: bool, zeros: Any):
+        self.online, self.single_step, self.zeros = online, single_step, zeros
+        self.context = trace_context()
+        self.calls = 0
+        self.recorded: Any = None
+        self.length: int | None = None
+
+    @staticmethod
+    def zeros_of(online: OnlineStep, single_step: bool) -> Any:
+        return online.binding.graph.step.zeros() if single_step else online.binding.hidden_zeros()
+
+    def run(self, online, over_time, length, leaves, values, aux):
+        """The call itself, without traces: its output and new values."""
+        binding = online.binding
+        if binding.graph is not self.online.binding.graph:
+            # The driver sees that the call needed another step, and begins anew.
+            self.zeros = self.zeros_of(online, self.single_step)
+        extras = (first_step(over_time, length, leaves) if online.hooks.signals is not None else None, aux)
+        if self.single_step:
+            if length is not None:
+                raise NotImplementedError(NO_WINDOW)
+            invals = binding.invals(leaves, values)
+            outs, record = binding.graph.step(invals, jax.lax.stop_gradient(binding.operands(invals)), self.zeros)
+            self.take(record, extras, None)
+            return binding.outvals(outs)
+        hidden = binding.shifted(values.hidden, self.zeros)
+
+        def step(carry, leaves):
+            hidden, others = carry
+            out, new, record, *_ = online.plain_step(leaves, values._replace(hidden=hidden, others=others))
+            return (new.hidden, new.others), (out, record)
+
+        (hidden, others), (out, record) = over_window(step, (hidden, values.others), over_time, length, leaves)
+        self.take(record, extras, length)
+        return out, values._replace(hidden=hidden, others=others)
+
+    def take(self, record, extras, length):
+        """Keep what a call leaves; ``length``: the number of steps of a window."""
+        self.calls += 1
+        self.recorded, self.length = (record, extras), length
+
+
+class _Records:
+    """What becomes of the records of a chunk, for one sample or, at its end, for all of them."""
+
+    def __init__(self, online: OnlineStep, single_step: bool):
+        self.online, self.single_step = online, single_step
+        self.binding, self.engine = online.binding, online.engine
+
+    @any_rank
+    def step(self, carry, index, recorded, bars, operands, length) -> tuple[Any, Emitted]:
+        """From the record of a call and the cotangents of its zeros to what the end of the chunk needs.
+
+        Everything emitted has a leading axis: the ``length`` steps of a window, or one.
+        """
+        record, (leaves, aux) = recorded
+        if self.single_step:
+            _, dfs, _ = read_record(self.binding.graph, record, operands, ())
+            found = self.online.cotangents(bars.new, bars.old, bars.y, dfs, leaves, aux)
+            carry, emitted = self._emit(carry, index, record, found, operands)
+            return carry, jax.tree.map(lambda v: v[None], emitted)
+        entry = self.online.changed(self.binding.signals(bars), (leaves, aux))
+        if length is None:
+            carry, emitted = self._emit(carry, index, record, Cotangents(silent(entry), entry, {}), operands)
+            return carry, jax.tree.map(lambda v: v[None], emitted)
+
+        def body(state, item):
+            carry, index = state
+            record, first = item
+            old = [[None if s is None else jnp.where(first, s, jnp.zeros_like(s)) for s in slots] for slots in entry]
+            carry, emitted = self._emit(carry, index, record, Cotangents(silent(entry), old, {}), operands)
+            return (carry, index + 1), emitted
+
+        (carry, _), emitted = jax.lax.scan(body, (carry, index), (record, jnp.arange(length) == 0))
+        return carry, emitted
+
+    def _emit(self, carry, index, record, cotangents, operands):
+        carry, of_engine, needed = self.engine.chunk_step(carry, index, record, operands, cotangents)
+        needed = needed | set(cotangents.residual)
+        sources = {self.binding.source(i) for i in needed if record.x[i] is not None}
+        fixed = {i: record.fixed[i] for i in needed if record.fixed[i]}
+        return carry, Emitted(of_engine, {i: record.x[i] for i in sources}, fixed, cotangents.residual)
+
+    @any_rank
+    def end(self, traces, carry, emitted, operands, vmap_shape, length):
+        """Traces after a chunk, and the gradients of all operations' operands."""
+        traces, gradients = self.engine.chunk_end(traces, carry, emitted, operands, vmap_shape, length)
+        for i, cotangent in emitted.residual.items():
+            x, fixed = emitted.x.get(self.binding.source(i)), emitted.fixed.get(i, {})
+            axes = 1 + len(vmap_shape)
+            more = contraction(self.binding.graph.operations[i], x, cotangent, operands[i], fixed, axes)
+            gradients[i] = add([gradients.get(i), more])
+        return traces, gradients
+
+    def bytes_of(self, traces) -> tuple[int, int]:
+        """Bytes of traces and operands, and of what one step of one sample leaves until the end of its chunk."""
+        size_of = lambda v: v.size * v.dtype.itemsize  # noqa: E731
+        operations = self.binding.graph.operations
+        held = jax.tree.leaves((traces, [list(r.trainable_vars.values()) for r in operations]))
+        record = 0
+        for r in operations:
+            slots = sum(g.num_state for g in r.hidden_groups)
+            record += size_of(r.y_var.aval) * (1 + slots) + (0 if r.x_var is None else size_of(r.x_var.aval))
+        return sum(size_of(getattr(v, "aval", v)) for v in held), max(record, 1)
+
+
+_FEW_CALLS, _TINY_CALLS, _MANY_CALLS = 32, 100, 200  # fewer leave small products, more gain nothing
+_USUAL_CALLS = 1, 2, 5, 10, 20, 25, 50, 100, 200  # divide most sequences: memory is then the same for all of them
+_SMALL_BYTES, _TINY_BYTES = 2**26, 2**22
+
+
+class _Chunked:
+    """A sequence of calls, with everything that is as large as a weight done once for a chunk of them.
+
+    Neither the derivatives of a step nor its learning signals depend on the traces. So a step leaves a small record,
+    and the algebra of the traces follows for a chunk of records together, as products over time.
+    """
+
+    def __init__(self, learner: Any, function: Callable, vmap_shape: tuple[int, ...], chunk: int | None = None):
+        self.learner, self.function, self.vmap_shape, self.chunk = learner, function, vmap_shape, chunk
+        self.calls, self.length = 0, None
+
+    def applies(self, items: Any) -> bool:
+        """Whether the learner's call can be recorded: one is made, not inside of another transformation."""
+        if not self.learner._can_record():
+            return False
+        while True:
+            graph = self.learner.graph
+            self.records = _Records(self.learner._online, self.learner._is_single_step)
+            self.step = brainstate.transform.StatefulFunction(self._one_call)
+            first = jax.eval_shape(lambda items: (*jax.tree.map(head, items), self._zeros()), items)
+            self.program = self.step.make_jaxpr(*first).get_jaxpr(*first)
+            if self.learner.graph is graph:
+                return self.calls == 1
+
+    def _one_call(self, *item: Any) -> Any:
+        """Gradients of plain uses of parameters, cotangents of the zeros, result, and what the learner's call left.
+
+        The last of the items are the zeros.
+        """
+        raise NotImplementedError
+
+    def _recorded(self, zeros: Any, *args: Any) -> Any:
+        """What the function returns, and what the learner's call in it left."""
+        with self.learner._recording(zeros) as recorder:
+            result = self.function(*args)
+        # Not the recorder itself: traced values that it held would be kept alive.
+        self.calls, self.length = recorder.calls, recorder.length
+        return result, recorder.recorded
+
+    def _zeros(self):
+        zeros = Recorder.zeros_of(self.records.online, self.records.single_step)
+        return jax.tree.map(lambda z: jnp.zeros((*self.vmap_shape, *z.shape), z.dtype), zeros)
+
+    def _operands(self):
+        """The trained operands of every operation, from the present parameters."""
+        binding = self.records.binding
+        return binding.operands(binding.of_parameters(self.learner.param_states))
+
+    def _over_chunks(self, total: Any, items: Any) -> tuple[Any, Any]:
+        """``total`` (sums for plain uses, and for operands) after all calls, and their results."""
+        self.operands = jax.lax.stop_gradient(self._operands())
+        calls = jax.tree.leaves(items)[0].shape[0]
+        size = min(calls, self.chunk or self._automatic(calls))
+        whole = calls - calls % size
+        results = []
+        if whole == size:
+            total, out = self._chunk(total, _part(items, 0, size))
+            results.append(out)
+        elif whole:
+            # Sliced chunk by chunk: a sequence cut to the whole chunks would be a copy of it.
+            body = lambda total, i: self._chunk(total, _part(items, i * size, size))  # noqa: E731
+            total, out = brainstate.transform.scan(body, total, jnp.arange(whole // size))
+            results.append(jax.tree.map(lambda v: v.reshape((-1, *v.shape[2:])), out))
+        if whole < calls:
+            total, out = self._chunk(total, _part(items, whole, calls - whole))
+            results.append(out)
+        return total, results[0] if len(results) == 1 else jax.tree.map(lambda *v: jnp.concatenate(v), *results)
+
+    def _chunk(self, total, items):
+        plain, traced = total
+        learner, records = self.learner, self.records
+        traces = learner._get_etrace_data()
+
+        def body(carry, item):
+            plain, engine = carry
+            index = learner.running_index.value
+            grads, bars, result, recorded = self.step(*item, self._zeros())
+            read = lambda engine, recorded, bars: records.step(  # noqa: E731
+                engine, index, recorded, bars, self.operands, self.length
+            )
+            if self.vmap_shape:
+                read = jax.vmap(read, out_axes=(0, 1), axis_size=self.vmap_shape[0])
+            engine, emitted = read(engine, recorded, bars)
+            return ({i: v + grads[i] for i, v in plain.items()}, engine), (emitted, result)
+
+        (plain, engine), (emitted, result) = brainstate.transform.scan(
+            body, (plain, records.engine.chunk_start(traces)), items
+        )
+        emitted = jax.tree.map(lambda v: v.reshape((-1, *v.shape[2:])), emitted)
+        length = jax.tree.leaves(items)[0].shape[0] * (self.length or 1)
+        traces, found = records.end(traces, engine, emitted, self.operands, self.vmap_shape, length)
+        learner._assign_etrace_data(traces)
+        traced = {
+            i: {k: v + found[i][k].astype(v.dtype) if found.get(i) else v for k, v in ws.items()}
+            for i, ws in traced.items()
+        }
+        return (plain, traced), result
+
+    def _automatic(self, calls: int) -> int:
+        """As many calls as their records are smaller than what is then touched once instead of at every step."""
+        held, record = self.records.bytes_of(self.learner._get_etrace_data())
+        samples = math.prod(self.vmap_shape) * (self.length or 1)
+        few = min(_FEW_CALLS, max(1, _SMALL_BYTES // (record * samples)))
+        if _TINY_CALLS * record * samples <= _TINY_BYTES:
+            few = _TINY_CALLS  # one chunk in place of a loop over several compiles faster
+        most = min(_MANY_CALLS, max(few, held // (record * samples)))
+        usual = max(k for k in _USUAL_CALLS if k <= most)
+        even = (k for k in (usual, *range(most, most // 2, -1)) if calls % k == 0)  # leaves no shorter chunk to compile
+        return next(even, most)
+
+
+class ChunkedEvolution(_Chunked):
+    """Calls without a loss."""
+
+    def _one_call(self, slices, zeros):
+        result, recorded = self._recorded(zeros, slices)
+        return {}, Zeros({}, {}, {}) if self.records.single_step else {}, result, recorded
+
+    def run(self, items: Any) -> Any:
+        _, outputs = self._over_chunks(({}, {}), (items,))
+        for state in self.learner.path_to_states.values():
+            if not isinstance(state, brainstate.ParamState):
+                state.value = jax.lax.stop_gradient(state.value)
+        parameters = [s.value for s in self.learner.param_states.values()]
+        return no_gradient(outputs, parameters)
+
+
+class ChunkedGradient(_Chunked):
+    """Calls whose results are losses and auxiliary data; a step is differentiated alone, with respect to its zeros."""
+
+    def __init__(
+        self,
+        learner: Any,
+        objective: Callable,
+        vmap_shape: tuple[int, ...],
+        chunk: int | None,
+        weights: Mapping[Any, brainstate.State],
+    ):
+        super().__init__(learner, objective, vmap_shape, chunk)
+        self.weights = weights
+        self.numbers: dict[Any, list[int]] = {}  # of the leaves of each key's value, among all of them
+        for key, state in weights.items():
+            first = sum(map(len, self.numbers.values()))
+            self.numbers[key] = list(range(first, first + len(jax.tree.leaves(state.value))))
+
+    def _one_call(self, slices, m, zeros):
+        def differentiable(slices, m, zeros):
+            (value, result), recorded = self._recorded(zeros, slices, m)
+            return value, (result, recorded)
+
+        gradient = brainstate.transform.grad(differentiable, self.weights, argnums=2, has_aux=True)
+        (grads, bars), more = gradient(slices, m, zeros)
+        return self._leaves(grads), bars, *more
+
+    def _leaves(self, by_key):
+        return [leaf for key in self.weights for leaf in jax.tree.leaves(by_key[key])]
+
+    def run(self, items: Any) -> Any:
+        """Gradients by the keys of ``weights``, losses and auxiliary data."""
+        known = known_outputs(self.program, look_inside=False)
+        leaves = self._leaves({k: s.value for k, s in self.weights.items()})
+        # Most parameters are used by operations alone: zeros need not be added up.
+        numbers = [i for numbers in self.numbers.values() for i in numbers if np.any(known.get(i, True))]
+        plain = zeros_to_add({i: leaves[i] for i in numbers})
+        traced = zeros_to_add(dict(enumerate(self._operands())))
+        total, (losses, aux) = self._over_chunks((plain, traced), items)
+        return self._by_key(*total), losses, aux
+
+    @any_rank
+    def _by_path(self, gradients):
+        """Gradients of operands -> path -> gradients of the parameter's leaves, ``None`` where there is none."""
+        states, binding = self.learner.param_states, self.records.binding
+        leaves = binding.leaf_gradients(gradients, binding.of_parameters(states))
+        return {p: [leaves.get(n) for n in binding.leaf_numbers(p)] for p in states}
+
+    def _by_key(self, plain, traced):
+        path_of = self.learner.state_id_to_path
+        by_path = self._by_path(traced)
+        out = {}
+        for key, state in self.weights.items():
+            leaves, tree = jax.tree.flatten(state.value)
+            traced_ones = by_path.get(path_of.get(id(state)), [None] * len(leaves))
+            found = []
+            for number, leaf, extra in zip(self.numbers[key], leaves, traced_ones):
+                parts = [g for g in (plain.get(number), extra) if g is not None] or [zeros_to_add(leaf)]
+                found.append(functools.reduce(jnp.add, [g.astype(wide(leaf.dtype)) for g in parts]))
+            out[key] = tree.unflatten(found)
+        return out
+
+
+@jax.custom_vjp
+def no_gradient(outputs, parameters):
+    """``outputs``, which refuse a gradient with respect to ``parameters``, also where none would flow."""
+    del parameters
+    return outputs
+
+
+def _refuse_gradient(residuals, bars):
+    raise NotImplementedError(
+        "The outputs of etrace_evolve have no gradient: it advances the model and the traces without one. Use "
+        "etrace_grad with the loss in its step_fn, or call the learner in a loop of your own."
+    )
+
+
+no_gradient.defvjp(lambda outputs, parameters: (outputs, None), _refuse_gradient)
+
+
+def zeros_to_add(tree: Any) -> Any:
+    """To be summed to over time."""
+    return jax.tree.map(lambda v: jnp.zeros(v.shape, wide(v.dtype)), tree)
+
+
+def _part(tree: Any, start: Any, size: int) -> Any:
+    return jax.tree.map(lambda v: jax.lax.dynamic_slice_in_dim(v, start, size), tree)

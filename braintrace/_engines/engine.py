@@ -1,0 +1,161 @@
+"""What an engine is: the algebra of one kind of eligibility trace, apart from models, states and learners."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._binding import Binding, Signals
+from .._compiler.relations import HiddenParamOpRelation
+from .._compiler.step import StepRecord
+from .._types import path_str
+
+__all__ = ["Cotangents", "Emitted", "Engine", "check_outputs"]
+
+
+class Cotangents(NamedTuple):
+    """Those of one step, as they meet the traces.
+
+    Attributes
+    ----------
+    new, old : list
+        Signals with respect to the groups' new and old values: per group, one array per hidden variable or ``None``.
+    residual : dict
+        Operation number -> cotangent of its output that no trace carries.
+    """
+
+    new: Signals
+    old: Signals
+    residual: dict[int, jax.Array]
+
+
+class Emitted(NamedTuple):
+    """What one step leaves for the end of its chunk, stacked over the K steps there.
+
+    Attributes
+    ----------
+    engine : pytree
+        Of the engine.
+    x : dict
+        Operation number -> input, once for all operations that read it.
+    fixed : dict
+        Operation number -> untrained operands.
+    residual : dict
+        As in :class:`Cotangents`.
+    """
+
+    engine: Any
+    x: dict[int, jax.Array]
+    fixed: dict[int, dict[int, jax.Array]]
+    residual: dict[int, jax.Array]
+
+
+class Engine(abc.ABC):
+    """Traces of the relations ``numbers``: how they begin, advance, and what they give to signals that they meet.
+
+    Everything here is a pure function of traces, a pytree of the engine's own.
+    """
+
+    binding: Binding
+    numbers: tuple[int, ...]
+
+    @property
+    def relations(self) -> dict[int, HiddenParamOpRelation]:
+        of = self.binding.graph.hidden_param_op_relations
+        return {i: of[i] for i in self.numbers}
+
+    # -- step by step
+
+    @abc.abstractmethod
+    def init(self) -> Any:
+        """Traces at the start."""
+
+    @abc.abstractmethod
+    def take(
+        self, record: StepRecord, operands: Sequence[dict[str, jax.Array]], invals: Sequence[Any]
+    ) -> tuple[tuple[Any, Any], Any]:
+        """What of a step advances the traces: the inputs and df, and D."""
+
+    @abc.abstractmethod
+    def advance(self, traces: Any, xs_and_dfs: tuple[Any, Any], Ds: Any) -> Any:
+        """Traces after one step."""
+
+    @abc.abstractmethod
+    def carriers(
+        self,
+        numbers: Iterable[int],
+        traces: Any,
+        operands: Sequence[dict[str, jax.Array]],
+        fixed: Sequence[Any],
+        weights: Sequence[Any],
+        steps: jax.Array,
+    ) -> Any:
+        """Arrays that depend on the parameters: the cotangents that :meth:`contract` gives them become the gradient."""
+
+    @abc.abstractmethod
+    def contract(self, numbers: Iterable[int], traces: Any, signals: Signals, steps: jax.Array) -> Any:
+        """What signals make of the traces after that many steps, as cotangents of :meth:`carriers`."""
+
+    # -- a chunk of steps, whose records are there before the traces are touched
+
+    @property
+    def has_chunks(self) -> bool:
+        """Whether the rule has an algebra of chunks; without, sequences are driven step by step."""
+        return True
+
+    @abc.abstractmethod
+    def chunk_start(self, traces: Any) -> Any:
+        """What the steps of a chunk carry."""
+
+    @abc.abstractmethod
+    def chunk_step(
+        self,
+        carry: Any,
+        index: jax.Array,
+        record: StepRecord,
+        operands: Sequence[dict[str, jax.Array]],
+        cotangents: Cotangents,
+    ) -> tuple[Any, Any, set[int]]:
+        """Advance the carry; what to emit, and the operations whose inputs are to be emitted."""
+
+    @abc.abstractmethod
+    def chunk_end(
+        self,
+        traces: Any,
+        carry: Any,
+        emitted: Emitted,
+        operands: Sequence[dict[str, jax.Array]],
+        vmap_shape: tuple[int, ...],
+        length: int,
+    ) -> tuple[Any, dict[int, dict[str, jax.Array] | None]]:
+        """Traces after a chunk of that many steps, and the gradients of the relations' operands.
+
+        ``vmap_shape`` is the size of the mapped axis, if any, which stands behind that of time.
+        """
+
+
+def check_outputs(relations: Iterable[HiddenParamOpRelation]) -> None:
+    """Refuse operations whose output has another shape than the hidden states that it drives."""
+    for r in relations:
+        for g in r.hidden_groups:
+            y, shape = r.one.y_var.aval.shape, g.varshape
+            fits = y == shape or r.fold(g) is not None
+            if fits or (r.x_var is None and jnp.broadcast_shapes(y, shape) == shape):
+                continue
+            delayed = y and len(shape) > len(y) and shape[-len(y) :] == y
+            raise ValueError(
+                f"The output of {r.primitive.name} at {path_str(r.path)!r} has shape {y}, the hidden states "
+                f"{', '.join(map(path_str, g.hidden_paths))} that it drives have shape {shape}. Both need one "
+                "shape: initialise the states with the batch size of the inputs, or give the operation the "
+                "shape of the states." + _DELAY_LINE * bool(delayed)
+            )
+
+
+_DELAY_LINE = (
+    " If the states are a delay line of outputs, delay what the operation receives instead: keep its inputs (spikes, "
+    "say) in a brainstate.ShortTermState, and apply the operation to the oldest."
+)

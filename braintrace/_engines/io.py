@@ -1,0 +1,249 @@
+"""pp_prop: traces that factorise into one filtered input and one filtered sensitivity per relation.
+
+An offset of an operation is a weight whose input is 1. What a filter makes of this input is the same number everywhere,
+known from the count of steps, so that there is no array for it: see :func:`filtered_one`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._binding import Binding, Signals
+from .._compiler.relations import HiddenParamOpRelation
+from .._jax import zeros
+from .._precision import wide, widened
+from .engine import Cotangents, Emitted, Engine
+from .record import (
+    Jacobian,
+    Sensitivity,
+    contraction,
+    over_groups,
+    pair_key,
+    placed,
+    read_record,
+    spread,
+    weighted_sum,
+    x_aval,
+    x_keys,
+)
+
+__all__ = ["IOEngine", "IOTrace"]
+
+
+class IOTrace(NamedTuple):
+    """Traces by key: the filtered input, and the filtered sensitivity, of shape ``V + (S,)``.
+
+    While they advance, the sensitivity is a list of arrays of shape V: see :func:`_split` and :func:`_join`.
+    """
+
+    xs: dict[str, jax.Array]
+    dfs: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class IOEngine(Engine):
+    r""":math:`\epsilon_x \leftarrow \alpha_x \epsilon_x + x` and
+    :math:`\epsilon_f \leftarrow \alpha_f D \epsilon_f + (1-\alpha_f)\, df`; together, with the signals,
+    :math:`\nabla = \epsilon_x \otimes \sum_s L_s \epsilon_{f,s} / (1 - \alpha_f^t)`.
+
+    ``recursion`` says what stands in the place of D: ``'jacobian'``, ``'scalar_leak'`` (1) or ``'none'`` (0).
+    """
+
+    binding: Binding
+    numbers: tuple[int, ...]
+    decay_x: float
+    decay_f: float
+    recursion: str = "jacobian"
+
+    @property
+    def x_keys(self) -> dict[int, str]:
+        """Relation number -> key of its x-trace; a relation without an input has none."""
+        return x_keys(self.binding.graph, self.numbers)
+
+    @property
+    def pairs(self) -> list[tuple[int, HiddenParamOpRelation, Any, str]]:
+        """Every relation with each of its groups, and the key of their sensitivity."""
+        return [(i, r, g, pair_key(r, g.index)) for i, r in self.relations.items() for g in r.hidden_groups]
+
+    def init(self) -> IOTrace:
+        xs, dfs = {}, {}
+        for i, key in self.x_keys.items():
+            aval = x_aval(self.relations[i])
+            xs[key] = zeros(aval.shape, wide(aval.dtype))
+        for _, r, g, key in self.pairs:
+            custom = r.primitive.rules.init_pp
+            if custom is not None and r.sub_steps is None and r.y_var.aval.shape == g.varshape:
+                own = custom(r.x_var, r.y_var, r.weight_vars, g.num_state)
+            else:
+                own = zeros((*r.shape_in(g), g.num_state), wide(r.y_var.aval.dtype))
+            dfs[key] = widened(own)
+        return IOTrace(xs, dfs)
+
+    def take(self, record, operands, invals):
+        xs, dfs, Ds = read_record(self.binding.graph, record, operands, self.numbers)
+        return (xs, dfs), Ds
+
+    def advance(self, traces, xs_and_dfs, Ds):
+        return _join(self._advance(_split(traces), *xs_and_dfs, Ds))
+
+    def _advance(
+        self, trace: IOTrace, xs: Mapping[str, Any], dfs: Mapping[str, Sensitivity], Ds: Sequence[Jacobian]
+    ) -> IOTrace:
+        new_xs = {k: self.decay_x * e + xs[k].astype(e.dtype) for k, e in trace.xs.items()}
+        new_dfs: dict[str, list[Any]] = {}
+        for _, r, g, key in self.pairs:
+            slots, new_dfs[key] = trace.dfs[key], []
+            for a, df in enumerate(dfs[key].entries):
+                if self.recursion == "jacobian":
+                    carried = weighted_sum(list(zip(placed(r, g, Ds[g.index].entries[a]), slots)))
+                else:
+                    carried = slots[a] if self.recursion == "scalar_leak" else None
+                value = weighted_sum([(self.decay_f, carried), (1.0 - self.decay_f, df)])
+                new_dfs[key].append(spread(value, slots[a].shape, slots[a].dtype))
+        return IOTrace(new_xs, new_dfs)
+
+    # -- what signals make of the traces
+
+    def carriers(self, numbers, traces, operands, fixed, weights, steps):
+        one, of = filtered_one(self.decay_x, steps), self.relations
+        return {i: _carrier(of[i], self._x(traces.xs, i), operands[i], fixed[i], one) for i in numbers}
+
+    def contract(self, numbers, traces, signals, steps):
+        return self._contract(numbers, _split(traces), signals, steps)
+
+    def _contract(
+        self, numbers: Iterable[int], trace: IOTrace, signals: Signals, steps: jax.Array
+    ) -> dict[int, jax.Array | None]:
+        """Per relation ``sum_a signal_a * f_a / c``, shaped like its output."""
+        correction, found = _bias_correction(self.decay_f, steps), {}
+        for i in numbers:
+            r = self.relations[i]
+            terms = {
+                g.index: list(zip(placed(r, g, signals[g.index]), trace.dfs[pair_key(r, g.index)]))
+                for g in r.hidden_groups
+            }
+            total = over_groups(r, terms)
+            found[i] = None if total is None else (total / correction).astype(wide(r.y_var.aval.dtype))
+        return found
+
+    def _x(self, xs: Mapping[str, Any], number: int) -> Any:
+        return xs.get(self.x_keys.get(number, ""))
+
+    # -- a chunk: one product over (time, batch) of filtered inputs with the cotangents of the outputs
+
+    def chunk_start(self, traces):
+        return _split(traces)
+
+    def chunk_step(self, carry, index, record, operands, cotangents: Cotangents):
+        def met(trace, signals, steps):
+            return {i: c for i, c in self._contract(self.numbers, trace, signals, steps).items() if c is not None}
+
+        before = met(carry, cotangents.old, index)
+        (xs, dfs), Ds = self.take(record, operands, None)
+        carry = self._advance(carry, xs, dfs, Ds)
+        now = met(carry, cotangents.new, index + 1)
+        needed = {i for i in (*before, *now) if record.fixed[i]}
+        ones = filtered_one(self.decay_x, index + 1), filtered_one(self.decay_x, index)
+        return carry, (carry.xs if before or now else {}, now, before, ones), needed
+
+    def chunk_end(self, traces, carry, emitted: Emitted, operands, vmap_shape, length):
+        del length
+        xs, now, before, ones = emitted.engine
+        gradients = {}
+        for i, r in self.relations.items():
+            inputs = self._x(traces.xs, i), self._x(xs, i)
+            fixed = emitted.fixed.get(i, {})
+            axes = 1 + len(vmap_shape)
+            gradients[i] = _contract_chunk(r, *inputs, now.get(i), before.get(i), ones, operands[i], fixed, axes)
+        return _join(carry), gradients
+
+
+def _split(trace: IOTrace) -> IOTrace:
+    return trace._replace(dfs={k: [f[..., a] for a in range(f.shape[-1])] for k, f in trace.dfs.items()})
+
+
+def _join(trace: IOTrace) -> IOTrace:
+    return trace._replace(dfs={k: jnp.stack(slots, -1) for k, slots in trace.dfs.items()})
+
+
+def _bias_correction(decay_f: float, steps: jax.Array) -> jax.Array:
+    r""":math:`1 - \alpha^n`, accurate for :math:`\alpha` near 1 and for every n; 1 for an empty trace."""
+    return jnp.where(steps > 0, _faded(decay_f, steps), 1.0)
+
+
+def filtered_one(decay_x: float, steps: jax.Array) -> jax.Array:
+    r"""The x-trace of an input that is always 1: :math:`(1 - \alpha^n) / (1 - \alpha)`."""
+    return _faded(decay_x, steps) / (1.0 - decay_x)
+
+
+def _faded(decay: float, steps: jax.Array) -> jax.Array:
+    r""":math:`1 - \alpha^n`."""
+    n = jnp.asarray(steps, jnp.result_type(float))
+    return jnp.where(n > 0, 1.0, 0.0) if decay == 0.0 else -jnp.expm1(n * math.log(decay))
+
+
+def _carrier(
+    relation: HiddenParamOpRelation,
+    x: Any,
+    operands: Mapping[str, jax.Array],
+    fixed: Mapping[int, Any],
+    one: jax.Array,
+) -> jax.Array:
+    """An array like the output whose cotangent reaches the operands through the filtered input ``x``, and ``one``."""
+
+    y = jax.ShapeDtypeStruct(relation.y_var.aval.shape, wide(relation.y_var.aval.dtype))
+    operands, fixed = widened((dict(operands), dict(fixed)))
+
+    def lift(x, factors):
+        moved = {k: _with_factor(w, factors[k]) if k in factors else w for k, w in operands.items()}
+        return relation.primitive.lift(x, moved, relation.eqn_params, fixed, y)
+
+    lifted = lift(x, dict.fromkeys(relation.offset_keys, one))
+    if relation.affine_keys:  # linear in the input but for the value where it is zero
+        factors = dict.fromkeys(operands, jnp.zeros_like(one)) | dict.fromkeys(relation.affine_keys, one - 1.0)
+        lifted += lift(jnp.zeros_like(x), factors)
+    return lifted
+
+
+def _with_factor(value, factor):
+    """``value``, with a factor on its cotangent."""
+    still = jax.lax.stop_gradient(value)
+    return still + (factor * (value - still)).astype(value.dtype)
+
+
+def _contract_chunk(
+    relation: HiddenParamOpRelation,
+    x_start: Any,
+    xs: Any,
+    now: jax.Array | None,
+    before: jax.Array | None,
+    ones: tuple[jax.Array, jax.Array],
+    operands: Any,
+    fixed: Any,
+    axes: int,
+) -> dict[str, jax.Array] | None:
+    """Gradient of a chunk of K steps from the filtered inputs ``xs`` of its steps, ``x_start`` at its entry.
+
+    ``now[t]`` is the cotangent that meets the trace after step t, ``before[t]`` the one that meets the trace before;
+    ``ones`` are the filtered ones after and before every step.
+    """
+    after, ahead = ones
+    if before is None:
+        return None if now is None else contraction(relation, xs, now, operands, fixed, axes, after)
+    after = jnp.concatenate([ahead[:1], after])
+    if xs is not None:
+        xs = jnp.concatenate([x_start[None], xs])
+    # Both meet the same K + 1 traces: after step t is before step t + 1.
+    nothing = jnp.zeros_like(before[:1])
+    total = jnp.concatenate([before, nothing])
+    if now is not None:
+        total = total + jnp.concatenate([nothing, now])
+    if fixed:
+        fixed = jax.tree.map(lambda v: jnp.concatenate([v[:1], v]), fixed)
+    return contraction(relation, xs, total, operands, fixed, axes, after)

@@ -1,0 +1,211 @@
+r"""D_RTRL: :math:`\epsilon \leftarrow D \epsilon + \mathrm{df} \otimes x` per weight, sample and hidden variable."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._binding import Binding, Signals
+from .._compiler.groups import HiddenGroup
+from .._compiler.relations import HiddenParamOpRelation
+from .._precision import wide, widened
+from .._types import path_str
+from .engine import Cotangents, Emitted, Engine
+from .layout import layout_of
+from .param_chunk import ChunkCoefficients, chunk_coefficients, chunk_update
+from .record import add, contraction
+from .weight_trace import Recursion, SlotTrace, WeightTrace, factorised_slots, recursion_of
+
+__all__ = ["ParamEngine", "ParamRecursion", "check_anchors"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamRecursion:
+    """What the traces obey: ``kind`` says what stands in the place of D (``'jacobian'``, ``'scalar_leak'`` with
+    ``decay``, ``'none'``); ``kappa`` is the decay of a filter on top, whose output signals then meet."""
+
+    kind: str = "jacobian"
+    decay: float | None = None
+    kappa: float | None = None
+
+    def of(self, binding: Binding, group: HiddenGroup, varying: Any) -> Recursion:
+        """D and df of a group, from its varying entries at one step."""
+        D = [[e.read(varying) for e in row] for row in group.cut.D]
+        numbers = {r.op_index: i for i, r in enumerate(binding.graph.hidden_param_op_relations)}
+        df = {numbers[k]: [e.read(varying) for e in row] for k, row in group.cut.df.items() if k in numbers}
+        return recursion_of(D, df, self.kind, self.decay, self.kappa)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ParamEngine(Engine):
+    r""":math:`\nabla = \sum_s \langle L_s, \epsilon_s \rangle`, a :class:`WeightTrace` per relation and group."""
+
+    binding: Binding
+    numbers: tuple[int, ...]
+    weights: tuple[WeightTrace, ...]  # see :meth:`plan`
+    recursion: ParamRecursion
+    dtype: Any = None  # of the stored traces
+
+    @classmethod
+    def plan(
+        cls, binding: Binding, numbers: Sequence[int], recursion: ParamRecursion, factorise: bool
+    ) -> tuple[WeightTrace, ...]:
+        """Where the entries of every trace act, and which slots need no entry per weight; ``factorise``: if any may."""
+        relations = binding.graph.hidden_param_op_relations
+        weights = []
+        for i in numbers:
+            layout = layout_of(relations[i])
+            for g in relations[i].hidden_groups:
+                structure = recursion.of(binding, g, _Anything())
+                slots = factorised_slots(structure, i) if factorise and _may_factorise(relations[i]) else frozenset()
+                weights.append(WeightTrace(i, relations[i], g, layout, structure, slots))
+        return tuple(weights)
+
+    def init(self) -> dict[str, SlotTrace]:
+        return {w.key: w.init(self.dtype) for w in self.weights}
+
+    def take(self, record, operands, invals):
+        return ((record, operands), None), None
+
+    def advance(self, traces, xs_and_dfs, Ds):
+        record, operands = xs_and_dfs[0]
+        new = {}
+        for w in self.weights:
+            recursion = self._recursion(w.group, record.varying[w.group.index])
+            inputs = [of[w.number] for of in (record.x, operands, record.fixed)]
+            new[w.key] = w.step(recursion, traces[w.key], *inputs)
+        return new
+
+    def _recursion(self, group: HiddenGroup, varying: Any) -> Recursion:
+        return self.recursion.of(self.binding, group, varying)
+
+    # -- what signals make of the traces
+
+    def _met(self, signals: Signals) -> Signals:
+        """Signals per slot: with a trace filter they meet the filtered slots."""
+        if self.recursion.kappa is None:
+            return signals
+        return [[*([None] * len(slots)), *slots] for slots in signals]
+
+    def carriers(self, numbers, traces, operands, fixed, weights, steps):
+        return {i: self._carrier(i, traces, operands[i], fixed[i]) for i in numbers}
+
+    def _carrier(self, number, traces, operands, fixed):
+        """Signals whose cotangents are the parameters' part in what they would give: the transpose of contraction."""
+
+        def gradient(signals):
+            met = self._met(signals)
+            return add([w.contract(traces[w.key], met[w.group.index], held, fixed) for w in weights])
+
+        held = jax.lax.stop_gradient(operands)
+        weights = [w for w in self.weights if w.number == number]
+        own = {w.group.index for w in weights}
+        relation = weights[0].relation
+        dtype = wide(relation.y_var.aval.dtype)
+        zeros = [
+            [jnp.zeros(g.varshape, dtype) if g.index in own else None] * g.num_state
+            for g in self.binding.graph.hidden_groups
+        ]
+        _, transpose = jax.vjp(gradient, zeros)
+        return transpose(widened({k: operands[k] for k in relation.trainable_vars}))[0]
+
+    def contract(self, numbers, traces, signals, steps):
+        own = {i: {g.index for g in self.relations[i].hidden_groups} for i in numbers}
+        return {i: [s if g in own[i] else [None] * len(s) for g, s in enumerate(signals)] for i in numbers}
+
+    # -- a chunk
+
+    @property
+    def has_chunks(self) -> bool:
+        """Traces of neighbours advance step by step: between steps they are mixed, not scaled."""
+        return all(w.group.snap is None for w in self.weights)
+
+    def chunk_start(self, traces):
+        return ()
+
+    def chunk_step(self, carry, index, record, operands, cotangents: Cotangents):
+        return carry, (record.varying, cotangents.new, cotangents.old), set(self.numbers)
+
+    def chunk_end(self, traces, carry, emitted: Emitted, operands, vmap_shape, length):
+        varying, new, old = emitted.engine
+        # The signals that meet the trace after step t: those of its new values, and of the old values of step t + 1.
+        after = [
+            [add([n, None if o is None else jnp.concatenate([o[1:], jnp.zeros_like(o[:1])])]) for n, o in zip(*slots)]
+            for slots in zip(new, old)
+        ]
+        entry = [[None if o is None else o[0] for o in slots] for slots in old]
+        after, entry = self._met(after), self._met(entry)
+        traces = dict(traces)
+        gradients: dict[int, Any] = {}
+        by_group: dict[int, list[WeightTrace]] = {}
+        for w in self.weights:
+            by_group.setdefault(w.group.index, []).append(w)
+        found = self._coefficients(list(by_group.values()), varying, after, vmap_shape, length)
+        for (index, weights), coefficients in zip(by_group.items(), found):
+            for w in weights:
+                source = self.binding.source(w.number)
+                inputs = emitted.x.get(source), operands[w.number], emitted.fixed.get(w.number, {})
+                gradient = _chunk_gradient(w, traces[w.key], coefficients, inputs, entry[index], len(vmap_shape))
+                gradients[w.number] = add([gradients.get(w.number), gradient])
+                traces[w.key] = chunk_update(w, traces[w.key], coefficients, *inputs, vmap_shape)
+        return traces, gradients
+
+    def _coefficients(self, of_groups, varying, signals, vmap_shape, length) -> list[ChunkCoefficients]:
+        def of_sample(varying, signals):
+            parts = []
+            for weights in of_groups:
+                group = weights[0].group
+                read = functools.partial(self._recursion, group)
+                parts.append((read, varying[group.index], signals[group.index], weights))
+            return chunk_coefficients(parts, length)
+
+        if vmap_shape:
+            out_axes = [ChunkCoefficients(1, 1, 0, 0)] * len(of_groups)  # type: ignore[arg-type]
+            of_sample = jax.vmap(of_sample, in_axes=1, out_axes=out_axes, axis_size=vmap_shape[0])
+        return of_sample(varying, signals)
+
+
+def check_anchors(relations: Iterable[HiddenParamOpRelation]) -> None:
+    """Refuse operations whose trace entries are not known to belong to one position each."""
+    for r in relations:
+        rule = r.primitive.rules.snap_anchor
+        if rule is None or not rule(r.eqn_params):
+            raise NotImplementedError(
+                f"{r.primitive.name} at {path_str(r.path)!r} does not say that every weight belongs to one "
+                "position, which SnAp needs. Register the rule snap_anchor=lambda params: True on the operation "
+                "if each of its weights acts on one entry of the output, or use another rule."
+            )
+
+
+def _chunk_gradient(weight, trace, coefficients, inputs, entry, vmap_ndim):
+    x, operands, fixed = inputs
+    cotangent = coefficients.y[weight.number]
+    parts = []
+    if cotangent is not None:
+        parts.append(contraction(weight.relation, x, cotangent, operands, fixed, 1 + vmap_ndim))
+    meets = [add([q, c]) for q, c in zip(entry, coefficients.entry)]
+    at_entry = jax.tree.map(lambda v: v[0], fixed)
+    parts.append(weight.contract(trace, meets, operands, at_entry, vmap_ndim))
+    return add(parts)
+
+
+def _may_factorise(relation) -> bool:
+    rules = relation.primitive.rules
+    own_layout = any(rule is not None for rule in (rules.dt_to_t, rules.init_drtrl, rules.pp_x_repr))
+    linear = set(relation.linear_keys) == set(relation.trainable_vars) and not relation.fixed_vars
+    alone = relation.x_var is None or relation.sub_steps is not None
+    followed = any(g.snap is not None for g in relation.hidden_groups)
+    return linear and not (own_layout or alone or followed)
+
+
+class _Anything:
+    """Varying entries whose values do not matter: the structure is that of any step."""
+
+    def __getitem__(self, slot: int) -> np.ndarray:
+        return np.zeros((1,))

@@ -1,0 +1,174 @@
+"""The traces of D_RTRL over a chunk of K steps.
+
+With a_t = q_t + D_{t+1}' a_{t+1} (q_t: the signals that meet the trace after step t; D': transposed) and
+M_t = D_K ... D_{t+1}, both taken backward in time, position by position,
+
+  gradient = sum_t x_t (x) <df_t, a_t> + <q_0 + D_1' a_1, trace_0>
+  trace_K  = M_0 trace_0 + sum_t M_t df_t (x) x_t
+
+so that every weight-sized array is touched once a chunk, by products over time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._binding import Slots
+from .._precision import wide, widened
+from .record import add, placed, spread, unbroadcast, weighted_sum
+from .weight_trace import SlotTrace, WeightTrace, instant, outer, slot_of
+
+__all__ = ["ChunkCoefficients", "chunk_coefficients", "chunk_update"]
+
+
+class ChunkCoefficients(NamedTuple):
+    y: dict[int, jax.Array | None]  # relation -> <df_t, a_t>, (K, *y)
+    u: dict[int, list[Any]]  # relation -> per slot M_t df_t, (K, *V), or None
+    entry: list[Any]  # per slot D_1' a_1, V, or None
+    M: list[list[Any]]  # M_0, V each, or None
+
+
+def chunk_coefficients(
+    of_groups: Sequence[tuple[Any, Any, Slots, Sequence[WeightTrace]]], length: int
+) -> list[ChunkCoefficients]:
+    """Everything that a chunk needs beside the inputs, for the weights of every group and for one sample.
+
+    Per group ``read(varying entries of one step) -> Recursion``, these entries, the signals (per slot ``(K, *V)`` or
+    ``None``), and the weights. One loop serves all groups: many small ones take far longer to compile.
+    """
+    parts = [_Backward(read, varying, weights, signals) for read, varying, signals, weights in of_groups]
+
+    def body(carry, items):
+        both = [part.step(c, item) for part, c, item in zip(parts, carry, items)]
+        return [c for c, _ in both], [out for _, out in both]
+
+    items = [(varying, signals) for _, varying, signals, _ in of_groups]
+    carry, outs = jax.lax.scan(body, [part.start for part in parts], items, length=length, reverse=True)
+    return [part.result(c, out) for part, c, out in zip(parts, carry, outs)]
+
+
+class _Backward:
+    """The recursions of a chunk for one group, backward in time."""
+
+    def __init__(self, read: Any, varying: Any, weights: Sequence[WeightTrace], signals: Slots):
+        self.read, self.group = read, weights[0].group
+        self.relations = {p.number: p.relation for p in weights}
+        self.dtype = wide(weights[0].relation.y_var.aval.dtype)
+        structure = read(jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), varying))
+        self.width = n = structure.width
+        self.kept = [a for a in range(n) if not all(a in p.factorised for p in weights)]
+        has = [[e is not None for e in row] for row in structure.D]
+        self.felt = _closure({a for a in range(n) if signals[a] is not None}, has)
+        self.backward = {b for b in range(n) if any(has[a][b] for a in self.felt)}
+        self.reach = {a: _closure({a}, has) for a in self.kept}
+        nothing = jnp.zeros(self.group.varshape, self.dtype)
+        self.start = (
+            {b: nothing for b in self.backward},
+            {a: {b: nothing + float(a == b) for b in self.reach[a]} for a in self.kept},
+        )
+
+    def step(self, carry, item):
+        (future, M), (values, q) = carry, item
+        group, felt, reach = self.group, self.felt, self.reach
+        recursion = self.read(values)
+        total = {a: add([q[a], future.get(a)]) for a in felt}
+        y, u = {}, {}
+        for i, r in self.relations.items():
+            df = recursion.df[i]
+            c = weighted_sum([(df[a], r.place(group, total[a])) for a in felt])
+            y[i] = None if c is None else unbroadcast(c, r.y_var.aval.shape).astype(wide(r.y_var.aval.dtype))
+            rows = {a: placed(r, group, [M[a][b] for b in reach[a]]) for a in self.kept}
+            u[i] = [
+                weighted_sum(list(zip(rows[a], [df[b] for b in reach[a]]))) if a in self.kept else None
+                for a in range(self.width)
+            ]
+        back = {b: weighted_sum([(recursion.D[a][b], total[a]) for a in felt]) for b in self.backward}
+        product = lambda a, c: weighted_sum([(M[a][b], recursion.D[b][c]) for b in reach[a]])  # noqa: E731
+        M = {a: {c: spread(product(a, c), group.varshape, self.dtype) for c in reach[a]} for a in self.kept}
+        return ({b: v.astype(self.dtype) for b, v in back.items()}, M), (y, u)
+
+    def result(self, carry, outs) -> ChunkCoefficients:
+        (future, M), (y, u) = carry, outs
+        rows = [[M[a].get(b) if a in self.kept else None for b in range(self.width)] for a in range(self.width)]
+        return ChunkCoefficients(y, u, [future.get(b) for b in range(self.width)], rows)
+
+
+def _closure(start: set[int], has: Sequence[Sequence[bool]]) -> list[int]:
+    """Slots that those of ``start`` depend on, at any earlier time, themselves included."""
+    found = set(start)
+    while True:
+        more = found | {b for a in found for b, link in enumerate(has[a]) if link}
+        if more == found:
+            return sorted(found)
+        found = more
+
+
+def chunk_update(
+    weight: WeightTrace,
+    trace: SlotTrace,
+    coefficients: ChunkCoefficients,
+    xs: Any,
+    operands: Mapping[str, jax.Array],
+    fixed: Mapping[int, Any],
+    vmap_shape: tuple[int, ...],
+) -> SlotTrace:
+    """Traces after a chunk with inputs ``xs`` of shape ``(K, *vmap_shape, ...)``."""
+    new, recursion = [], weight.structure
+    powers = _powers(weight, jax.tree.leaves(xs)[0].shape[0]) if weight.factorised else None
+    for a in range(recursion.width):
+        old = slot_of(trace, a)
+        if a in weight.factorised:
+            value = _filtered(weight, a, powers, trace, xs, operands)
+        else:
+            row = placed(weight.layout.relation, weight.group, coefficients.M[a])
+            u = coefficients.u[weight.number][a]
+            value = add(_chunk_terms(weight, trace, row, u, xs, operands, fixed, len(vmap_shape)))
+        value = value or dict.fromkeys(trace)
+        new.append({k: spread(value[k], old[k].shape, old[k].dtype) for k in old})
+    return {k: [slot[k] for slot in new] for k in trace}
+
+
+def _chunk_terms(weight, trace, row, u, xs, operands, fixed, vmap_ndim):
+    terms = []
+    for b, m in enumerate(row):
+        if m is None:
+            continue
+        if b in weight.factorised:
+            terms.append(outer(weight.layout, slot_of(trace, b), m, operands, vmap_ndim))
+        else:
+            terms.append(weight.layout.times(m, slot_of(trace, b), vmap_ndim))
+    if u is not None:
+        terms.append(instant(weight.layout, xs, u, operands, fixed, vmap_ndim, time=True))
+    return terms
+
+
+def _powers(weight, length):
+    """Weights of the K inputs and of the old slots in the new factorised slots, as numbers."""
+    slots, recursion = sorted(weight.factorised), weight.structure
+    D = np.array([[recursion.D[a][b] or 0.0 for b in slots] for a in slots], np.float64)
+    df = np.array([recursion.df[weight.number][a] or 0.0 for a in slots], np.float64)
+    M, inputs = np.eye(len(slots)), np.zeros((length, len(slots)))
+    for t in range(length - 1, -1, -1):
+        inputs[t] = M @ df
+        M = M @ D
+    return {a: (dict(zip(slots, M[k])), inputs[:, k]) for k, a in enumerate(slots)}
+
+
+def _filtered(weight, a, powers, trace, xs, operands):
+    old, of_inputs = powers[a]
+    relation, out = weight.layout.relation, {}
+    for k, slots in trace.items():
+        carried = weighted_sum([(float(old[b]), slots[b]) for b in sorted(weight.factorised)])
+        if k in relation.offset_keys:
+            new = float(of_inputs.sum())
+        else:
+            repr_of = lambda x: relation.x_repr(x, operands)  # noqa: E731
+            x = widened(jax.vmap(repr_of)(xs))
+            new = jnp.tensordot(jnp.asarray(of_inputs, x.dtype), x, 1)
+        out[k] = carried + new
+    return out

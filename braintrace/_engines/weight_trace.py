@@ -1,0 +1,354 @@
+r"""The eligibility trace of one weight of D_RTRL: one entry per trained weight entry, sample and hidden variable.
+
+Pure functions of traces and records; arrays have no units. A trace is kept per *slot*, one array per hidden variable.
+A slot whose coefficients in D and df are numbers, the same at every position and step, is kept *factorised*: its trace
+is the product of a filtered input with ones, so that only the filtered input is stored. A trace filter doubles the
+slots: the filtered trace obeys :math:`\bar\epsilon \leftarrow \kappa\bar\epsilon + D\epsilon + \mathrm{df} \otimes x`.
+Where the trace of a weight follows the neighbours of its position, they are the last axis of every slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._binding import Slots
+from .._compiler.groups import HiddenGroup
+from .._compiler.relations import HiddenParamOpRelation
+from .._jax import zeros
+from .._precision import wide, widened
+from .layout import TraceLayout
+from .record import add, contraction, pair_key, placed, spread, unbroadcast, weighted_sum, x_aval
+from .samples import met
+
+__all__ = ["Recursion", "SlotTrace", "WeightTrace", "factorised_slots", "instant", "outer", "recursion_of", "slot_of"]
+
+SlotTrace = dict[str, list[jax.Array]]  # trained key -> one array per slot: (batch, weight shape), or a filtered input
+Row = Sequence[Any]  # entries that are arrays, numbers, or None for a known zero
+
+
+class Recursion(NamedTuple):
+    """``D`` and, per relation, ``df`` of one group over its slots, filtered ones included."""
+
+    D: tuple[Row, ...]
+    df: dict[int, Row]
+
+    @property
+    def width(self) -> int:
+        return len(self.D)
+
+
+def recursion_of(D: Sequence[Row], df: Mapping[int, Row], kind: str, decay: float | None, kappa: float | None):
+    """The recursion that the traces obey: D as it is, a leak or nothing in its place, and a filter on top."""
+    n = len(D)
+    if kind != "jacobian":
+        D = [[decay if decay and a == b else None for b in range(n)] for a in range(n)]
+    if kappa is None:
+        return Recursion(tuple(map(tuple, D)), {i: tuple(row) for i, row in df.items()})
+    nothing = [None] * n
+    upper = [(*row, *nothing) for row in D]
+    lower = [(*row, *(kappa if a == b else None for b in range(n))) for a, row in enumerate(D)]
+    return Recursion((*upper, *lower), {i: (*row, *row) for i, row in df.items()})
+
+
+def factorised_slots(recursion: Recursion, number: int) -> frozenset:
+    """The largest set of slots that only numbers drive, from the input and from each other."""
+    is_number = lambda e: e is None or np.ndim(e) == 0 and not hasattr(e, "dtype")  # noqa: E731
+    slots = {a for a in range(recursion.width) if is_number(recursion.df[number][a])}
+    while True:
+        kept = {
+            a for a in slots if all(e is None or (b in slots and is_number(e)) for b, e in enumerate(recursion.D[a]))
+        }
+        if kept == slots:
+            return frozenset(slots)
+        slots = kept
+
+
+class WeightTrace(NamedTuple):
+    """The trace of a relation's weights in one of its groups."""
+
+    number: int  # of the relation
+    relation: HiddenParamOpRelation
+    group: HiddenGroup
+    layout: TraceLayout
+    structure: Recursion  # with known entries as they are, and something in the place of varying ones
+    factorised: frozenset  # slots
+
+    @property
+    def key(self) -> str:
+        return pair_key(self.relation, self.group.index)
+
+    def vmap_shape(self, trace: SlotTrace) -> tuple[int, ...]:
+        """The mapped axis of a trace that is looked at from outside of ``jax.vmap``."""
+        (name, *_), one = trace, jax.eval_shape(lambda: self.init(None))
+        return trace[name][0].shape[: trace[name][0].ndim - one[name][0].ndim]
+
+    def init(self, dtype: Any) -> SlotTrace:
+        """Zero traces, in ``dtype`` or in that of sums over time."""
+        layout, group, relation = self.layout, self.group, self.layout.relation
+        custom = relation.primitive.rules.init_drtrl
+        own = custom and custom(relation.x_var, relation.y_var, relation.weight_vars, group.num_state)
+        y, whole = relation.y_var.aval, relation.shape_in(group)
+        batch = whole[: layout.batch_ndim]
+        trace: SlotTrace = {}
+        for k, v in relation.trainable_vars.items():
+            kept = jnp.result_type(v.aval.dtype, y.dtype)
+            full = whole if relation.x_var is None else (*batch, *layout.shapes[k])
+            if own:
+                full, kept = own[k].shape[:-1], own[k].dtype
+            kept = dtype or wide(kept)
+            filtered = () if k in relation.offset_keys or relation.x_var is None else x_aval(relation).shape
+            behind = () if group.snap is None else (group.snap.num_neighbour,)
+            trace[k] = [
+                zeros(filtered if a in self.factorised else (*full, *behind), kept) for a in range(self.structure.width)
+            ]
+        return trace
+
+    def step(
+        self,
+        recursion: Recursion,
+        trace: SlotTrace,
+        x: Any,
+        operands: Mapping[str, jax.Array],
+        fixed: Mapping[int, Any],
+    ) -> SlotTrace:
+        r"""One step: :math:`\epsilon \leftarrow D \epsilon + \mathrm{df} \otimes x`."""
+        new: list[dict[str, jax.Array]] = []
+        layout, relation = self.layout, self.layout.relation
+        shape = relation.shape_in(self.group)
+        for a, (row, df) in enumerate(zip(recursion.D, recursion.df[self.number])):
+            old, row = slot_of(trace, a), placed(relation, self.group, row)
+            if a in self.factorised:
+                source = relation.x_repr(x, operands)
+                inputs = {k: 1.0 if k in relation.offset_keys else source for k in trace}
+                value = {k: weighted_sum([*zip(row, slots), (df, inputs[k])]) for k, slots in trace.items()}
+            else:
+                terms = []
+                for b, d in enumerate(row):
+                    if d is None:
+                        continue
+                    if b in self.factorised:
+                        terms.append(outer(layout, slot_of(trace, b), _full(relation, d, shape), operands, 0))
+                    else:
+                        terms.append(self._carried(d, slot_of(trace, b)))
+                if df is not None:
+                    whole = self.relation.shape_in(self.group)
+                    now = instant(layout, x, _full(relation, df, whole), operands, fixed)
+                    terms.append(now if self.group.snap is None else _of_itself(self.group.snap, now))
+                value = add(terms) or dict.fromkeys(trace)
+            kept = {k: spread(value[k], old[k].shape, old[k].dtype) for k in old}
+            if all(d is None for d in row):
+                # Under jax.vmap all arrays of a trace must stay mapped, also one that no sample changes.
+                kept = {k: jnp.where(False, old[k], kept[k]) for k in old}
+            new.append(kept)
+        return {k: [slot[k] for slot in new] for k in trace}
+
+    def _carried(self, d: Any, slot: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """An entry of D times a slot; between neighbours, a small matrix times a vector for every trace entry."""
+        if self.group.snap is None or jnp.ndim(d) == 0:
+            return self.layout.times(d, slot, 0)
+        if self.layout.broadcasts:
+            return {k: _batched_product(d, e, self.layout.batch_ndim) for k, e in slot.items()}
+
+        def to_one(row):
+            terms = jax.vmap(lambda c, e: self.layout.times(c, e, 0), in_axes=(0, -1))(row, slot)
+            return {k: v.sum(0) for k, v in terms.items()}
+
+        return jax.vmap(to_one, out_axes=-1)(d)
+
+    def contract(
+        self,
+        trace: SlotTrace,
+        signals: Slots,
+        operands: Mapping[str, jax.Array],
+        fixed: Mapping[int, Any],
+        vmap_ndim: int = 0,
+    ) -> dict[str, jax.Array] | None:
+        """``sum_a <signal_a, trace_a>`` over samples and positions, shaped like the weights."""
+        terms, whole = [], []
+        relation, snap = self.layout.relation, self.group.snap
+        if snap is not None:
+            signals = [None if s is None else snap.gather(s) for s in signals]
+        for a, signal in enumerate(placed(relation, self.group, signals)):
+            if signal is None:
+                continue
+            slot = slot_of(trace, a)
+            slot = {k: e.astype(wide(jnp.result_type(e.dtype, signal.dtype))) for k, e in slot.items()}
+            if a in self.factorised:
+                terms.append(_contract_factorised(relation, slot, signal, operands, vmap_ndim))
+            elif snap is not None:
+                met = jax.vmap(lambda s, e: _over_samples(self.layout, s, e, vmap_ndim), in_axes=(0, -1))(signal, slot)
+                whole.append({k: v.sum(0) for k, v in met.items()})
+            else:
+                whole.append(_over_samples(self.layout, signal, slot, vmap_ndim))
+        total = add(whole)
+        if total is not None:
+            terms.append(_to_weights(self.layout, total, operands, fixed, vmap_ndim))
+        return add(terms)
+
+    def dense(
+        self, trace: SlotTrace, operands: Mapping[str, jax.Array], vmap_shape: tuple[int, ...]
+    ) -> dict[str, jax.Array]:
+        """The trace as arrays with the slots along a last axis; neighbours come before the slots of each."""
+        relation = self.layout.relation
+        slots = []
+        for a in range(self.group.num_state):
+            slot = slot_of(trace, a)
+            if a in self.factorised:
+                ones = _full(relation, 1.0, (*vmap_shape, *relation.shape_in(self.group)))
+                whole = outer(self.layout, slot, ones, operands, len(vmap_shape))
+                slot = {k: whole[k].astype(slot[k].dtype) for k in slot}
+            slots.append(slot)
+        stacked = {k: jnp.stack([slot[k] for slot in slots], -1) for k in trace}
+        return stacked if self.group.snap is None else {k: v.reshape(*v.shape[:-2], -1) for k, v in stacked.items()}
+
+
+def _batched_product(d, entry, lead):
+    """``d``: two axes of neighbours, then positions; ``entry``: ``lead`` batch axes, any, the other positions, one of
+    neighbours."""
+    i, j, *positions = range(d.ndim)
+    batch, units = positions[:lead], positions[lead:]
+    own = list(range(d.ndim, d.ndim + entry.ndim - 1 - len(positions)))
+    return jnp.einsum(d, (i, j, *positions), entry, (*batch, *own, *units, j), (*batch, *own, *units, i))
+
+
+def _of_itself(snap, now):
+    """What a weight does at its own position, which is the first of its neighbours."""
+    first = np.arange(snap.num_neighbour) == 0
+    return {k: v[..., None] * first for k, v in now.items()}
+
+
+def instant(layout, x, coefficient, operands, fixed, vmap_ndim: int = 0, time: bool = False) -> dict[str, jax.Array]:
+    """``coefficient`` times the derivative of the output with respect to the weights, per sample.
+
+    ``vmap_ndim`` axes of mapped samples stand in front of the batch axes of the operation; with ``time`` another one
+    in front of these is summed over, as are sub-steps, whose axis stands between mapped samples and batch.
+    """
+    x, coefficient, operands, fixed = widened((x, coefficient, dict(operands), dict(fixed)))
+    if layout.sub_steps is not None:
+        x, coefficient, fixed = jax.tree.map(lambda v: _first(v, vmap_ndim, time), (x, coefficient, fixed))
+        return instant(layout._replace(sub_steps=None), x, coefficient, operands, fixed, vmap_ndim, True)
+    if layout.relation.x_var is None:
+        return _instant_without_input(layout, coefficient, operands, fixed, vmap_ndim, time)
+
+    def of_sample(x, coefficient, fixed):
+        def apply(weights):
+            one = lambda x, fixed: layout.apply(x, weights | layout.own(operands, fixed)[1], fixed)  # noqa: E731
+            return (jax.vmap(one) if time else one)(x, fixed)
+
+        weights, _ = layout.own(operands, jax.tree.map(lambda v: v[0], fixed) if time else fixed)
+        y, pull = jax.vjp(apply, weights)
+        return pull(coefficient.astype(y.dtype))[0]
+
+    axis = int(time)
+    for _ in range(layout.batch_ndim):
+        of_sample = jax.vmap(of_sample, in_axes=(axis, axis, None))
+    for _ in range(vmap_ndim):
+        of_sample = jax.vmap(of_sample, in_axes=axis)
+    return of_sample(x, coefficient, fixed)
+
+
+def _first(value, vmap_ndim, time):
+    """The axis of sub-steps moved to the front, and merged with that of time."""
+    if not time:
+        return jnp.moveaxis(value, vmap_ndim, 0)
+    value = jnp.moveaxis(value, 1 + vmap_ndim, 1)
+    return value.reshape((-1, *value.shape[2:]))
+
+
+def _instant_without_input(layout, coefficient, operands, fixed, vmap_ndim, time):
+    relation = layout.relation
+
+    def times(coefficient, unit):
+        def slopes(fixed):
+            units = jnp.full(relation.y_var.aval.shape, unit)
+            found = relation.primitive.weight_vjp(None, units, operands, relation.eqn_params, fixed)
+            # Where a weight has no entry for every position, the trace is that of the output.
+            return {k: v if layout.anchors[k] is None else units for k, v in found.items()}
+
+        if not fixed:
+            total = coefficient.sum(0) if time else coefficient
+            return {k: total * v for k, v in slopes({}).items()}
+        front = vmap_ndim + int(time)
+        for _ in range(front):
+            slopes = jax.vmap(slopes)
+        between = (1,) * (coefficient.ndim - front - relation.y_var.aval.ndim)
+        found = {k: v.reshape(*v.shape[:front], *between, *v.shape[front:]) for k, v in slopes(fixed).items()}
+        now = {k: coefficient * v for k, v in found.items()}
+        return {k: v.sum(0) for k, v in now.items()} if time else now
+
+    one = jnp.ones((), coefficient.dtype)
+    if not jnp.iscomplexobj(one):
+        return times(coefficient, one)
+    # Of a complex output the derivative is linear in the two parts of the cotangent, and no more than that.
+    return add([times(jnp.real(coefficient), one), times(jnp.imag(coefficient), 1j * one)])
+
+
+def outer(layout, filtered, coefficient, operands, vmap_ndim) -> dict[str, jax.Array]:
+    """A factorised slot, spread over positions: filtered input times coefficient."""
+    relation = layout.relation
+    x = next((filtered[k] for k in filtered if k not in relation.offset_keys), None)
+    if x is None:  # offsets alone: any input will do
+        x = jnp.zeros((*coefficient.shape[:vmap_ndim], *x_aval(relation).shape), x_aval(relation).dtype)
+    out = instant(layout, x, coefficient, operands, {}, vmap_ndim)
+    for k in relation.offset_keys:
+        count = filtered[k].reshape(filtered[k].shape + (1,) * (out[k].ndim - filtered[k].ndim))
+        out[k] = count * out[k]
+    return out
+
+
+def slot_of(trace: SlotTrace, a: int) -> dict[str, jax.Array]:
+    return {k: slots[a] for k, slots in trace.items()}
+
+
+def _full(relation, entry, shape):
+    return spread(entry, shape, wide(relation.y_var.aval.dtype))
+
+
+def _contract_factorised(relation, filtered, signal, operands, vmap_ndim):
+    x = next((filtered[k] for k in filtered if k not in relation.offset_keys), None)
+    out = {} if x is None else contraction(relation, x, signal, operands, {}, vmap_ndim)
+    for k in relation.offset_keys:
+        count = filtered[k].reshape(filtered[k].shape + (1,) * (signal.ndim - filtered[k].ndim))
+        x = jnp.zeros((*signal.shape[:vmap_ndim], *x_aval(relation).shape), x_aval(relation).dtype)
+        out[k] = contraction(relation, x, count * signal, operands, {}, vmap_ndim)[k]
+    return out
+
+
+def _over_samples(layout, signal, slot, vmap_ndim) -> dict[str, jax.Array]:
+    """A signal times the trace entries of its positions, summed over samples."""
+    relation, lead = layout.relation, layout.batch_ndim + vmap_ndim
+    if relation.x_var is None:
+        return {k: signal * e for k, e in slot.items()}
+    if relation.primitive.rules.dt_to_t is not None:
+        products = layout.times(signal, slot, vmap_ndim)
+        return {k: met(jnp.ones(v.shape[:lead], v.dtype), v, lead) if lead else v for k, v in products.items()}
+    if not layout.broadcasts:
+        ones = {k: jnp.ones_like(e) for k, e in slot.items()}
+        return {k: met(s, slot[k], lead) for k, s in layout.times(signal, ones, vmap_ndim).items()}
+    return {k: met(signal, e, lead) for k, e in slot.items()}
+
+
+def _to_weights(layout, total, operands, fixed, vmap_ndim):
+    """Pull trace-shaped gradients back to the operation's weights, in the dtype of sums over time."""
+    relation = layout.relation
+    # What is pulled back here is the same for all samples and sub-steps.
+    first = (0,) * (vmap_ndim + int(layout.sub_steps is not None))
+    operands, fixed = widened((dict(operands), {i: v[first] for i, v in fixed.items()}))
+    if relation.x_var is None:
+        out = {}
+        for k, value in total.items():
+            value = unbroadcast(value, relation.y_var.aval.shape)
+            if layout.anchors[k] is not None:
+                value = relation.primitive.weight_vjp(None, value, operands, relation.eqn_params, fixed)[k]
+            out[k] = unbroadcast(value, layout.shapes[k])
+    elif layout.unshared is not None:
+        own, pull = jax.vjp(lambda w: layout.own(w, fixed)[0], operands)
+        (out,) = pull({k: total[k].astype(own[k].dtype) for k in own})
+    else:
+        out = {k: unbroadcast(e, layout.shapes[k]) for k, e in total.items()}
+    return {k: out[k].astype(w.dtype) for k, w in operands.items()}
