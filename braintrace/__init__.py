@@ -35,6 +35,7 @@ from ._learners.bootstrap import DNI as DNI
 from ._learners.bootstrap import SyntheticGradient as SyntheticGradient
 from ._learners.bootstrap import train_synthetic_gradient as train_synthetic_gradient
 from ._learners.config import ETraceConfig as ETraceConfig
+from ._learners.hybrid_dim import HybridDimVjpAlgorithm as HybridDimVjpAlgorithm
 from ._learners.io_dim import ES_D_RTRL as ES_D_RTRL
 from ._learners.io_dim import IODimVjpAlgorithm as IODimVjpAlgorithm
 from ._learners.io_dim import pp_prop as pp_prop
@@ -46,6 +47,7 @@ from ._learners.projection import UORO as UORO
 from ._learners.projection import RandomProjectionVjpAlgorithm as RandomProjectionVjpAlgorithm
 from ._learners.rules import D_RTRL as D_RTRL
 from ._learners.rules import EProp as EProp
+from ._learners.rules import Immediate as Immediate
 from ._learners.rules import OSTLFeedforward as OSTLFeedforward
 from ._learners.rules import OSTLRecurrent as OSTLRecurrent
 from ._learners.rules import SnAp as SnAp
@@ -98,7 +100,9 @@ __all__ = [
     "HiddenGroup",
     "HiddenParamOpRelation",
     "HiddenPerturbation",
+    "HybridDimVjpAlgorithm",
     "IODimVjpAlgorithm",
+    "Immediate",
     "KappaFilter",
     "ModuleInfo",
     "MultiStepData",
@@ -161,7 +165,6 @@ _GONE = {
     "ETraceState": "Use brainstate.HiddenState.",
     "ETraceGroupState": "Use brainstate.HiddenGroupState.",
     "ETraceTreeState": "Use brainstate.HiddenTreeState.",
-    "HybridDimVjpAlgorithm": "Use braintrace.pp_prop, or braintrace.D_RTRL where a trace per weight fits the memory.",
     "stop_param_gradients": "Differentiate by the parameters that you train only, or use jax.lax.stop_gradient.",
 }
 

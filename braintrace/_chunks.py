@@ -90,7 +90,7 @@ class _Records:
         """
         record, (leaves, aux) = recorded
         if self.single_step:
-            _, dfs, _ = read_record(self.binding.graph, record, operands, ())
+            _, dfs, _ = read_record(self.binding.graph, record, operands, {})
             found = self.online.cotangents(bars.new, bars.old, bars.y, dfs, leaves, aux)
             carry, emitted = self._emit(carry, index, record, found, operands)
             return carry, jax.tree.map(lambda v: v[None], emitted)

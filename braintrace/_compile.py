@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from ._learners.base import ETraceAlgorithm
 from ._learners.bootstrap import DNI
 from ._learners.config import ETraceConfig
+from ._learners.hybrid_dim import HybridDimVjpAlgorithm
 from ._learners.io_dim import IODimVjpAlgorithm, pp_prop
 from ._learners.param_dim import ParamDimVjpAlgorithm
 from ._learners.projection import UORO, RandomProjectionVjpAlgorithm
-from ._learners.rules import D_RTRL, EProp, OSTLFeedforward, OSTLRecurrent, ThreeFactor
+from ._learners.rules import D_RTRL, EProp, Immediate, OSTLFeedforward, OSTLRecurrent, ThreeFactor
 from ._learners.vjp import ETraceVjpAlgorithm
 from ._sequence import ETraceVmap
 from ._types import head
@@ -36,12 +37,15 @@ NAMES: dict[str, type[ETraceAlgorithm]] = {
     "uoro": UORO,
     "three_factor": ThreeFactor,
     "dni": DNI,
+    "hybrid": HybridDimVjpAlgorithm,
+    "immediate": Immediate,
 }
 
 
 ENGINES: dict[str, type[ETraceAlgorithm]] = {
     "io_factorized": IODimVjpAlgorithm,
     "per_param": ParamDimVjpAlgorithm,
+    "hybrid": HybridDimVjpAlgorithm,
     "random_projection": RandomProjectionVjpAlgorithm,
 }
 
@@ -64,8 +68,8 @@ def compile(
         The model; its states are always initialised anew (``brainstate.nn.init_all_states``).
     algorithm : str, ETraceAlgorithm subclass or ETraceConfig
         The learning rule by name (``'pp_prop'``, ``'es_d_rtrl'``, ``'esd_rtrl'``, ``'d_rtrl'``, ``'eprop'``,
-        ``'e_prop'``, ``'ostl_recurrent'``, ``'ostl_feedforward'``, ``'uoro'``, ``'three_factor'``, ``'dni'``), by
-        class, or by coordinates.
+        ``'e_prop'``, ``'ostl_recurrent'``, ``'ostl_feedforward'``, ``'uoro'``, ``'three_factor'``, ``'dni'``,
+        ``'hybrid'``, ``'immediate'``), by class, or by coordinates.
     *example_inputs : pytree of array, jax.ShapeDtypeStruct or scalar
         At least one; the structure of later ``update(*inputs)``.
     batch_size : int, optional

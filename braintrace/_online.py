@@ -139,7 +139,7 @@ class OnlineStep(NamedTuple):
     def _credited_zeros(self, traces, after, index, record, leaves, operands, weights, aux):
         graph, engine = self.binding.graph, self.engine
         zeros = graph.step.zeros()
-        _, dfs, _ = read_record(graph, record, operands, ())
+        _, dfs, _ = read_record(graph, record, operands, {})
         relations = graph.hidden_param_op_relations
         every = range(len(relations))
         read = [i for i in every if any(p in zeros.old for g in relations[i].hidden_groups for p in g.hidden_paths)]

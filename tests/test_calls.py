@@ -19,7 +19,13 @@ import braintrace
 B, N_IN, N, T = 2, 3, 4, 6
 X = jax.random.normal(jax.random.key(0), (B, N_IN))
 XS = jax.random.normal(jax.random.key(1), (T, B, N_IN))
-RULES = {"pp_prop": dict(decay_or_rank=0.9), "d_rtrl": {}, "eprop": dict(kappa_filter_decay=0.5), "uoro": {}}
+RULES = {
+    "pp_prop": dict(decay_or_rank=0.9),
+    "d_rtrl": {},
+    "eprop": dict(kappa_filter_decay=0.5),
+    "uoro": {},
+    "hybrid": dict(decay_or_rank=0.9),
+}
 assert_close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6)
 rules = pytest.mark.parametrize("rule", RULES)
 
@@ -203,7 +209,7 @@ def test_new_states_of_the_model_are_those_that_run(rule, vmap):
     assert np.abs(model.h.value).max() > 0
 
 
-@pytest.mark.parametrize("rule", ["pp_prop", "d_rtrl", "uoro"])
+@pytest.mark.parametrize("rule", ["pp_prop", "d_rtrl", "uoro", "hybrid"])
 @mapped
 @pytest.mark.parametrize("explicit", [False, True])
 def test_another_batch_size(rule, vmap, explicit):

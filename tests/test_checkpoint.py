@@ -84,6 +84,7 @@ RULES = {
     "uoro": {},
     "three_factor": dict(modulator=jnp.full((), 0.7)),
     "dni": {},
+    "hybrid": dict(decay_or_rank={"w": 0.9, (): 0.8}),
     "snap": dict(n=2),
     "leaky": dict(decay=0.8),
 }

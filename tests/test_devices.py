@@ -24,6 +24,7 @@ RULES = {
     "d_rtrl": {},
     "eprop": dict(kappa_filter_decay=0.5),
     "ostl_recurrent": {},
+    "hybrid": dict(decay_or_rank=0.9),
 }
 ONE = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",))
 BATCH, INPUTS, UNITS, STEPS = 16, 12, 24, 10

@@ -346,7 +346,6 @@ ROWS = [  # what is called, the exception, what the message names
     # what older versions had
     (lambda: braintrace.nn.Linear(2, 3, param_type=OLD.ETraceParam), TypeError, "param_type=ETraceParam.*gone.*out"),
     (lambda: braintrace.nn.Embedding(2, 3, param_type=OLD.NonTempParam), TypeError, "param_type=NonTempParam.*gone"),
-    (lambda: braintrace.HybridDimVjpAlgorithm, AttributeError, "0.1.*pp_prop"),
     (lambda: braintrace.ETraceState, AttributeError, "0.1.*brainstate.HiddenState"),
     (lambda: braintrace.stop_param_gradients, AttributeError, "0.1.*stop_gradient"),
     # graph

@@ -28,6 +28,8 @@ class CompilationReport:
     graph : ETraceGraph
     states : mapping, optional
         Path -> state, of a learner whose layout on a mesh of devices is to be shown.
+    traces : mapping, optional
+        Number of a relation -> what a learner keeps for it, in words, and how many bytes (of one sample, if mapped).
 
     Examples
     --------
@@ -40,9 +42,15 @@ class CompilationReport:
     CompilationReport(hidden_groups=1, etrace_weights=2, excluded_weights=0, warnings=0, errors=0)
     """
 
-    def __init__(self, graph: ETraceGraph, states: Mapping[Path, brainstate.State] | None = None):
+    def __init__(
+        self,
+        graph: ETraceGraph,
+        states: Mapping[Path, brainstate.State] | None = None,
+        traces: Mapping[int, tuple[str, int]] | None = None,
+    ):
         self._graph = graph
         self._states = states or {}
+        self._traces = traces or {}
 
     @property
     def graph(self) -> ETraceGraph:
@@ -61,7 +69,7 @@ class CompilationReport:
     @property
     def etrace_weights(self) -> list[tuple[Path, list[int]]]:
         """``(parameter path, group indices)``, one entry per trained operand."""
-        return [(path, groups) for path, groups, _ in self._trained()]
+        return [(path, groups) for path, groups, *_ in self._trained()]
 
     @property
     def excluded_weights(self) -> list[tuple[Path, str | None]]:
@@ -87,10 +95,11 @@ class CompilationReport:
             "errors": levels.count(DiagnosticLevel.ERROR),
         }
 
-    def _trained(self) -> list[tuple[Path, list[int], str]]:
+    def _trained(self) -> list[tuple[Path, list[int], str, tuple[str, ...]]]:
+        form = {i: (words, f"{size:,}") for i, (words, size) in self._traces.items()}
         return [
-            (path, [g.index for g in r.hidden_groups], r.title)
-            for r in self.graph.hidden_param_op_relations
+            (path, [g.index for g in r.hidden_groups], r.title, form.get(i, ()))
+            for i, r in enumerate(self.graph.hidden_param_op_relations)
             for path in (
                 *r.trainable_paths.values(),
                 *(p for p in r.parameter_paths if p not in r.trainable_paths.values()),
@@ -111,8 +120,8 @@ class CompilationReport:
             ("Other dynamic states", ("state",), [(path_str(p),) for p in self.dynamic_states]),
             (
                 "Trained online",
-                ("parameter", "operation", "groups"),
-                [(path_str(p), op, str(groups)) for p, groups, op in self._trained()],
+                ("parameter", "operation", "groups", *(("trace", "bytes") if self._traces else ())),
+                [(path_str(p), op, str(groups), *form) for p, groups, op, form in self._trained()],
             ),
             (
                 "Current-step gradient only",

@@ -14,7 +14,7 @@ from .._compiler.relations import HiddenParamOpRelation
 from .._compiler.step import StepRecord
 from .._types import path_str
 
-__all__ = ["Cotangents", "Emitted", "Engine", "check_outputs"]
+__all__ = ["Cotangents", "Emitted", "Engine", "bytes_of", "check_outputs"]
 
 
 class Cotangents(NamedTuple):
@@ -100,6 +100,10 @@ class Engine(abc.ABC):
     def contract(self, numbers: Iterable[int], traces: Any, signals: Signals, steps: jax.Array) -> Any:
         """What signals make of the traces after that many steps, as cotangents of :meth:`carriers`."""
 
+    def forms(self) -> dict[int, tuple[str, int]]:
+        """In words what is kept for a relation, and how many bytes; what is shared counts where it comes first."""
+        return {}
+
     # -- a chunk of steps, whose records are there before the traces are touched
 
     @property
@@ -153,6 +157,11 @@ def check_outputs(relations: Iterable[HiddenParamOpRelation]) -> None:
                 "shape: initialise the states with the batch size of the inputs, or give the operation the "
                 "shape of the states." + _DELAY_LINE * bool(delayed)
             )
+
+
+def bytes_of(tree: Any) -> int:
+    """Of arrays or of their shapes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 _DELAY_LINE = (

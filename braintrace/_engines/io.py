@@ -18,7 +18,7 @@ from .._binding import Binding, Signals
 from .._compiler.relations import HiddenParamOpRelation
 from .._jax import zeros
 from .._precision import wide, widened
-from .engine import Cotangents, Emitted, Engine
+from .engine import Cotangents, Emitted, Engine, bytes_of
 from .record import (
     Jacobian,
     Sensitivity,
@@ -52,19 +52,19 @@ class IOEngine(Engine):
     :math:`\epsilon_f \leftarrow \alpha_f D \epsilon_f + (1-\alpha_f)\, df`; together, with the signals,
     :math:`\nabla = \epsilon_x \otimes \sum_s L_s \epsilon_{f,s} / (1 - \alpha_f^t)`.
 
-    ``recursion`` says what stands in the place of D: ``'jacobian'``, ``'scalar_leak'`` (1) or ``'none'`` (0).
+    ``decays`` are those of the two filters, per relation; ``recursion`` says what stands in the place of D:
+    ``'jacobian'``, ``'scalar_leak'`` (1) or ``'none'`` (0).
     """
 
     binding: Binding
     numbers: tuple[int, ...]
-    decay_x: float
-    decay_f: float
+    decays: Mapping[int, tuple[float, float]]
     recursion: str = "jacobian"
 
     @property
     def x_keys(self) -> dict[int, str]:
         """Relation number -> key of its x-trace; a relation without an input has none."""
-        return x_keys(self.binding.graph, self.numbers)
+        return x_keys(self.binding.graph, {i: self.decays[i][0] for i in self.numbers})
 
     @property
     def pairs(self) -> list[tuple[int, HiddenParamOpRelation, Any, str]]:
@@ -86,7 +86,7 @@ class IOEngine(Engine):
         return IOTrace(xs, dfs)
 
     def take(self, record, operands, invals):
-        xs, dfs, Ds = read_record(self.binding.graph, record, operands, self.numbers)
+        xs, dfs, Ds = read_record(self.binding.graph, record, operands, self.x_keys)
         return (xs, dfs), Ds
 
     def advance(self, traces, xs_and_dfs, Ds):
@@ -95,24 +95,36 @@ class IOEngine(Engine):
     def _advance(
         self, trace: IOTrace, xs: Mapping[str, Any], dfs: Mapping[str, Sensitivity], Ds: Sequence[Jacobian]
     ) -> IOTrace:
-        new_xs = {k: self.decay_x * e + xs[k].astype(e.dtype) for k, e in trace.xs.items()}
+        decay_of = {key: self.decays[i][0] for i, key in self.x_keys.items()}
+        new_xs = {k: decay_of[k] * e + xs[k].astype(e.dtype) for k, e in trace.xs.items()}
         new_dfs: dict[str, list[Any]] = {}
-        for _, r, g, key in self.pairs:
-            slots, new_dfs[key] = trace.dfs[key], []
+        for i, r, g, key in self.pairs:
+            slots, new_dfs[key], decay = trace.dfs[key], [], self.decays[i][1]
             for a, df in enumerate(dfs[key].entries):
                 if self.recursion == "jacobian":
                     carried = weighted_sum(list(zip(placed(r, g, Ds[g.index].entries[a]), slots)))
                 else:
                     carried = slots[a] if self.recursion == "scalar_leak" else None
-                value = weighted_sum([(self.decay_f, carried), (1.0 - self.decay_f, df)])
+                value = weighted_sum([(decay, carried), (1.0 - decay, df)])
                 new_dfs[key].append(spread(value, slots[a].shape, slots[a].dtype))
         return IOTrace(new_xs, new_dfs)
+
+    def forms(self):
+        traces = jax.eval_shape(self.init)
+        first = {key: i for i, key in reversed(self.x_keys.items())}
+        size = {i: bytes_of(traces.xs[key]) for key, i in first.items()}
+        for i, _, _, key in self.pairs:
+            size[i] = size.get(i, 0) + bytes_of(traces.dfs[key])
+        shown = {i: "/".join(f"{d:.4g}" for d in dict.fromkeys(self.decays[i])) for i in self.numbers}
+        return {i: (f"filtered, decay {shown[i]}", size[i]) for i in self.numbers}
 
     # -- what signals make of the traces
 
     def carriers(self, numbers, traces, operands, fixed, weights, steps):
-        one, of = filtered_one(self.decay_x, steps), self.relations
-        return {i: _carrier(of[i], self._x(traces.xs, i), operands[i], fixed[i], one) for i in numbers}
+        of, ones = self.relations, self._ones(steps)
+        return {
+            i: _carrier(of[i], self._x(traces.xs, i), operands[i], fixed[i], ones[self.decays[i][0]]) for i in numbers
+        }
 
     def contract(self, numbers, traces, signals, steps):
         return self._contract(numbers, _split(traces), signals, steps)
@@ -121,9 +133,10 @@ class IOEngine(Engine):
         self, numbers: Iterable[int], trace: IOTrace, signals: Signals, steps: jax.Array
     ) -> dict[int, jax.Array | None]:
         """Per relation ``sum_a signal_a * f_a / c``, shaped like its output."""
-        correction, found = _bias_correction(self.decay_f, steps), {}
+        corrections = {f: _bias_correction(f, steps) for f in {self.decays[i][1] for i in numbers}}
+        found = {}
         for i in numbers:
-            r = self.relations[i]
+            r, correction = self.relations[i], corrections[self.decays[i][1]]
             terms = {
                 g.index: list(zip(placed(r, g, signals[g.index]), trace.dfs[pair_key(r, g.index)]))
                 for g in r.hidden_groups
@@ -131,6 +144,10 @@ class IOEngine(Engine):
             total = over_groups(r, terms)
             found[i] = None if total is None else (total / correction).astype(wide(r.y_var.aval.dtype))
         return found
+
+    def _ones(self, steps: jax.Array) -> dict[float, jax.Array]:
+        """What every filter of inputs makes of an input that is always 1."""
+        return {decay: filtered_one(decay, steps) for decay in {x for x, _ in self.decays.values()}}
 
     def _x(self, xs: Mapping[str, Any], number: int) -> Any:
         return xs.get(self.x_keys.get(number, ""))
@@ -149,7 +166,7 @@ class IOEngine(Engine):
         carry = self._advance(carry, xs, dfs, Ds)
         now = met(carry, cotangents.new, index + 1)
         needed = {i for i in (*before, *now) if record.fixed[i]}
-        ones = filtered_one(self.decay_x, index + 1), filtered_one(self.decay_x, index)
+        ones = self._ones(index + 1), self._ones(index)
         return carry, (carry.xs if before or now else {}, now, before, ones), needed
 
     def chunk_end(self, traces, carry, emitted: Emitted, operands, vmap_shape, length):
@@ -159,8 +176,9 @@ class IOEngine(Engine):
         for i, r in self.relations.items():
             inputs = self._x(traces.xs, i), self._x(xs, i)
             fixed = emitted.fixed.get(i, {})
-            axes = 1 + len(vmap_shape)
-            gradients[i] = _contract_chunk(r, *inputs, now.get(i), before.get(i), ones, operands[i], fixed, axes)
+            axes, decay = 1 + len(vmap_shape), self.decays[i][0]
+            of_one = ones[0][decay], ones[1][decay]
+            gradients[i] = _contract_chunk(r, *inputs, now.get(i), before.get(i), of_one, operands[i], fixed, axes)
         return _join(carry), gradients
 
 

@@ -16,7 +16,7 @@ from .._compiler.groups import HiddenGroup
 from .._compiler.relations import HiddenParamOpRelation
 from .._precision import wide, widened
 from .._types import path_str
-from .engine import Cotangents, Emitted, Engine
+from .engine import Cotangents, Emitted, Engine, bytes_of
 from .layout import layout_of
 from .param_chunk import ChunkCoefficients, chunk_coefficients, chunk_update
 from .record import add, contraction
@@ -84,6 +84,14 @@ class ParamEngine(Engine):
 
     def _recursion(self, group: HiddenGroup, varying: Any) -> Recursion:
         return self.recursion.of(self.binding, group, varying)
+
+    def forms(self):
+        traces, found = jax.eval_shape(self.init), {}
+        for w in self.weights:
+            factorised = len(w.factorised) == w.structure.width
+            words, size = found.get(w.number, ("per input" if factorised else "per weight", 0))
+            found[w.number] = words if factorised else "per weight", size + bytes_of(traces[w.key])
+        return found
 
     # -- what signals make of the traces
 

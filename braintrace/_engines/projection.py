@@ -84,7 +84,7 @@ class ProjectionEngine(Engine):
         return Projections(found, jax.random.key_data(self.key), zeros((), jnp.int32))
 
     def take(self, record, operands, invals):
-        _, dfs, _ = read_record(self.binding.graph, record, operands, ())
+        _, dfs, _ = read_record(self.binding.graph, record, operands, {})
         return ((record, operands, invals), dfs), None
 
     def advance(self, traces, xs_and_dfs, Ds):

@@ -67,11 +67,11 @@ def pair_key(relation: HiddenParamOpRelation, group_index: int) -> str:
     return f"{relation_name(relation)}/hidden_group_{group_index}"
 
 
-def x_keys(graph: ETraceGraph, numbers: Sequence[int]) -> dict[int, str]:
-    """Relation number -> key of its x-trace; relations that read the same value in the same way share one."""
+def x_keys(graph: ETraceGraph, filters: Mapping[int, Any]) -> dict[int, str]:
+    """Relation number -> key of its x-trace; what reads one value in one way, with equal filters, shares one."""
     keys: dict[int, str] = {}
     shared: dict[Any, str] = {}
-    for i in numbers:
+    for i, decay in filters.items():
         r = graph.hidden_param_op_relations[i]
         if r.x_var is None:
             continue
@@ -80,7 +80,7 @@ def x_keys(graph: ETraceGraph, numbers: Sequence[int]) -> dict[int, str]:
         how: Any = None if r.primitive.rules.pp_x_repr is None else (r.primitive.rules.pp_x_repr, shapes)
         if how is None and not jnp.issubdtype(r.x_var.aval.dtype, jnp.inexact):
             how = (x_aval(r).dtype,)
-        keys[i] = shared.setdefault((r.x_var, how), f"x of {relation_name(r)}")
+        keys[i] = shared.setdefault((r.x_var, how, decay), f"x of {relation_name(r)}")
     return keys
 
 
@@ -95,11 +95,11 @@ def x_aval(relation: HiddenParamOpRelation) -> jax.ShapeDtypeStruct:
 
 
 def read_record(
-    graph: ETraceGraph, record: StepRecord, operands: Sequence[Mapping[str, Any]], numbers: Sequence[int]
+    graph: ETraceGraph, record: StepRecord, operands: Sequence[Mapping[str, Any]], keys: Mapping[int, str]
 ) -> tuple[dict[str, Any], dict[str, Sensitivity], list[Jacobian]]:
-    """Of one step: inputs of the relations ``numbers`` by trace key, df by relation and group, D per group."""
+    """Of one step: inputs by the ``keys`` of relations' x-traces, df by relation and group, D per group."""
     relations, xs = graph.hidden_param_op_relations, {}
-    for i, key in x_keys(graph, numbers).items():
+    for i, key in keys.items():
         if key not in xs:
             xs[key] = relations[i].x_repr(record.x[i], operands[i])
 

@@ -82,6 +82,17 @@ class WeightTrace(NamedTuple):
     def key(self) -> str:
         return pair_key(self.relation, self.group.index)
 
+    @property
+    def batch_axis(self) -> int | None:
+        """Which axis of the trace's arrays is the batch."""
+        batched = self.layout.batch_ndim > 0 or len(self.group.varshape) > self.layout.relation.y_var.aval.ndim
+        return 0 if batched else None
+
+    @property
+    def unit_axis(self) -> int:
+        """Which axis of the trace's arrays is that of units, the last one of the group."""
+        return -1 if self.group.snap is None else -2
+
     def vmap_shape(self, trace: SlotTrace) -> tuple[int, ...]:
         """The mapped axis of a trace that is looked at from outside of ``jax.vmap``."""
         (name, *_), one = trace, jax.eval_shape(lambda: self.init(None))

@@ -91,7 +91,7 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
         """What is trained online and what is not; a ``RuntimeError`` before :meth:`compile_graph`."""
         if not self.is_compiled:
             raise RuntimeError("There is no report yet. Call compile_graph(*example_inputs) first.")
-        return CompilationReport(self.graph, self.states())
+        return CompilationReport(self.graph, self.states(), self._trace_forms())
 
     def show_graph(self, verbose: bool = True, return_msg: bool = False) -> str | None:
         """Print the report; return its text if ``return_msg``."""
@@ -174,6 +174,10 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
         """Spread the arrays over the devices of a mesh, if :func:`braintrace.shard` was called."""
         if self._layout is not None:
             self._layout.apply(self)
+
+    def _trace_forms(self) -> dict[int, tuple[str, int]]:
+        """Relation number -> in words what is kept for it, and how many bytes."""
+        return {}
 
     def _unit_axes(self) -> Iterable[tuple[brainstate.State, Sequence[Path], int]]:
         """States of traces, paths of the states whose units they follow, and along which axis."""

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 __all__ = ["ETraceConfig"]
 
 AXES = {
-    "trace_factorization": ("per_param", "io_factorized", "random_projection"),
+    "trace_factorization": ("per_param", "io_factorized", "hybrid", "random_projection"),
     "temporal_recursion": ("jacobian", "scalar_leak", "none"),
     "recurrence_scope": ("diagonal", "coupled", "sparse_n"),
     "learning_signal": ("symmetric", "random_feedback", "modulatory", "bootstrapped"),
@@ -20,11 +20,13 @@ SCHEDULES = ("per_step",)  # those that are implemented
 FILTERS = {  # by trace_factorization
     "per_param": ("none", "kappa"),
     "io_factorized": ("none",),
+    "hybrid": ("none",),
     "random_projection": ("none",),
 }
 SCOPES = {  # by trace_factorization; other recursions than 'jacobian' have no scope but 'diagonal'
     "per_param": ("diagonal", "coupled", "sparse_n"),
     "io_factorized": ("diagonal", "coupled"),
+    "hybrid": ("diagonal", "coupled"),
     "random_projection": ("coupled",),
 }
 COEFFICIENTS = {  # the axis, and the one value on it, that a coefficient belongs to
@@ -39,17 +41,20 @@ PAIRED = ("temporal_recursion", "decay")
 class ETraceConfig:
     r"""A learning rule, as one choice on each of six axes.
 
-    Equal rules have equal configurations, for what is given is first brought to one form: under ``'io_factorized'`` a
-    single recursion or decay stands for both sides, and any recursion with decay 0 is ``'none'``; elsewhere a leak of 0
-    is ``'none'``; ``'none'`` has decay 0.0; ``sparse_n=1`` is ``'coupled'``; ``kappa=0`` is no filter.
+    Equal rules have equal configurations, for what is given is first brought to one form: under ``'io_factorized'``
+    and ``'hybrid'`` a single recursion or decay stands for both sides, and any recursion with decay 0 is ``'none'``;
+    elsewhere a leak of 0 is ``'none'``; ``'none'`` has decay 0.0; ``sparse_n=1`` is ``'coupled'``; ``kappa=0`` is no
+    filter.
 
     Parameters
     ----------
-    trace_factorization : {'per_param', 'io_factorized', 'random_projection'}
-        What is kept: a trace per parameter entry, a filtered input x and sensitivity f, or a random projection.
+    trace_factorization : {'per_param', 'io_factorized', 'hybrid', 'random_projection'}
+        What is kept: a trace per parameter entry, a filtered input x and sensitivity f, for some parameters the one and
+        for the others the other, or a random projection.
     temporal_recursion : {'jacobian', 'scalar_leak', 'none'}, or pair of these
         What carries a trace from step to step: the transition Jacobian :math:`D`, a constant decay, or nothing. A pair
-        is for ``'io_factorized'``, ``(x, f)``. The x side has no Jacobian: a single ``'jacobian'`` is a leak there.
+        is for ``'io_factorized'`` and ``'hybrid'``, ``(x, f)``. The x side has no Jacobian: a single ``'jacobian'`` is
+        a leak there.
     recurrence_scope : {'diagonal', 'coupled', 'sparse_n'}
         What :math:`D` sees: each position alone, the recurrent mixing too, or traces of neighbours within ``sparse_n``
         steps. All but ``'diagonal'`` need the recursion ``'jacobian'`` (of f).
@@ -112,7 +117,7 @@ class ETraceConfig:
     @property
     def is_factorized(self) -> bool:
         """Whether traces have an x side and an f side."""
-        return self.trace_factorization == "io_factorized"
+        return self.trace_factorization in ("io_factorized", "hybrid")
 
     @property
     def recursion_x(self) -> str:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import numbers
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import brainstate
+import brainunit as u
 import jax
 
 from .._binding import Binding
 from .._compiler.policy import ControlFlowPolicy
+from .._engines.engine import Engine
 from .._engines.io import IOEngine, IOTrace
-from .._engines.record import pair_key
 from .._types import Path, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
+from .decays import Decays
 from .vjp import ETraceVjpAlgorithm, legacy_options
 
 __all__ = ["ES_D_RTRL", "IODimVjpAlgorithm", "pp_prop"]
+
+Decay: TypeAlias = "float | int | u.Quantity"
+DecayOrRank: TypeAlias = "Decay | tuple[Decay, Decay]"
 
 
 class IODimVjpAlgorithm(ETraceVjpAlgorithm):
@@ -40,9 +46,12 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
     ----------
     model : brainstate.nn.Module
         The model; its ``update`` is one time step.
-    decay_or_rank : float, int, or pair of these
+    decay_or_rank : float, int, Quantity, pair of these, or mapping
         A float is the decay :math:`\alpha` in ``[0, 1)``; an int is a rank ``r >= 1`` with
-        :math:`\alpha = (r-1)/(r+1)`; a pair sets the input side and the sensitivity side.
+        :math:`\alpha = (r-1)/(r+1)`; a time is a time constant :math:`\tau` with :math:`\alpha = e^{-dt/\tau}`; a pair
+        sets the input side and the sensitivity side. A mapping gives these by parameter: its keys are paths or
+        prefixes of paths (``('cell', 'W')``, ``'cell.W'``, ``'cell'``), of which the longest that fits counts; ``()``
+        stands for all others.
     name : str, optional
     vjp_method : {'single-step', 'multi-step'}
         See :class:`ETraceVjpAlgorithm`.
@@ -94,7 +103,7 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
     def __init__(
         self,
         model: brainstate.nn.Module,
-        decay_or_rank: float | int | tuple[float | int, float | int] | None = None,
+        decay_or_rank: DecayOrRank | Mapping[Any, DecayOrRank] | None = None,
         name: str | None = None,
         vjp_method: str = "single-step",
         fast_solve: bool = True,
@@ -106,52 +115,71 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
         legacy_options(legacy, type(self))
         if decay_or_rank is None and config is None:
             raise TypeError("Pass decay_or_rank (a decay in [0, 1), a rank >= 1, or a pair), or a config.")
-        decays = None if decay_or_rank is None else _decay_pair(decay_or_rank)
-        super().__init__(model, name, vjp_method, control_flow, config or _config_of(decays), random_feedback_key)
+        decays = None if decay_or_rank is None else Decays(decay_or_rank)
+        if config is None:
+            config = dataclasses.replace(self._default_config, decay=decays.first)  # type: ignore[union-attr]
+        elif decays is not None and decays.is_mapping:
+            raise TypeError(
+                "A config holds the same decays for all parameters: pass it, or decay_or_rank as a mapping."
+            )
+        super().__init__(model, name, vjp_method, control_flow, config, random_feedback_key)
         own = (self.config.decay_x, self.config.decay_f)
-        if decays is not None and decays != own:
-            raise ValueError(f"decay_or_rank gives the decays {decays}, config gives {own}. Pass one, or equal ones.")
-        self._decays = own
+        if decays is not None and not decays.is_mapping and decays.first != own:
+            raise ValueError(
+                f"decay_or_rank gives the decays {decays.first}, config gives {own}. Pass one, or equal ones."
+            )
+        self._decays = decays or Decays(own)
         self.fast_solve = bool(fast_solve)
 
     @property
     def decay_x(self) -> float:
-        return self._decays[0]
+        return self._common_decays[0]
 
     @property
     def decay_f(self) -> float:
-        return self._decays[1]
+        return self._common_decays[1]
 
     @property
     def decay(self) -> float:
-        """The common decay; ``AttributeError`` where the two sides differ."""
+        """The common decay; ``AttributeError`` where the two sides, or parameters, differ."""
         if self.decay_x != self.decay_f:
-            raise AttributeError(f"The sides decay differently ({self._decays}); read decay_x and decay_f.")
+            raise AttributeError(f"The sides decay differently ({self._common_decays}); read decay_x and decay_f.")
         return self.decay_x
+
+    @property
+    def _common_decays(self) -> tuple[float, float]:
+        if self._decays.common is None:
+            shown = {".".join(k): v for k, v in self._decays.by_prefix.items()}
+            raise AttributeError(f"The parameters decay differently: {shown}.")
+        return self._decays.common
 
     def init_etrace_state(self, *args: Any, **kwargs: Any) -> None:
         """Allocate zero traces, as new state objects; the step counter is not touched."""
         del args, kwargs
-        zeros = self._engine.init()
+        self._allocate(self._engine.init())
+
+    def _allocate(self, zeros: IOTrace) -> None:
         self.etrace_xs = {k: EligibilityTrace(v) for k, v in zeros.xs.items()}
         self.etrace_dfs = {k: EligibilityTrace(v) for k, v in zeros.dfs.items()}
 
+    @property
+    def _filters(self) -> IOEngine:
+        """The engine of those traces that are filtered inputs and sensitivities: here, of all."""
+        return self._engine
+
     def _trace_states(self):
-        relations = self.graph.hidden_param_op_relations
-        with_batch = {g.index for r in relations if r.one.primitive.batched for g in r.hidden_groups}
-        axis = {}
-        for i, r in enumerate(relations):
-            behind = int(r.sub_steps is not None)
-            axis |= {pair_key(r, g.index): behind for g in r.hidden_groups if g.index in with_batch}
-            if r.one.primitive.batched and r.x_var is not None:
-                axis[self._engine.x_keys[i]] = behind
+        engine = self._filters
+        with_batch = {g.index for _, r, g, _ in engine.pairs if r.one.primitive.batched}
+        axis = {key: int(r.sub_steps is not None) for _, r, g, key in engine.pairs if g.index in with_batch}
+        for i, key in engine.x_keys.items():
+            if engine.relations[i].one.primitive.batched:
+                axis[key] = int(engine.relations[i].sub_steps is not None)
         for key, state in (*self.etrace_xs.items(), *self.etrace_dfs.items()):
             yield state, axis.get(key)
 
     def _unit_axes(self):
-        for r in self.graph.hidden_param_op_relations:
-            for g in r.hidden_groups:
-                yield self.etrace_dfs[pair_key(r, g.index)], g.hidden_paths, -2
+        for _, _, g, key in self._filters.pairs:
+            yield self.etrace_dfs[key], g.hidden_paths, -2
 
     def get_etrace_of(self, weight: brainstate.ParamState | Path) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """The traces of one parameter.
@@ -171,27 +199,32 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
             Before compilation, or if ``weight`` has no trace; the message names the path.
         """
         path = self._path_of(weight)
-        keys = self._engine.x_keys
+        engine = self._filters
         xs, dfs = {}, {}
-        for i, r in enumerate(self.graph.hidden_param_op_relations):
+        for i, r, _, key in engine.pairs:
             if path in r.parameter_paths:
-                if i in keys:
-                    xs[keys[i]] = self.etrace_xs[keys[i]].value
-                dfs.update({pair_key(r, g.index): self.etrace_dfs[pair_key(r, g.index)].value for g in r.hidden_groups})
+                dfs[key] = self.etrace_dfs[key].value
+                if i in engine.x_keys:
+                    xs[engine.x_keys[i]] = self.etrace_xs[engine.x_keys[i]].value
         if not dfs:
             raise ValueError(f"The parameter {path_str(path)!r} is trained by the current step alone: it has no trace.")
         return xs, dfs
 
-    def _make_engine(self, binding: Binding) -> IOEngine:
-        numbers = tuple(range(len(binding.graph.hidden_param_op_relations)))
-        return IOEngine(binding, numbers, *self._decays, self.config.recursion_f)
+    def _make_engine(self, binding: Binding) -> Engine:
+        decays = self._decays.of(binding.graph.hidden_param_op_relations)
+        return IOEngine(binding, tuple(decays), decays, self._recursion)
 
-    def _get_etrace_data(self) -> IOTrace:
+    @property
+    def _recursion(self) -> str:
+        """What stands in the place of D; that no decay of one parameter changes it for another."""
+        return "jacobian" if self._decays.is_mapping else self.config.recursion_f
+
+    def _get_etrace_data(self) -> Any:
         return IOTrace(
             {k: s.value for k, s in self.etrace_xs.items()}, {k: s.value for k, s in self.etrace_dfs.items()}
         )
 
-    def _assign_etrace_data(self, vals: IOTrace) -> None:
+    def _assign_etrace_data(self, vals: Any) -> None:
         for states, values in ((self.etrace_xs, vals.xs), (self.etrace_dfs, vals.dfs)):
             for key, state in states.items():
                 state.value = values[key]
@@ -215,29 +248,3 @@ class pp_prop(IODimVjpAlgorithm):
 
 
 ES_D_RTRL = pp_prop
-
-
-def _config_of(decays: Any) -> ETraceConfig:
-    return ETraceConfig("io_factorized", ("scalar_leak", "jacobian"), decay=decays)
-
-
-def _decay_pair(value: Any) -> tuple[float, float]:
-    if isinstance(value, (tuple, list)):
-        if len(value) != 2:
-            raise ValueError(f"decay_or_rank takes a float, an int, or a pair of these, got {len(value)} entries.")
-        return _decay(value[0]), _decay(value[1])
-    return _decay(value), _decay(value)
-
-
-def _decay(value: Any) -> float:
-    if isinstance(value, bool) or (hasattr(value, "dtype") and value.dtype == bool):
-        raise TypeError(f"decay_or_rank takes a float in [0, 1) or an int >= 1, got the bool {value}.")
-    if isinstance(value, numbers.Integral):
-        if value < 1:
-            raise ValueError(f"As a rank, decay_or_rank must be at least 1, got {value}.")
-        return (int(value) - 1) / (int(value) + 1)
-    if isinstance(value, numbers.Real):
-        if not 0.0 <= float(value) < 1.0:
-            raise ValueError(f"As a decay, decay_or_rank must lie in [0, 1), got {value}. Ranks are ints.")
-        return float(value)
-    raise ValueError(f"decay_or_rank takes a float, an int, or a pair of these, got {type(value).__name__}.")

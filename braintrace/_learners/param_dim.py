@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import brainstate
@@ -19,7 +20,7 @@ from .base import EligibilityTrace
 from .config import ETraceConfig
 from .vjp import ETraceVjpAlgorithm, legacy_options
 
-__all__ = ["ParamDimVjpAlgorithm"]
+__all__ = ["ParamDimVjpAlgorithm", "dense_trace"]
 
 
 class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
@@ -128,20 +129,14 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         """Key -> trace, a dict of arrays with the hidden variables along a last axis; a view, made when it is read."""
         return {w.key: EligibilityTrace(self._dense(w)) for w in self._engine.weights}
 
-    @any_rank
     def _dense(self, weight: WeightTrace) -> dict[str, jax.Array]:
-        trace, binding = self._slot_traces[weight.key].value, self._binding
-        operands = binding.operands(binding.of_parameters(self.param_states))
-        return weight.dense(trace, operands[weight.number], weight.vmap_shape(trace))
+        return dense_trace(weight, self._slot_traces[weight.key].value, self._binding, self.param_states)
 
     def _trace_states(self):
-        for w in self._engine.weights:
-            batched = w.layout.batch_ndim > 0 or len(w.group.varshape) > w.layout.relation.y_var.aval.ndim
-            yield self._slot_traces[w.key], 0 if batched else None
+        return ((self._slot_traces[w.key], w.batch_axis) for w in self._engine.weights)
 
     def _unit_axes(self):
-        for w in self._engine.weights:
-            yield self._slot_traces[w.key], w.group.hidden_paths, -1 if w.group.snap is None else -2
+        return ((self._slot_traces[w.key], w.group.hidden_paths, w.unit_axis) for w in self._engine.weights)
 
     def get_etrace_of(self, weight: brainstate.ParamState | Path) -> dict[str, dict[str, jax.Array]]:
         """The traces of one parameter.
@@ -172,3 +167,12 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
     def _assign_etrace_data(self, vals: dict[str, SlotTrace]) -> None:
         for key, state in self._slot_traces.items():
             state.value = vals[key]
+
+
+@any_rank
+def dense_trace(
+    weight: WeightTrace, trace: SlotTrace, binding: Binding, parameters: Mapping[Path, brainstate.ParamState]
+) -> dict[str, jax.Array]:
+    """A trace as arrays with the hidden variables along a last axis."""
+    operands = binding.operands(binding.of_parameters(parameters))
+    return weight.dense(trace, operands[weight.number], weight.vmap_shape(trace))

@@ -16,7 +16,7 @@ from .io_dim import pp_prop
 from .param_dim import ParamDimVjpAlgorithm
 from .vjp import legacy_options
 
-__all__ = ["D_RTRL", "EProp", "OSTLFeedforward", "OSTLRecurrent", "SnAp", "ThreeFactor"]
+__all__ = ["D_RTRL", "EProp", "Immediate", "OSTLFeedforward", "OSTLRecurrent", "SnAp", "ThreeFactor"]
 
 
 class D_RTRL(ParamDimVjpAlgorithm):
@@ -102,6 +102,39 @@ class EProp(ParamDimVjpAlgorithm):
             random_feedback_key=random_feedback_key,
             **kwargs,
         )
+
+
+class Immediate(pp_prop):
+    r"""Derivatives of the current step alone, without any memory: pp_prop with decay 0.
+
+    The gradient is :math:`\sum_t x^t \otimes \sum_s L^t_s\, \mathrm{df}^t_s`: that of every step's loss, with the old
+    hidden values held fixed.
+
+    Parameters
+    ----------
+    model : brainstate.nn.Module
+    name : str, optional
+    **kwargs
+        As for :class:`IODimVjpAlgorithm`, but for ``decay_or_rank`` and ``config``.
+
+    Raises
+    ------
+    TypeError
+        If ``config`` is given.
+
+    Examples
+    --------
+    >>> import braintrace, jax.numpy as jnp
+    >>> braintrace.compile(braintrace.nn.GRUCell(2, 3), 'immediate', jnp.zeros(2)).decay
+    0.0
+    """
+
+    __module__ = "braintrace"
+
+    def __init__(self, model: brainstate.nn.Module, name: str | None = None, **kwargs: Any):
+        if "config" in kwargs:
+            raise TypeError("Immediate takes no config: it is one point of the coordinates.")
+        super().__init__(model, 0.0, name, **kwargs)
 
 
 class OSTLFeedforward(pp_prop):

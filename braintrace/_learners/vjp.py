@@ -405,6 +405,9 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         )
         return OnlineStep(self._binding, self._engine, hooks)
 
+    def _trace_forms(self) -> dict[int, tuple[str, int]]:
+        return self._engine.forms()
+
     def _can_record(self) -> bool:
         """Whether sequences may be driven chunk by chunk."""
         hooks = "_update_etrace_data", "_solve_weight_gradients", "_make_etrace_stepper", "_inject_exit_cotangent"

@@ -1,0 +1,83 @@
+"""Some relations with the exact traces of D_RTRL, the others with those of pp_prop."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from .._binding import Binding
+from .engine import Cotangents, Emitted, Engine
+from .io import IOEngine, IOTrace
+from .param import ParamEngine
+from .weight_trace import SlotTrace
+
+__all__ = ["HybridEngine", "HybridTrace"]
+
+
+class HybridTrace(NamedTuple):
+    exact: dict[str, SlotTrace]
+    filtered: IOTrace
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HybridEngine(Engine):
+    """Two engines, each of which follows relations of its own."""
+
+    binding: Binding
+    numbers: tuple[int, ...]
+    exact: ParamEngine
+    filtered: IOEngine
+
+    def _parts(self, numbers):
+        """Each engine with those of the relations that it follows."""
+        return [(e, [i for i in numbers if i in e.numbers]) for e in (self.exact, self.filtered)]
+
+    def init(self) -> HybridTrace:
+        return HybridTrace(self.exact.init(), self.filtered.init())
+
+    def take(self, record, operands, invals):
+        (of_exact, _), _ = self.exact.take(record, operands, invals)
+        (xs, dfs), Ds = self.filtered.take(record, operands, invals)
+        return ((of_exact, xs), dfs), Ds
+
+    def advance(self, traces, xs_and_dfs, Ds):
+        (of_exact, xs), dfs = xs_and_dfs
+        exact = self.exact.advance(traces.exact, (of_exact, None), None)
+        return HybridTrace(exact, self.filtered.advance(traces.filtered, (xs, dfs), Ds))
+
+    def carriers(self, numbers, traces, operands, fixed, weights, steps):
+        found: dict[int, Any] = {}
+        for (engine, own), trace in zip(self._parts(numbers), traces):
+            found |= engine.carriers(own, trace, operands, fixed, weights, steps)
+        return found
+
+    def contract(self, numbers, traces, signals, steps):
+        found: dict[int, Any] = {}
+        for (engine, own), trace in zip(self._parts(numbers), traces):
+            found |= engine.contract(own, trace, signals, steps)
+        return found
+
+    def forms(self):
+        return self.exact.forms() | self.filtered.forms()
+
+    # -- a chunk
+
+    @property
+    def has_chunks(self) -> bool:
+        return self.exact.has_chunks
+
+    def chunk_start(self, traces):
+        return self.exact.chunk_start(traces.exact), self.filtered.chunk_start(traces.filtered)
+
+    def chunk_step(self, carry, index, record, operands, cotangents: Cotangents):
+        args = index, record, operands, cotangents
+        exact, of_exact, needed = self.exact.chunk_step(carry[0], *args)
+        filtered, of_filtered, also = self.filtered.chunk_step(carry[1], *args)
+        return (exact, filtered), (of_exact, of_filtered), needed | also
+
+    def chunk_end(self, traces, carry, emitted: Emitted, operands, vmap_shape, length):
+        of_exact, of_filtered = (emitted._replace(engine=own) for own in emitted.engine)
+        rest = operands, vmap_shape, length
+        exact, gradients = self.exact.chunk_end(traces.exact, carry[0], of_exact, *rest)
+        filtered, more = self.filtered.chunk_end(traces.filtered, carry[1], of_filtered, *rest)
+        return HybridTrace(exact, filtered), gradients | more
