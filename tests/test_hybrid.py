@@ -128,7 +128,8 @@ def test_errors(options, error, message):
 
 
 def test_a_time_constant_needs_the_time_step(monkeypatch):
-    monkeypatch.setattr(brainstate.environ, "get", lambda *args, **kwargs: None)
+    get = brainstate.environ.get
+    monkeypatch.setattr(brainstate.environ, "get", lambda key, *a, **k: None if key == "dt" else get(key, *a, **k))
     with pytest.raises(ValueError, match="environ.set"):
         braintrace.pp_prop(braintrace.nn.GRUCell(2, 3), 10.0 * u.ms)
 
