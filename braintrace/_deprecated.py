@@ -15,9 +15,10 @@ import brainunit as u
 import jax
 import jax.numpy as jnp
 
-from ._jax import Literal, bind_equation, call_body, consts_of, is_jit, open_jaxpr
+from ._jax import bind_equation, call_body, is_jit
 from ._ops import conv, element_wise, lora_matmul, matmul, pattern_of, sparse_matmul
 from ._ops.primitive import ETPPrimitive
+from ._program import run_program
 
 REPLACEMENTS = {
     "MatMulOp": "braintrace.matmul",
@@ -47,27 +48,15 @@ def _identity(x: Any) -> Any:
 def _unmarked(function: Callable[..., Any], *args: Any) -> Any:
     """The value of ``function(*args)`` with every marked operation replaced by plain JAX."""
     closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
-    values = _evaluate(open_jaxpr(closed), consts_of(closed), jax.tree.leaves(args))
+    values = run_program(closed, jax.tree.leaves(args), _unmarked_rule)
     return jax.tree.unflatten(jax.tree.structure(out), values)
 
 
-def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args)))
-
-    def read(v):
-        return v.val if isinstance(v, Literal) else env[v]
-
-    for eqn in jaxpr.eqns:
-        values = [read(v) for v in eqn.invars]
-        body = call_body(eqn) if is_jit(eqn) else None
-        if isinstance(eqn.primitive, ETPPrimitive):
-            outs = eqn.primitive.outputs(values, eqn.params)
-        elif body is not None:
-            outs = _evaluate(open_jaxpr(body), consts_of(body), values)
-        else:
-            outs = bind_equation(eqn, values)
-        env.update(zip(eqn.outvars, outs))
-    return [read(v) for v in jaxpr.outvars]
+def _unmarked_rule(eqn: Any, values: list[Any]) -> Sequence[Any]:
+    body = call_body(eqn) if is_jit(eqn) else None
+    if isinstance(eqn.primitive, ETPPrimitive):
+        return eqn.primitive.outputs(values, eqn.params)
+    return bind_equation(eqn, values) if body is None else run_program(body, values, _unmarked_rule)
 
 
 def _checked(op: str, weight: Any, *keys: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ __all__ = [
     'close', 'consts_of', 'define_bilinear', 'define_primitive', 'eval_jaxpr', 'has_custom_rule', 'hashed',
     'is_builtin', 'is_jit', 'is_on_one_device', 'is_outside', 'is_remat', 'is_tracer', 'open_jaxpr',
     'primitive_body', 'prune', 'reads', 'refuses', 'scan_operands', 'source_line', 'structs', 'sub_jaxprs',
-    'sub_program', 'trace_context', 'where_compiled', 'zeros',
+    'trace_context', 'where_compiled', 'zeros',
 ]  # fmt: skip
 
 JIT_NAMES = frozenset("jit pjit closed_call core_call core_closed_call custom_lin_call eval_jaxpr xla_call".split())
@@ -210,20 +210,6 @@ def prune(closed: Any, used_outputs: Sequence[bool] | None = None) -> Any:
 def reads(closed: Any, used_outputs: Sequence[bool]) -> list[bool]:
     """Which inputs the outputs asked for need."""
     return list(pe.dce_jaxpr(open_jaxpr(closed), list(used_outputs), instantiate=False)[1])
-
-
-def sub_program(closed: Any, invars: Sequence[Any], outvars: Sequence[Any], eqns: Sequence[Any]) -> Any:
-    """A closed jaxpr that runs some equations of another one; what it reads beside its inputs must be a constant."""
-    constants = dict(zip(open_jaxpr(closed).constvars, consts_of(closed)))
-
-    def run(*values):
-        env = constants | dict(zip(invars, values))
-        for eqn in eqns:
-            outs = bind_equation(eqn, [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars])
-            env.update(zip(eqn.outvars, outs))
-        return [env[v] for v in outvars]
-
-    return jax.make_jaxpr(run)(*structs(invars))
 
 
 def source_line(eqn: Any) -> str:

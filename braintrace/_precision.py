@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._jax import Literal, bind_equation, call_body, consts_of, is_jit, is_remat, open_jaxpr, sub_jaxprs
+from ._jax import Literal, bind_equation, call_body, is_jit, is_remat, sub_jaxprs
+from ._program import run_program
 
 __all__ = ["eval_widened", "wide", "widened"]
 
@@ -26,16 +27,15 @@ def widened(tree: Any) -> Any:
 
 def eval_widened(closed: Any, *args: Any) -> list[Any]:
     """Evaluate a closed jaxpr in the dtype of sums over time, but for loops and functions with their own derivative."""
-    jaxpr = open_jaxpr(closed)
-    env = dict(zip(jaxpr.constvars, consts_of(closed))) | dict(zip(jaxpr.invars, args))
-    for eqn in jaxpr.eqns:
-        values = [widened(jnp.asarray(v.val, v.aval.dtype) if isinstance(v, Literal) else env[v]) for v in eqn.invars]
-        if is_jit(eqn) or is_remat(eqn):
-            outs = eval_widened(call_body(eqn), *values)
-        elif any(True for _ in sub_jaxprs(eqn)):
-            outs = bind_equation(eqn, [x.astype(v.aval.dtype) for x, v in zip(values, eqn.invars)])
-        else:
-            params = {k: wide(p) if isinstance(p, np.dtype) else p for k, p in eqn.params.items()}
-            outs = bind_equation(eqn.replace(params=params), values)
-        env.update(zip(eqn.outvars, outs))
-    return [widened(v.val if isinstance(v, Literal) else env[v]) for v in jaxpr.outvars]
+    return list(map(widened, run_program(closed, args, _widely)))
+
+
+def _widely(eqn: Any, values: list[Any]) -> list[Any]:
+    pairs = list(zip(eqn.invars, values))
+    values = [widened(jnp.asarray(x, v.aval.dtype) if isinstance(v, Literal) else x) for v, x in pairs]
+    if is_jit(eqn) or is_remat(eqn):
+        return eval_widened(call_body(eqn), *values)
+    if any(True for _ in sub_jaxprs(eqn)):
+        return bind_equation(eqn, [x.astype(v.aval.dtype) for x, v in zip(values, eqn.invars)])
+    params = {k: wide(p) if isinstance(p, np.dtype) else p for k, p in eqn.params.items()}
+    return bind_equation(eqn.replace(params=params), values)

@@ -8,13 +8,14 @@ convention, because every row of them is the reverse pass of a real value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from .._jax import Literal, bind_equation, consts_of, open_jaxpr, structs
+from .._jax import Literal, bind_equation, open_jaxpr, structs
+from .._program import environment, made_at, read, run
 
 __all__ = ["Parts", "before_cast", "with_real_parts"]
 
@@ -45,54 +46,55 @@ def with_real_parts(closed: Any, parts: Mapping[tuple[int, int], Parts]) -> Any:
     Everything that reads one of these outputs within the program reads it by way of its reals.
     """
     jaxpr = open_jaxpr(closed)
-    made_at = {v: e for e in jaxpr.eqns for v in e.outvars}
+    made = made_at(jaxpr.eqns)
     joined_at_entry = {i: p for (i, _), p in parts.items()}
     of_output = {o: (i, p) for (i, o), p in parts.items()}
     roots = {}
     for o, (_, p) in of_output.items():
-        root = before_cast(jaxpr.outvars[o], made_at)
-        if root in made_at:
+        root = before_cast(jaxpr.outvars[o], jaxpr.eqns, made)
+        if root in made:
             roots[root] = p
 
-    def run(*args):
-        env = dict(zip(jaxpr.constvars, consts_of(closed)))
-        for i, (v, x) in enumerate(zip(jaxpr.invars, args)):
-            env[v] = joined_at_entry[i].join(x) if i in joined_at_entry else x
+    def step(*args):
         reals = {}
-        read = lambda v: v.val if isinstance(v, Literal) else env[v]  # noqa: E731
-        for eqn in jaxpr.eqns:
-            for v, value in zip(eqn.outvars, bind_equation(eqn, [read(v) for v in eqn.invars])):
+
+        def by_reals(eqn, values):
+            outs = bind_equation(eqn, values)
+            for n, v in enumerate(eqn.outvars):
                 if v in roots:
-                    reals[v] = roots[v].split(value)
-                    value = roots[v].join(reals[v])
-                env[v] = value
+                    reals[v] = roots[v].split(outs[n])
+                    outs[n] = roots[v].join(reals[v])
+            return outs
+
+        joined = [joined_at_entry[i].join(x) if i in joined_at_entry else x for i, x in enumerate(args)]
+        env = run(jaxpr.eqns, environment(closed, joined), by_reals)
         outs = []
         for o, v in enumerate(jaxpr.outvars):
             if o not in of_output:
-                outs.append(read(v))
+                outs.append(read(env, v))
                 continue
             i, p = of_output[o]
-            root = before_cast(v, made_at)
+            root = before_cast(v, jaxpr.eqns, made)
             if v is jaxpr.invars[i]:
                 outs.append(args[i])
             elif root in reals:
                 outs.append(reals[root].astype(args[i].dtype))
             else:
-                outs.append(p.split(read(v)))
+                outs.append(p.split(read(env, v)))
         return outs
 
     inputs = structs(jaxpr.invars)
     for i, p in joined_at_entry.items():
         inputs[i] = jax.eval_shape(p.split, inputs[i])
-    return jax.make_jaxpr(run)(*inputs)
+    return jax.make_jaxpr(step)(*inputs)
 
 
-def before_cast(var: Any, made_at: Mapping[Any, Any]) -> Any:
+def before_cast(var: Any, eqns: Sequence[Any], made: Mapping[Any, int]) -> Any:
     """The variable that a variable is but for its precision."""
-    while not isinstance(var, Literal) and var in made_at:
-        eqn = made_at[var]
+    while not isinstance(var, Literal) and var in made:
+        eqn = eqns[made[var]]
         source = eqn.invars[0]
-        if eqn.primitive.name not in ("convert_element_type", "reduce_precision") or source not in made_at:
+        if eqn.primitive.name not in ("convert_element_type", "reduce_precision") or source not in made:
             break
         kinds = [jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in (var, source)]
         if kinds[0] != kinds[1] or not jnp.issubdtype(source.aval.dtype, jnp.inexact):

@@ -31,6 +31,7 @@ from .._jax import (
     reads,
     sub_jaxprs,
 )
+from .._program import behind, environment, read, run
 from .movement import MOVES, moved
 
 __all__ = ["Constants", "known_outputs"]
@@ -79,12 +80,9 @@ class Constants:
     def run(self, closed: Any, values: Sequence[Any], wanted: Sequence[int] | None = None) -> list[Any]:
         """The outputs of a closed jaxpr, or the ``wanted`` ones, of inputs that these need, as :meth:`outputs`."""
         jaxpr = open_jaxpr(closed)
-        env = dict(zip(jaxpr.constvars, consts_of(closed))) | dict(zip(jaxpr.invars, values))
-        read = lambda v: v.val if isinstance(v, Literal) else env[v]  # noqa: E731
         outvars = jaxpr.outvars if wanted is None else [jaxpr.outvars[i] for i in wanted]
-        for eqn in _needed(jaxpr.eqns, outvars):
-            env.update(zip(eqn.outvars, self.outputs(eqn, [read(v) for v in eqn.invars])))
-        return [read(v) for v in outvars]
+        env = run(behind(jaxpr.eqns, outvars)[0], environment(closed, values), self.outputs)
+        return [read(env, v) for v in outvars]
 
     def read(self, values: Sequence[Any]) -> list[Any]:
         """The values themselves."""
@@ -107,17 +105,6 @@ class Constants:
         outs = jax.jit(program).lower(known).compile()(known)
         for later, out in zip((v for _, _, made in waiting for v in made), outs):
             later.value = out
-
-
-def _needed(eqns: Sequence[Any], outvars: Sequence[Any]) -> list[Any]:
-    """The equations behind some variables, in order."""
-    needed = {v for v in outvars if not isinstance(v, Literal)}
-    found = []
-    for eqn in reversed(eqns):
-        if any(v in needed for v in eqn.outvars):
-            needed.update(v for v in eqn.invars if not isinstance(v, Literal))
-            found.append(eqn)
-    return found[::-1]
 
 
 def known_outputs(closed: Any, look_inside: bool = True) -> dict[int, np.ndarray]:

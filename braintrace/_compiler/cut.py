@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._jax import Literal, Var, consts_of, eval_jaxpr, hashed, is_tracer, open_jaxpr, prune, structs
+from .._program import before, made_at, read, variables
 from .._types import Path
 from .constants import known_outputs
 from .descent import bind_without_links
@@ -188,7 +189,7 @@ def slice_group(info: ModuleInfo, flow: Flow, paths: Sequence[Path], mixing: boo
     """Collect F backward from the new values; with ``mixing``, through what mixes positions too."""
     own = set(paths)
     eqns = info.jaxpr.eqns
-    made_at = {v: i for i, e in enumerate(eqns) for v in e.outvars}
+    made = made_at(eqns)
     op_of = {op.y: op for op in flow.ops}
     olds = tuple(info.hidden_path_to_invar[p] for p in paths)
     news = tuple(info.hidden_path_to_outvar[p] for p in paths)
@@ -203,31 +204,29 @@ def slice_group(info: ModuleInfo, flow: Flow, paths: Sequence[Path], mixing: boo
         return any(s[0] == "y" or s[1] in own for s in flow.labels.get(var, {}))
 
     def passes(op):
-        read = [s for v in op.eqn.invars if not isinstance(v, Literal) for s in flow.labels.get(v, {})]
+        read = [s for v in variables(op.eqn.invars) for s in flow.labels.get(v, {})]
         return mixing and any(s[0] != "y" and s[1] in own for s in read)
 
-    pending = [v for v in news if not isinstance(v, Literal)]
-    seen = set()
-    while pending:
-        var = pending.pop()
-        if var in seen:
-            continue
-        seen.add(var)
+    def enters(var):
+        """Whether the equation behind a variable is part of F; otherwise the variable is an input of it."""
         if var in olds:
-            continue
+            return False
         is_member = bool(member_of.get(var, set()) & own)
         op = op_of.get(var)
         if op is not None:
             ys[op.index], fronts[op.index] = var, op.front
             if not op.primitive.gradient_enabled:
                 if not passes(op):
-                    continue
+                    return False
                 passed.add(op.index)
-        elif var not in made_at or not (is_member or (var not in member_of and belongs(var))):
+        elif var not in made or not (is_member or (var not in member_of and belongs(var))):
             externals[var] = None
-            continue
-        inside.add(made_at[var])
-        pending.extend(v for v in eqns[made_at[var]].invars if not isinstance(v, Literal))
+            return False
+        inside.add(made[var])
+        return True
+
+    for _ in before(eqns, made, news, enters):
+        pass
     values = known_constants(info)
     constants = {v: values[v] for v in externals if v in values}
     varying = tuple(v for v in externals if v not in constants)
@@ -251,26 +250,25 @@ def evaluate_slice(eqns: Sequence[Any], part: Slice, olds, ys, externals) -> lis
     op_index = {v: k for k, v in part.ys.items()}
     # An operation that F passes through holds the other operations fixed, but for what they do to hidden values.
     held = {part.ys[k]: jax.lax.stop_gradient(y) for k, y in ys.items()} if part.passed else {}
-    read = lambda v: v.val if isinstance(v, Literal) else env[v]  # noqa: E731
-    read_held = lambda v: read(v) if isinstance(v, Literal) or v not in held else held[v]  # noqa: E731
+    read_held = lambda v: read(env, v) if isinstance(v, Literal) or v not in held else held[v]  # noqa: E731
     for position in part.positions:
         eqn = eqns[position]
         if is_marked(eqn):
             y = eqn.outvars[eqn.primitive.y_index]
             number = op_index[y]
-            values = [(read_held if number in part.passed else read)(v) for v in eqn.invars]
+            values = [read_held(v) if number in part.passed else read(env, v) for v in eqn.invars]
             outs = eqn.primitive.outputs(values, eqn.params)
             if part.passed:
                 held[y] = outs[eqn.primitive.y_index]
             given = ys[number]
             outs[eqn.primitive.y_index] += given - jax.lax.stop_gradient(given)
         else:
-            outs = bind_without_links(eqn, [read(v) for v in eqn.invars])
-            if any(not isinstance(v, Literal) and v in held for v in eqn.invars):
+            outs = bind_without_links(eqn, [read(env, v) for v in eqn.invars])
+            if not held.keys().isdisjoint(variables(eqn.invars)):
                 own = bind_without_links(eqn, [read_held(v) for v in eqn.invars])
                 held.update((v, o) for v, o in zip(eqn.outvars, own) if v not in part.news)
         env.update(zip(eqn.outvars, outs))
-    return [jnp.asarray(read(v)) for v in part.news]
+    return [jnp.asarray(read(env, v)) for v in part.news]
 
 
 class Cuts:
@@ -544,7 +542,7 @@ def slice_labels(eqns, part, varshape):
     op_index = {v: k for k, v in part.ys.items()}
     behind = set(part.news)  # the new values, and what is computed from them within the step
     for position in part.positions:
-        if any(v in behind for v in eqns[position].invars if not isinstance(v, Literal)):
+        if not behind.isdisjoint(variables(eqns[position].invars)):
             behind.update(eqns[position].outvars)
 
     def through(eqn, inputs):
@@ -554,7 +552,7 @@ def slice_labels(eqns, part, varshape):
         number = op_index[y]
         if number in part.passed:
             known = through_operation(eqn, inputs, part.constants)
-            if not any(v in behind for v in eqn.invars if not isinstance(v, Literal)):
+            if behind.isdisjoint(variables(eqn.invars)):
                 known = {s: label for s, label in known.items() if s[0] != "y"}  # held fixed there
         else:
             known = inputs[eqn.primitive.x_index]

@@ -26,16 +26,15 @@ from .._jax import (
     Primitive,
     at_source,
     bind_equation,
-    consts_of,
     define_primitive,
     eval_jaxpr,
     open_jaxpr,
     scan_operands,
     structs,
-    sub_jaxprs,
 )
 from .._ops.primitive import ETPPrimitive
 from .._ops.stacked import stacked
+from .._program import environment, equations_within, read, run, run_program, variables
 
 __all__ = ["Descent", "bind_without_links", "holds_link", "is_link"]
 
@@ -80,7 +79,7 @@ def is_link(eqn: Any) -> bool:
 
 
 def holds_link(eqn: Any) -> bool:
-    return is_link(eqn) or any(holds_link(e) for body in sub_jaxprs(eqn) for e in open_jaxpr(body).eqns)
+    return is_link(eqn) or any(map(is_link, equations_within(eqn)))
 
 
 def bind_without_links(eqn: Any, values: Sequence[Any]) -> list[Any]:
@@ -92,15 +91,10 @@ def bind_without_links(eqn: Any, values: Sequence[Any]) -> list[Any]:
         return bind_equation(eqn, values)
     body = eqn.params["jaxpr"]
 
-    def run(*values):
-        env = dict(zip(open_jaxpr(body).constvars, consts_of(body))) | dict(zip(open_jaxpr(body).invars, values))
-        for e in open_jaxpr(body).eqns:
-            env.update(zip(e.outvars, bind_without_links(e, [_read(env, v) for v in e.invars])))
-        return [_read(env, v) for v in open_jaxpr(body).outvars]
-
     n, carried = scan_operands(eqn)
     m = n + carried
-    closed = jax.make_jaxpr(run)(*structs(open_jaxpr(body).invars))
+    rule = lambda *xs: run_program(body, xs, bind_without_links)  # noqa: E731
+    closed = jax.make_jaxpr(rule)(*structs(open_jaxpr(body).invars))
 
     def sub_step(carry, xs):
         outs = eval_jaxpr(closed, *values[:n], *carry, *xs)
@@ -112,10 +106,6 @@ def bind_without_links(eqn: Any, values: Sequence[Any]) -> list[Any]:
             eqn.params["unroll"],
         )  # fmt: skip
     return [*carry, *ys]
-
-
-def _read(env, var):
-    return var.val if isinstance(var, Literal) else env[var]
 
 
 def _in(variables, var) -> bool:
@@ -135,20 +125,20 @@ class Descent:
     def __init__(self, eqn: Any, body: Any, live: Sequence[bool], trained: Sequence[bool]):
         self.eqn, self.body = eqn, open_jaxpr(body)
         self.consts, self.carry = scan_operands(eqn)
-        self.bound = dict(zip(self.body.constvars, consts_of(body)))
+        self.bound = environment(body)
         self.same = {*self.bound, *self.body.invars[: self.consts]}
         self.live = {v for v, is_live in zip(self.body.invars, live) if is_live}
         self.trained = {v for v, is_trained in zip(self.body.invars[: self.consts], trained) if is_trained}
         self.operations: list[Any] = []
         for e in self.body.eqns:
-            variables = [v for v in e.invars if not isinstance(v, Literal)]
-            if not e.effects and all(v in self.same for v in variables):
+            operands = variables(e.invars)
+            if not e.effects and all(v in self.same for v in operands):
                 self.same.update(e.outvars)
-                if any(v in self.trained for v in variables):
+                if any(v in self.trained for v in operands):
                     self.trained.update(e.outvars)
             elif isinstance(e.primitive, ETPPrimitive):
                 self.operations.append(e)
-            if isinstance(e.primitive, ETPPrimitive) or any(v in self.live for v in variables):
+            if isinstance(e.primitive, ETPPrimitive) or any(v in self.live for v in operands):
                 self.live.update(v for v in e.outvars if _is_inexact(v.aval))
 
     def obstacle(self) -> str | None:
@@ -159,7 +149,7 @@ class Descent:
                     return f"the operand {key!r} of {e.primitive.name} changes from sub-step to sub-step"
         return None
 
-    def run(self, values: Sequence[Any]) -> list[Any]:
+    def outputs(self, values: Sequence[Any]) -> list[Any]:
         """The outputs of the scan."""
         n, m = self.consts, self.consts + self.carry
         start, xs = list(values[n:m]), list(values[m:])
@@ -171,13 +161,13 @@ class Descent:
         def keep(carry, xs):
             seen = held | dict(zip(self.body.invars[n:], [*carry, *xs]))
             self._sub_step(seen, lambda _, e, operands: e.primitive.outputs(operands, e.params))
-            return self._carried(seen), [_read(seen, v) for v in wanted]
+            return self._carried(seen), [read(seen, v) for v in wanted]
 
         def follow(carry, item):
             xs, ys = item
             seen = env | dict(zip(self.body.invars[n:], [*carry, *xs]))
             self._sub_step(seen, lambda i, e, operands: self._given(e, operands, ys[i]))
-            return self._carried(seen), [jnp.asarray(_read(seen, v)) for v in self.body.outvars[self.carry :]]
+            return self._carried(seen), [jnp.asarray(read(seen, v)) for v in self.body.outvars[self.carry :]]
 
         length, unroll = self.eqn.params["length"], self.eqn.params["unroll"]
         with at_source(self.eqn):
@@ -199,10 +189,9 @@ class Descent:
         for e in reversed(self.body.eqns):
             is_operation = isinstance(e.primitive, ETPPrimitive)
             if all(v in self.same for v in e.outvars) and (is_operation or any(v in needed for v in e.outvars)):
-                needed.update(v for v in e.invars if not isinstance(v, Literal))
+                needed.update(variables(e.invars))
                 hoisted.append(e)
-        for e in reversed(hoisted):
-            env.update(zip(e.outvars, bind_equation(e, [_read(env, v) for v in e.invars])))
+        run(reversed(hoisted), env)
 
     def _shared(self, e) -> frozenset[int]:
         """Positions of the trained operands."""
@@ -216,7 +205,7 @@ class Descent:
         """The outputs of one operation at all sub-steps."""
         shared, length = self._shared(e), self.eqn.params["length"]
         operands = [
-            _read(env, v) if i in shared else jnp.full(length, v.val) if isinstance(v, Literal) else stack[v]
+            read(env, v) if i in shared else jnp.full(length, v.val) if isinstance(v, Literal) else stack[v]
             for i, v in enumerate(e.invars)
         ]
         with at_source(e):
@@ -237,15 +226,14 @@ class Descent:
         return outs
 
     def _carried(self, env):
-        return [_read(env, v) for v in self.body.outvars[: self.carry]]
+        return [read(env, v) for v in self.body.outvars[: self.carry]]
 
     def _sub_step(self, env, operation):
         """Run the equations of one sub-step that are not known yet; ``operation`` gives the outputs of operations."""
         number = {id(e): i for i, e in enumerate(self.operations)}
-        for e in self.body.eqns:
-            if e.outvars and all(v in env for v in e.outvars):
-                continue
-            operands = [_read(env, v) for v in e.invars]
+
+        def rule(e, operands):
             with at_source(e):
-                outs = operation(number[id(e)], e, operands) if id(e) in number else bind_equation(e, operands)
-            env.update(zip(e.outvars, outs))
+                return operation(number[id(e)], e, operands) if id(e) in number else bind_equation(e, operands)
+
+        run((e for e in self.body.eqns if not e.outvars or any(v not in env for v in e.outvars)), env, rule)

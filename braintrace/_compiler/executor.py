@@ -270,10 +270,7 @@ class ETraceGraphExecutor:
 
     def show_graph(self, verbose: bool = True, return_msg: bool = False) -> str | None:
         """Print the report; return it if asked."""
-        message = CompilationReport(self.graph).to_str()
-        if verbose:
-            print(message)
-        return message if return_msg else None
+        return CompilationReport(self.graph).print(verbose, return_msg)
 
 
 class ETraceVjpGraphExecutor(ETraceGraphExecutor):

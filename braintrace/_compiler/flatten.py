@@ -14,7 +14,7 @@ of a branch that was not taken become zeros.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,9 +34,9 @@ from .._jax import (
     scan_operands,
     source_line,
     structs,
-    sub_jaxprs,
 )
 from .._ops.primitive import ETPPrimitive
+from .._program import equations_within
 from .._types import CompilationError, Path, path_str
 from .constants import Constants
 from .descent import Descent
@@ -52,14 +52,6 @@ LOOPS = frozenset(["cond", "scan", "while"])
 
 def is_marked(eqn: Any) -> bool:
     return isinstance(eqn.primitive, ETPPrimitive)
-
-
-def equations_within(eqn: Any) -> Iterator[Any]:
-    """Every equation in the bodies of an equation, at any depth."""
-    for body in sub_jaxprs(eqn):
-        for inner in open_jaxpr(body).eqns:
-            yield inner
-            yield from equations_within(inner)
 
 
 class Origin(NamedTuple):
@@ -343,7 +335,7 @@ class _Flattener:
             return self.unrolled(eqn, frame)
         values, origins = frame.inputs(eqn)
         every = [*origins, Origin(data=True, live=True)]
-        return descent.run(values), [_origin_of(eqn, every, v) for v in eqn.outvars]
+        return descent.outputs(values), [_origin_of(eqn, every, v) for v in eqn.outvars]
 
     def unrolled(self, eqn, frame):
         self.enter(eqn, frame)

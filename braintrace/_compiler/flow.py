@@ -12,10 +12,11 @@ import numpy as np
 from .._jax import Literal, Var, source_line
 from .._ops.primitive import ETPPrimitive
 from .._ops.stacked import StackedPrimitive
+from .._program import behind, equations_within, variables
 from .._types import Path
 from .descent import holds_link
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
-from .flatten import LOOPS, equations_within, is_marked
+from .flatten import LOOPS, is_marked
 from .module_info import ModuleInfo, known_constants
 from .positions import NONE, Label, Labels, mixes, moves, own_label, propagate, touches_own_position, transfer
 
@@ -113,7 +114,7 @@ def analyse_flow(info: ModuleInfo, mixing: bool = False) -> Flow:
         outvar = info.hidden_path_to_outvar[path]
         if not isinstance(outvar, Literal) and outvar not in info.jaxpr.invars:
             members.setdefault(outvar, []).append(path)
-    feeds = _upstream(eqns, members)
+    _, feeds = behind(eqns, members)
     records: list[CompilationRecord] = []
 
     def cut(position, eqn, inputs):
@@ -203,14 +204,6 @@ def is_product(eqn: Any) -> bool:
     return eqn.primitive.name in MIXING
 
 
-def _upstream(eqns, variables) -> set:
-    found = set(variables)
-    for eqn in reversed(eqns):
-        if any(v in found for v in eqn.outvars):
-            found.update(v for v in eqn.invars if not isinstance(v, Literal))
-    return found
-
-
 def _mixing_record(eqn) -> CompilationRecord:
     name, line = eqn.primitive.name, source_line(eqn)
     return CompilationRecord(
@@ -246,11 +239,10 @@ def analyse_reach(
     op_at = {op.position: op.index for op in ops}
 
     def add(var, sinks):
-        if not isinstance(var, Literal):
-            of[var] = of.get(var, frozenset()) | sinks
+        of[var] = of.get(var, frozenset()) | sinks
 
-    for var in outvars:
-        if not isinstance(var, Literal) and var not in group_of_member:
+    for var in variables(outvars):
+        if var not in group_of_member:
             add(var, frozenset([("out", None)]))
     for var, groups in group_of_member.items():
         add(var, frozenset(("group", g) for g in groups))
@@ -261,6 +253,6 @@ def analyse_reach(
             sinks |= {("op", op_at[position])}
         if holds_link(eqn):
             sinks |= {("links", position)}
-        for var in eqn.invars:
+        for var in variables(eqn.invars):
             add(var, sinks)
     return Reach(of)

@@ -13,6 +13,7 @@ import jax
 from brainstate.util import FlattedDict
 
 from .._jax import Literal, Var, consts_of, is_tracer, open_jaxpr
+from .._program import made_at
 from .._types import NotSupportedError, Path, path_str
 from .call import Call, call_of, convertible
 from .complex_states import Parts, before_cast, with_real_parts
@@ -298,7 +299,7 @@ def info_of_call(model: brainstate.nn.Module, call: Call, control_flow: ControlF
         parts = {(first_in + n, first_out + n): complex_hidden[i] for i, n in places.items()}
         closed = with_real_parts(closed, parts)
     jaxpr = open_jaxpr(closed)
-    made_at = {v: e for e in jaxpr.eqns for v in e.outvars}
+    made = made_at(jaxpr.eqns)
 
     def invars(i):
         return [jaxpr.invars[first_in + p] for p in positions[i]]
@@ -317,7 +318,7 @@ def info_of_call(model: brainstate.nn.Module, call: Call, control_flow: ControlF
         state_trees=tuple(jax.tree.structure(s._value) for s in states),
         hidden_path_to_invar={paths[i]: invars(i)[0] for i in hidden},
         hidden_path_to_outvar={
-            paths[i]: before_cast(jaxpr.outvars[first_out + positions[i][0]], made_at) for i in hidden
+            paths[i]: before_cast(jaxpr.outvars[first_out + positions[i][0]], jaxpr.eqns, made) for i in hidden
         },
         complex_hidden={paths[i]: p for i, p in complex_hidden.items()},
         weight_path_to_invars=weights,

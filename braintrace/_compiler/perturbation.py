@@ -9,7 +9,8 @@ import brainstate
 import jax
 import jax.numpy as jnp
 
-from .._jax import Literal, Var, bind_equation, consts_of, eval_jaxpr, open_jaxpr
+from .._jax import Literal, Var, bind_equation, eval_jaxpr, open_jaxpr
+from .._program import run_program
 from .._types import Path, path_str
 from .groups import HiddenGroup
 from .module_info import ModuleInfo, extract_module_info
@@ -140,13 +141,11 @@ def add_hidden_perturbation_from_minfo(
     beside = {minfo.num_var_out + n: i for i, n in _beside(minfo, states, added_to)}
 
     def run(inputs, perturbations):
-        env = dict(zip(jaxpr.invars, inputs)) | dict(zip(jaxpr.constvars, consts_of(minfo.closed_jaxpr)))
-        read = lambda v: v.val if isinstance(v, Literal) else env[v]  # noqa: E731
-        for eqn in jaxpr.eqns:
-            outs = bind_equation(eqn, [read(v) for v in eqn.invars])
-            for var, out in zip(eqn.outvars, outs):
-                env[var] = sum((perturbations[i] for i in added_to.get(var, ())[:1]), out)
-        outs = [jnp.asarray(read(v)) for v in jaxpr.outvars]
+        def shifted(eqn, values):
+            pairs = zip(eqn.outvars, bind_equation(eqn, values))
+            return [sum((perturbations[i] for i in added_to.get(v, ())[:1]), out) for v, out in pairs]
+
+        outs = list(map(jnp.asarray, run_program(minfo.closed_jaxpr, inputs, shifted)))
         return [x + perturbations[beside[n]] if n in beside else x for n, x in enumerate(outs)]
 
     shape_of = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)  # noqa: E731

@@ -9,9 +9,10 @@ import brainstate
 import jax
 import numpy as np
 
-from .._jax import Literal, Var, any_rank, eval_jaxpr, hashed, source_line, sub_program
+from .._jax import Literal, Var, any_rank, eval_jaxpr, hashed, source_line
 from .._ops.primitive import ETPPrimitive
 from .._ops.stacked import StackedPrimitive
+from .._program import before, made_at, sub_program, variables
 from .._types import Path, path_str
 from .cut import Fold
 from .dependence import Dependence, dependence
@@ -223,15 +224,14 @@ class _Step:
         self.info, self.flow = info, flow
         jaxpr = info.jaxpr
         self.number = {v: i for i, v in enumerate(jaxpr.invars)}
-        self.made_at = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.outvars}
+        self.made_at = made_at(jaxpr.eqns)
         self.hidden = set(info.hidden_path_to_invar.values())
         self.outputs = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
         self.op_positions = {op.position for op in flow.ops}
         self.readers: dict[Any, list[int]] = {}
         for i, eqn in enumerate(jaxpr.eqns):
-            for v in eqn.invars:
-                if not isinstance(v, Literal):
-                    self.readers.setdefault(v, []).append(i)
+            for v in variables(eqn.invars):
+                self.readers.setdefault(v, []).append(i)
         self._dependence: dict[Any, Dependence] = {}
         self._programs: dict[int, tuple[OperandProgram | None, dict[str, Path], str]] = {}
 
@@ -265,7 +265,7 @@ def operand_program(info: ModuleInfo, flow: Flow, op: MarkedOp) -> tuple[Operand
 
 
 def _operand_program(step: _Step, op: MarkedOp) -> tuple[OperandProgram | None, dict[str, Path], str]:
-    info, jaxpr, number, made_at = step.info, step.info.jaxpr, step.number, step.made_at
+    info, jaxpr, number, made = step.info, step.info.jaxpr, step.number, step.made_at
     paths: dict[str, Path] = {}
     needed: set[int] = set()
     leaves: set[Any] = set()
@@ -274,19 +274,11 @@ def _operand_program(step: _Step, op: MarkedOp) -> tuple[OperandProgram | None, 
     for key, var in op.operands.items():
         if isinstance(var, Literal):
             continue
-        positions, roots, found, pending = set(), set(), [], [var]
-        blocked = False
-        while pending:
-            v = pending.pop()
-            if v in number:
-                roots.add(v)
-                if v in info.invar_to_weight_path:
-                    found.append(v)
-                blocked |= v in step.hidden
-            elif v in made_at and made_at[v] not in positions:
-                positions.add(made_at[v])
-                blocked |= made_at[v] in step.op_positions
-                pending.extend(w for w in jaxpr.eqns[made_at[v]].invars if not isinstance(w, Literal))
+        path = list(before(jaxpr.eqns, made, [var]))
+        roots = {v for v in path if v in number}
+        found = [v for v in path if v in info.invar_to_weight_path]
+        positions = {made[v] for v in path if v in made}
+        blocked = not roots.isdisjoint(step.hidden) or not positions.isdisjoint(step.op_positions)
         if not found:
             continue
         if blocked:
@@ -486,17 +478,8 @@ def _fixed_vars(op: MarkedOp, trained) -> Mapping[int, Any]:
 
 def _is_constant(info: ModuleInfo, var: Any) -> bool:
     """Whether a variable depends on no input of the step."""
-    made_by = {v: e for e in info.jaxpr.eqns for v in e.outvars}
-    inputs, seen, pending = set(info.jaxpr.invars), set(), [var]
-    while pending:
-        v = pending.pop()
-        if isinstance(v, Literal) or v in seen:
-            continue
-        if v in inputs:
-            return False
-        seen.add(v)
-        pending.extend(made_by[v].invars if v in made_by else ())
-    return True
+    eqns, inputs = info.jaxpr.eqns, set(info.jaxpr.invars)
+    return inputs.isdisjoint(before(eqns, made_at(eqns), [var]))
 
 
 def _parameter_paths(info, program) -> tuple[Path, ...]:

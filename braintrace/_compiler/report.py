@@ -192,5 +192,12 @@ class CompilationReport:
         """Print the report."""
         print(self.to_str(level), file=file or sys.stdout)
 
+    def print(self, verbose: bool, return_msg: bool) -> str | None:
+        """What ``show_graph`` does."""
+        message = self.to_str()
+        if verbose:
+            print(message)
+        return message if return_msg else None
+
     def __repr__(self) -> str:
         return f"CompilationReport({', '.join(f'{k}={v}' for k, v in self.counts.items())})"

@@ -91,11 +91,14 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
         """What is trained online and what is not; a ``RuntimeError`` before :meth:`compile_graph`."""
         if not self.is_compiled:
             raise RuntimeError("There is no report yet. Call compile_graph(*example_inputs) first.")
+        return self._report()
+
+    def _report(self) -> CompilationReport:
         return CompilationReport(self.graph, self.states(), self._trace_forms())
 
     def show_graph(self, verbose: bool = True, return_msg: bool = False) -> str | None:
         """Print the report; return its text if ``return_msg``."""
-        return self.graph_executor.show_graph(verbose, return_msg)
+        return self._report().print(verbose, return_msg)
 
     @property
     def param_states(self) -> FlattedDict:
