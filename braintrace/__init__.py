@@ -12,19 +12,11 @@ from ._compiler.diagnostics import CompilationRecord as CompilationRecord
 from ._compiler.diagnostics import DiagnosticKind as DiagnosticKind
 from ._compiler.diagnostics import DiagnosticLevel as DiagnosticLevel
 from ._compiler.executor import ETraceGraphExecutor as ETraceGraphExecutor
-from ._compiler.executor import ETraceVjpGraphExecutor as ETraceVjpGraphExecutor
 from ._compiler.graph import ETraceGraph as ETraceGraph
 from ._compiler.graph import compile_etrace_graph as compile_etrace_graph
-from ._compiler.graph import find_hidden_groups_from_minfo as find_hidden_groups_from_minfo
-from ._compiler.graph import find_hidden_groups_from_module as find_hidden_groups_from_module
-from ._compiler.graph import find_hidden_param_op_relations_from_minfo as find_hidden_param_op_relations_from_minfo
-from ._compiler.graph import find_hidden_param_op_relations_from_module as find_hidden_param_op_relations_from_module
 from ._compiler.groups import HiddenGroup as HiddenGroup
 from ._compiler.module_info import ModuleInfo as ModuleInfo
 from ._compiler.module_info import extract_module_info as extract_module_info
-from ._compiler.perturbation import HiddenPerturbation as HiddenPerturbation
-from ._compiler.perturbation import add_hidden_perturbation_from_minfo as add_hidden_perturbation_from_minfo
-from ._compiler.perturbation import add_hidden_perturbation_in_module as add_hidden_perturbation_in_module
 from ._compiler.policy import ControlFlowPolicy as ControlFlowPolicy
 from ._compiler.relations import HiddenParamOpRelation as HiddenParamOpRelation
 from ._compiler.report import CompilationReport as CompilationReport
@@ -53,6 +45,14 @@ from ._learners.rules import OSTLRecurrent as OSTLRecurrent
 from ._learners.rules import SnAp as SnAp
 from ._learners.rules import ThreeFactor as ThreeFactor
 from ._learners.vjp import ETraceVjpAlgorithm as ETraceVjpAlgorithm
+from ._legacy.executor import ETraceVjpGraphExecutor as ETraceVjpGraphExecutor
+from ._legacy.finders import find_hidden_groups_from_minfo as find_hidden_groups_from_minfo
+from ._legacy.finders import find_hidden_groups_from_module as find_hidden_groups_from_module
+from ._legacy.finders import find_hidden_param_op_relations_from_minfo as find_hidden_param_op_relations_from_minfo
+from ._legacy.finders import find_hidden_param_op_relations_from_module as find_hidden_param_op_relations_from_module
+from ._legacy.perturbation import HiddenPerturbation as HiddenPerturbation
+from ._legacy.perturbation import add_hidden_perturbation_from_minfo as add_hidden_perturbation_from_minfo
+from ._legacy.perturbation import add_hidden_perturbation_in_module as add_hidden_perturbation_in_module
 from ._ops import ETPPrimitive as ETPPrimitive
 from ._ops import conv as conv
 from ._ops import einsum as einsum
@@ -173,7 +173,7 @@ def __getattr__(name: str) -> _Any:
     if name not in _DEPRECATED:
         gone = f"; version 0.1 had it. {_GONE[name]}" if name in _GONE else ""
         raise AttributeError(f"module 'braintrace' has no attribute {name!r}{gone}")
-    from ._deprecated import forward
+    from ._legacy.operations import forward
 
     return forward(name)
 

@@ -41,7 +41,7 @@ def test_names():
 
 
 def test_import_is_silent_and_does_not_load_them():
-    code = "import braintrace, sys; assert 'braintrace._deprecated' not in sys.modules"
+    code = "import braintrace, sys; assert 'braintrace._legacy.operations' not in sys.modules"
     subprocess.run([sys.executable, "-W", "error::DeprecationWarning:braintrace", "-c", code], check=True)
 
 

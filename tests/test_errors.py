@@ -17,7 +17,7 @@ from brainstate.transform import for_loop, grad, jit
 
 import braintrace
 from braintrace import D_RTRL, EProp, MultiStepData, OSTLFeedforward, SingleStepData, compile, matmul, pp_prop
-from braintrace import _deprecated as OLD
+from braintrace._legacy import operations as OLD
 
 pytestmark = [pytest.mark.usefixtures("time_step"), pytest.mark.filterwarnings("ignore:.*(relation_|never reads)")]
 

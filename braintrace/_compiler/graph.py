@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import brainstate
 
 from .._jax import Literal, any_rank
+from .._legacy.perturbation import HiddenPerturbation, add_hidden_perturbation_from_minfo
 from .._types import Path
 from .call import Call, call_of
 from .cut import Cuts, Transition, slice_group
@@ -16,9 +17,8 @@ from .diagnostics import CompilationRecord, DiagnosticKind, emit
 from .flow import Flow, Reach, analyse_flow, analyse_reach
 from .groups import HiddenGroup, partition, slots_of
 from .influence import Influence
-from .module_info import ModuleInfo, extract_module_info, info_of_call
+from .module_info import ModuleInfo, info_of_call
 from .neighbours import find_neighbourhood
-from .perturbation import HiddenPerturbation, add_hidden_perturbation_from_minfo
 from .policy import ControlFlowPolicy
 from .relations import HiddenParamOpRelation, find_relations
 from .scope import CEILING, Scope, scope_of
@@ -26,9 +26,7 @@ from .step import PerturbedStep, perturb
 from .untraced import mixing_transitions, unmarked_parameters, untraced_memory
 
 __all__ = [
-    "ETraceGraph", "compile_etrace_graph", "compile_in_scope", "find_hidden_groups_from_minfo",
-    "find_hidden_groups_from_module", "find_hidden_param_op_relations_from_minfo",
-    "find_hidden_param_op_relations_from_module",
+    "ETraceGraph", "compile_etrace_graph", "compile_in_scope", "groups_of", "reach_of",
 ]  # fmt: skip
 
 
@@ -170,8 +168,8 @@ def compile_in_scope(
     """:func:`compile_etrace_graph` for any call and scope, without its warnings."""
     info = info_of_call(model, call, control_flow)
     flow = analyse_flow(info)
-    groups, group_of, merged = _groups(info, flow, scope)
-    reach = _reach(info, flow, group_of)
+    groups, group_of, merged = groups_of(info, flow, scope)
+    reach = reach_of(info, flow, group_of)
     influence = Influence(info, flow)
     relations, plain, found = find_relations(info, flow, reach, groups, influence)
     step = perturb(info, flow, reach, groups, (*relations, *plain))
@@ -184,7 +182,7 @@ def compile_in_scope(
 
 
 @any_rank
-def _groups(
+def groups_of(
     info: ModuleInfo, flow: Flow, scope: Scope
 ) -> tuple[list[HiddenGroup], dict[Path, HiddenGroup], list[CompilationRecord]]:
     if scope.mixing:
@@ -218,160 +216,9 @@ def _refuse_long_loops(info: ModuleInfo, flow: Flow) -> None:
         )
 
 
-def _reach(info: ModuleInfo, flow: Flow, group_of: Mapping[Path, HiddenGroup]) -> Reach:
+def reach_of(info: ModuleInfo, flow: Flow, group_of: Mapping[Path, HiddenGroup]) -> Reach:
     sinks: dict[Any, set[int]] = {}
     for path, var in info.hidden_path_to_outvar.items():
         if not isinstance(var, Literal):
             sinks.setdefault(var, set()).add(group_of[path].index)
     return analyse_reach(info.jaxpr.eqns, info.jaxpr.outvars, sinks, flow.ops)
-
-
-def find_hidden_groups_from_minfo(
-    minfo: ModuleInfo,
-    include_recurrent_mixing: bool = False,
-    sparse_n: int | None = None,
-    snap_max_jacobian_elements: int = CEILING,
-    descended_scan_eqn_ids: Set[int] = frozenset(),
-    descended_hidden_paths: Set[Path] = frozenset(),
-) -> tuple[list[HiddenGroup], dict[Path, HiddenGroup]]:
-    """The hidden groups of a traced model.
-
-    Parameters
-    ----------
-    minfo : ModuleInfo
-        From :func:`extract_module_info`.
-    include_recurrent_mixing, sparse_n, snap_max_jacobian_elements
-        As in :func:`compile_etrace_graph`.
-    descended_scan_eqn_ids, descended_hidden_paths
-        Accepted, without effect: what is followed inside long loops stands in ``minfo``.
-
-    Returns
-    -------
-    groups : list of HiddenGroup
-    group_of : dict
-        Path of a hidden state to its group.
-
-    Raises
-    ------
-    NotSupportedError
-        As :func:`compile_etrace_graph`.
-
-    Examples
-    --------
-    >>> import brainstate, braintrace, jax.numpy as jnp
-    >>> cell = braintrace.nn.LSTMCell(2, 3)
-    >>> _ = brainstate.nn.init_all_states(cell)
-    >>> groups, _ = braintrace.find_hidden_groups_from_minfo(braintrace.extract_module_info(cell, jnp.zeros(2)))
-    >>> groups
-    [HiddenGroup(index=0, members=['h', 'c'], varshape=(3,), S=2)]
-    """
-    del descended_scan_eqn_ids, descended_hidden_paths
-    scope = scope_of(include_recurrent_mixing, sparse_n, snap_max_jacobian_elements)
-    return _groups(minfo, analyse_flow(minfo), scope)[:2]
-
-
-def find_hidden_groups_from_module(
-    model: brainstate.nn.Module,
-    *args: Any,
-    include_recurrent_mixing: bool = False,
-    sparse_n: int | None = None,
-    snap_max_jacobian_elements: int = CEILING,
-    **kwargs: Any,
-) -> tuple[list[HiddenGroup], dict[Path, HiddenGroup]]:
-    """:func:`extract_module_info`, then :func:`find_hidden_groups_from_minfo`.
-
-    Parameters
-    ----------
-    model : brainstate.nn.Module
-        With initialised states.
-    *args, **kwargs
-        As :func:`extract_module_info` takes them.
-    include_recurrent_mixing, sparse_n, snap_max_jacobian_elements
-        As in :func:`compile_etrace_graph`.
-
-    Returns
-    -------
-    groups : list of HiddenGroup
-    group_of : dict
-        Path of a hidden state to its group.
-
-    Examples
-    --------
-    >>> import brainstate, braintrace, jax.numpy as jnp
-    >>> cell = braintrace.nn.GRUCell(2, 3)
-    >>> _ = brainstate.nn.init_all_states(cell)
-    >>> braintrace.find_hidden_groups_from_module(cell, jnp.zeros(2))[0]
-    [HiddenGroup(index=0, members=['h'], varshape=(3,), S=1)]
-    """
-    minfo = extract_module_info(model, *args, **kwargs)
-    return find_hidden_groups_from_minfo(minfo, include_recurrent_mixing, sparse_n, snap_max_jacobian_elements)
-
-
-def find_hidden_param_op_relations_from_minfo(
-    minfo: ModuleInfo,
-    hid_path_to_group: Mapping[Path, HiddenGroup],
-    descended_scan_eqn_ids: Set[int] = frozenset(),
-    *,
-    descended_hidden_paths: Set[Path] = frozenset(),
-) -> tuple[HiddenParamOpRelation, ...]:
-    """The relations of a traced model.
-
-    Parameters
-    ----------
-    minfo : ModuleInfo
-        From :func:`extract_module_info`.
-    hid_path_to_group : mapping
-        From :func:`find_hidden_groups_from_minfo`.
-    descended_scan_eqn_ids, descended_hidden_paths
-        Accepted, without effect: what is followed inside long loops stands in ``minfo``.
-
-    Returns
-    -------
-    tuple of HiddenParamOpRelation
-        What speaks against other relations is shown as warnings.
-
-    Examples
-    --------
-    >>> import brainstate, braintrace, jax.numpy as jnp
-    >>> cell = braintrace.nn.ValinaRNNCell(2, 3)
-    >>> _ = brainstate.nn.init_all_states(cell)
-    >>> minfo = braintrace.extract_module_info(cell, jnp.zeros(2))
-    >>> _, group_of = braintrace.find_hidden_groups_from_minfo(minfo)
-    >>> braintrace.find_hidden_param_op_relations_from_minfo(minfo, group_of)
-    (HiddenParamOpRelation('W.weight', etp_mv, groups=[0]),)
-    """
-    del descended_scan_eqn_ids, descended_hidden_paths
-    flow = analyse_flow(minfo)
-    groups = sorted({g.index: g for g in hid_path_to_group.values()}.values(), key=lambda g: g.index)
-    reach, influence = _reach(minfo, flow, hid_path_to_group), Influence(minfo, flow)
-    relations, _, records = find_relations(minfo, flow, reach, groups, influence)
-    emit(records)
-    return relations
-
-
-def find_hidden_param_op_relations_from_module(
-    model: brainstate.nn.Module, *args: Any, **kwargs: Any
-) -> tuple[HiddenParamOpRelation, ...]:
-    """:func:`extract_module_info`, then groups, then relations.
-
-    Parameters
-    ----------
-    model : brainstate.nn.Module
-        With initialised states.
-    *args, **kwargs
-        As :func:`extract_module_info` takes them.
-
-    Returns
-    -------
-    tuple of HiddenParamOpRelation
-
-    Examples
-    --------
-    >>> import brainstate, braintrace, jax.numpy as jnp
-    >>> cell = braintrace.nn.MiniGRU(2, 3)
-    >>> _ = brainstate.nn.init_all_states(cell)
-    >>> [r.path for r in braintrace.find_hidden_param_op_relations_from_module(cell, jnp.zeros(2))]
-    [('W_z', 'weight'), ('W_x', 'weight')]
-    """
-    minfo = extract_module_info(model, *args, **kwargs)
-    return find_hidden_param_op_relations_from_minfo(minfo, find_hidden_groups_from_minfo(minfo)[1])

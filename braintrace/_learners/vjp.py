@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from .._binding import Binding
 from .._chunks import Recorder
 from .._compiler.call import Call, call_of
-from .._compiler.executor import ETraceVjpGraphExecutor
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
 from .._credit import reverse_only
 from .._engines.engine import Engine, check_outputs
 from .._jax import any_rank, is_tracer, trace_context
+from .._legacy.executor import ETraceVjpGraphExecutor
 from .._online import Hooks, OnlineStep
 from .._types import Path
 from .base import ETraceAlgorithm

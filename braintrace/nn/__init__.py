@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from .._legacy.layers import FORWARDED as _FORWARDED
+from .._legacy.layers import forward as _forward
 from ._cells import CFNCell as CFNCell
 from ._cells import GRUCell as GRUCell
 from ._cells import LSTMCell as LSTMCell
@@ -14,8 +16,6 @@ from ._cells import ValinaRNNCell as ValinaRNNCell
 from ._conv import Conv1d as Conv1d
 from ._conv import Conv2d as Conv2d
 from ._conv import Conv3d as Conv3d
-from ._deprecated import FORWARDED as _FORWARDED
-from ._deprecated import forward as _forward
 from ._embedding import Embedding as Embedding
 from ._linear import Linear as Linear
 from ._linear import ScaledWSLinear as ScaledWSLinear

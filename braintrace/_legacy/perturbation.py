@@ -9,11 +9,11 @@ import brainstate
 import jax
 import jax.numpy as jnp
 
+from .._compiler.groups import HiddenGroup
+from .._compiler.module_info import ModuleInfo, extract_module_info
 from .._jax import Literal, Var, bind_equation, eval_jaxpr, open_jaxpr
 from .._program import run_program
 from .._types import Path, path_str
-from .groups import HiddenGroup
-from .module_info import ModuleInfo, extract_module_info
 
 __all__ = ["HiddenPerturbation", "add_hidden_perturbation_from_minfo", "add_hidden_perturbation_in_module"]
 

@@ -15,10 +15,10 @@ import brainunit as u
 import jax
 import jax.numpy as jnp
 
-from ._jax import bind_equation, call_body, is_jit
-from ._ops import conv, element_wise, lora_matmul, matmul, pattern_of, sparse_matmul
-from ._ops.primitive import ETPPrimitive
-from ._program import run_program
+from .._jax import bind_equation, call_body, is_jit
+from .._ops import conv, element_wise, lora_matmul, matmul, pattern_of, sparse_matmul
+from .._ops.primitive import ETPPrimitive
+from .._program import run_program
 
 REPLACEMENTS = {
     "MatMulOp": "braintrace.matmul",
@@ -73,7 +73,7 @@ class ETraceOp:
 
     Examples
     --------
-    >>> import braintrace._deprecated as old, jax.numpy as jnp
+    >>> import braintrace._legacy.operations as old, jax.numpy as jnp
     >>> class Scale(old.ETraceOp):
     ...     def xw_to_y(self, x, w):
     ...         return x * w
