@@ -111,6 +111,14 @@ def lru(p, x, h_re, h_im):
     return p["C_re"](h.real) - p["C_im"](h.imag) + p["D"] * x, (h.real, h.imag)
 
 
+def rtu(p, x, c1, c2):
+    lam = np.exp(-np.exp(p["nu_log"]) + 1j * np.exp(p["theta_log"]))
+    turned = lam * (c1 + 1j * c2)
+    scale = np.sqrt(1 - abs(lam) ** 2)
+    c1, c2 = np.tanh(turned.real + scale * p["W1"](x)), np.tanh(turned.imag + scale * p["W2"](x))
+    return np.concatenate([c1, c2], -1), (c1, c2)
+
+
 XH, ZH = N_IN + N_OUT, 2 * N_OUT
 AFFINE = dict(state_init=init.Normal(scale=0.5), b_init=init.Normal())
 # cell, reference, arguments, states, fan-in of each layer, shape of each other parameter
@@ -132,8 +140,9 @@ CELLS = [
         dict(B_re=N_IN, B_im=N_IN, C_re=N_OUT, C_im=N_OUT),
         dict(nu_log=N_OUT, theta_log=N_OUT, gamma_log=N_OUT, D=N_IN),
     ),
+    ("RTUCell", rtu, {}, "c1 c2", dict(W1=N_IN, W2=N_IN), dict(nu_log=N_OUT, theta_log=N_OUT)),
 ]
-GATED = [name for name, *_ in CELLS if name != "LRUCell"]
+GATED = [name for name, *_ in CELLS if name not in ("LRUCell", "RTUCell")]
 every_cell = pytest.mark.parametrize(
     "name, reference, kwargs, states, layers, others", CELLS, ids=[name for name, *_ in CELLS]
 )
@@ -229,7 +238,7 @@ def test_random_initial_states_differ_between_samples():
     assert (cell.h.value != cell.c.value).all()
 
 
-@pytest.mark.parametrize("name", ["GRUCell", "LSTMCell", "LRUCell"])
+@pytest.mark.parametrize("name", ["GRUCell", "LSTMCell", "LRUCell", "RTUCell"])
 def test_cell_accepts_any_number_of_batch_axes(name):
     cell = make(name)
     single = cell(values(N_IN))
@@ -281,6 +290,25 @@ def test_lru_eigenvalues_start_on_the_ring():
     close(np.exp(cell.gamma_log.value), np.sqrt(1 - radius**2))
     assert abs(np.std(cell.C_re.weight.value["weight"]) * np.sqrt(500) - 1) < 0.1
     assert (cell.d_model, cell.d_hidden, cell.r_min, cell.r_max, cell.max_phase) == (N_IN, 500, 0.4, 0.9, 1.5)
+
+
+@pytest.mark.parametrize("name, exact", [("LRUCell", True), ("RTUCell", True), ("GRUCell", False)])
+def test_units_that_read_no_other_unit_are_learned_exactly(name, exact):
+    """D_RTRL equals back-propagation through time; with gates that read other units it does not."""
+    cell = make(name)
+    xs = jnp.asarray(np.random.default_rng(0).normal(size=(30, 2, N_IN)), jnp.float32)
+    learner = braintrace.compile(cell, "d_rtrl", xs[0], batch_size=2)
+    ours = learner.etrace_grad(xs, step_fn=lambda x: (learner(x) ** 2).sum(), reduction="sum")
+    brainstate.nn.init_all_states(cell, batch_size=2)
+    parameters = cell.states(brainstate.ParamState)
+
+    def loss():
+        return brainstate.transform.for_loop(lambda x: (cell(x) ** 2).sum(), xs).sum()
+
+    theirs = brainstate.transform.grad(loss, parameters)()
+    pairs = [(a, b) for p in parameters for a, b in zip(jax.tree.leaves(ours[p]), jax.tree.leaves(theirs[p]))]
+    off = max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
+    assert off < 1e-4 if exact else off > 1e-2
 
 
 def test_lru_parameters_are_finite_whatever_is_drawn(monkeypatch):
@@ -456,7 +484,7 @@ def test_layers_keep_the_dtype_of_the_model(name, kwargs):
     assert layer(jnp.ones(N_IN, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("name", ["GRUCell", "LSTMCell", "LRUCell"])
+@pytest.mark.parametrize("name", ["GRUCell", "LSTMCell", "LRUCell", "RTUCell"])
 def test_cells_have_the_precision_of_the_environment(name):
     with brainstate.environ.context(precision="bf16"):
         cell = make(name, BATCH)
@@ -882,6 +910,7 @@ SIGNATURES = {
     "MiniGRU": f"w_init=Orthogonal {GATES} name=None",
     "MiniLSTM": f"w_init=Orthogonal {GATES} name=None",
     "LRUCell": "r_min=0.0 r_max=1.0 max_phase=6.28",
+    "RTUCell": "r_min=0.0 r_max=1.0 max_phase=6.28 w_init=LecunNormal state_init=ZeroInit activation=tanh name=None",
 }
 
 
@@ -924,7 +953,7 @@ BRAINPY = set("IF LIF ALIF Expon Alpha DualExpon STP STD".split())
 
 def test_names():
     assert dir(bnn) == sorted(dir(bnn)) and set(bnn.__all__) < set(dir(bnn))
-    assert set(SIGNATURES) == set(bnn.__all__) and len(dir(bnn)) == 83
+    assert set(SIGNATURES) == set(bnn.__all__) and len(dir(bnn)) == 84
     assert len(DEPRECATED) == 62 and BRAINPY < set(DEPRECATED)
     with pytest.raises(AttributeError, match="no attribute 'NoSuchLayer'"):
         bnn.NoSuchLayer

@@ -483,6 +483,7 @@ RANKS = {
     "gru": lambda: braintrace.nn.GRUCell(3, 4),
     "urlstm": lambda: braintrace.nn.URLSTMCell(3, 4),
     "lru": lambda: braintrace.nn.LRUCell(3, 4),
+    "rtu": lambda: braintrace.nn.RTUCell(3, 4),
     "standardised": lambda: brainstate.nn.Sequential(
         braintrace.nn.ScaledWSLinear(3, 4), braintrace.nn.MGUCell(4, 4), braintrace.nn.Linear(4, 2)
     ),

@@ -21,6 +21,7 @@ from ._linear import Linear as Linear
 from ._linear import ScaledWSLinear as ScaledWSLinear
 from ._linear import SignedWLinear as SignedWLinear
 from ._lru import LRUCell as LRUCell
+from ._lru import RTUCell as RTUCell
 from ._readout import LeakyRateReadout as LeakyRateReadout
 from ._sparse import GroupedLinear as GroupedLinear
 from ._sparse import LoRA as LoRA
@@ -43,6 +44,7 @@ __all__ = [
     "MiniGRU",
     "MiniLSTM",
     "MinimalRNNCell",
+    "RTUCell",
     "ScaledWSLinear",
     "SignedWLinear",
     "SparseLinear",
