@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, TypeAlias, overload
 
 import brainstate
 import jax
@@ -48,6 +48,39 @@ ENGINES: dict[str, type[ETraceAlgorithm]] = {
     "hybrid": HybridDimVjpAlgorithm,
     "random_projection": RandomProjectionVjpAlgorithm,
 }
+
+
+RuleName: TypeAlias = Literal[
+    "pp_prop", "es_d_rtrl", "esd_rtrl", "d_rtrl", "eprop", "e_prop", "ostl_recurrent", "ostl_feedforward", "uoro",
+    "three_factor", "dni", "hybrid", "immediate",
+]  # fmt: skip
+Rule: TypeAlias = RuleName | type[ETraceAlgorithm] | ETraceConfig
+
+
+@overload
+def compile(
+    model: brainstate.nn.Module,
+    algorithm: Rule,
+    *example_inputs: Any,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    verbose: Literal[0, 1, 2] = 0,
+    vmap: Literal[False] = False,
+    **options: Any,
+) -> ETraceAlgorithm: ...
+
+
+@overload
+def compile(
+    model: brainstate.nn.Module,
+    algorithm: Rule,
+    *example_inputs: Any,
+    batch_size: int,
+    seed: int | None = None,
+    verbose: Literal[0, 1, 2] = 0,
+    vmap: Literal[True],
+    **options: Any,
+) -> ETraceVmap: ...
 
 
 def compile(

@@ -12,10 +12,13 @@ import brainunit as u
 import jax
 import jax.numpy as jnp
 import numpy as np
+from brainstate.util import FlattedDict
 
 from ._chunks import ChunkedEvolution, ChunkedGradient, zeros_to_add
+from ._compiler.graph import ETraceGraph
+from ._compiler.report import CompilationReport
 from ._jax import is_outside, trace_context
-from ._types import CompilationWarning, Held, MultiStepData, SingleStepData
+from ._types import CompilationWarning, Held, MultiStepData, Path, SingleStepData
 from ._warn import warn
 
 __all__ = ["ETraceVmap", "SequenceDriverMixin", "common_length"]
@@ -256,6 +259,9 @@ class SequenceDriverMixin:
 class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
     """A learner of single samples, mapped over a batch.
 
+    What else is asked of it (:attr:`report`, :attr:`param_states`, :meth:`reset_state`, ...) is asked of its learner;
+    traces and other states have the mapped axis in front.
+
     Parameters
     ----------
     module : ETraceAlgorithm
@@ -321,6 +327,34 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
         )
         self._functions = Held((key, *functions))
         return functions
+
+    @property
+    def report(self) -> CompilationReport:
+        """What is trained online and what is not, of one sample."""
+        return self.module.report
+
+    @property
+    def graph(self) -> ETraceGraph:
+        """The compiled graph of one sample."""
+        return self.module.graph
+
+    @property
+    def param_states(self) -> FlattedDict:
+        """Path -> parameter, for the parameters that the step reads."""
+        return self.module.param_states
+
+    @property
+    def hidden_states(self) -> FlattedDict:
+        """Path -> hidden state, for those that the step touches."""
+        return self.module.hidden_states
+
+    def get_etrace_of(self, weight: brainstate.ParamState | Path) -> Any:
+        """The traces of one parameter, as the learner's method of that name gives them."""
+        return self.module.get_etrace_of(weight)
+
+    def reset_state(self, batch_size: int | None = None, **kwargs: Any) -> None:
+        """Zero the traces and the step counter; the model's states are untouched."""
+        self.module.reset_state(batch_size, **kwargs)
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Run the mapped learner on inputs with a batch axis; keyword arguments without arrays are not mapped."""

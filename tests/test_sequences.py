@@ -439,3 +439,19 @@ def test_calls_inside_of_jit_are_not_warned_about():
         warnings.simplefilter("error", braintrace.CompilationWarning)
         for length in (2, 3, 4, 5):
             run(jnp.ones((length, 3)))
+
+
+def test_a_mapped_learner_answers_as_its_learner_does():
+    x = jnp.ones((4, 2))
+    mapped = braintrace.compile(braintrace.nn.GRUCell(2, 3), "pp_prop", x, batch_size=4, vmap=True, decay_or_rank=0.9)
+    inner = mapped.module
+    assert mapped.graph is inner.graph and mapped.report.counts == inner.report.counts
+    for name in ("param_states", "hidden_states"):
+        ours, theirs = getattr(mapped, name), getattr(inner, name)
+        assert list(ours) == list(theirs) and all(ours[p] is theirs[p] for p in ours)
+    mapped(x)
+    traces = jax.tree.leaves(mapped.get_etrace_of(("Wz", "weight")))
+    assert all(t.shape[0] == 4 for t in traces) and any(np.any(t) for t in traces)
+    mapped.reset_state()
+    assert not any(np.any(t) for t in jax.tree.leaves(mapped.get_etrace_of(("Wz", "weight"))))
+    assert not np.any(inner.running_index.value)
