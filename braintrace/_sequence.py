@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import brainstate
 import brainunit as u
@@ -48,8 +48,8 @@ class SequenceDriverMixin:
         mask: Any = None,
         chunk_size: int | None = None,
         weights: Mapping[Any, brainstate.State] | None = None,
-        reduction: str = "mean",
-        loss_output: str = "per_step",
+        reduction: Literal["mean", "sum"] = "mean",
+        loss_output: Literal["per_step", "masked", "scalar"] = "per_step",
         has_aux: bool = False,
         return_value: bool = False,
         trace_chunk: int | None = None,

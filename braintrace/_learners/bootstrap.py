@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import brainstate
 import jax
@@ -15,8 +15,8 @@ from .._compiler.scope import CEILING
 from .._sequence import common_length
 from .._types import Held, MultiStepData, Path, path_str
 from .config import ETraceConfig
+from .options import Legacy, VjpMethod, legacy_options
 from .param_dim import ParamDimVjpAlgorithm
-from .vjp import legacy_options
 
 __all__ = ["DNI", "SyntheticGradient", "train_synthetic_gradient"]
 
@@ -189,13 +189,13 @@ class DNI(ParamDimVjpAlgorithm):
         model: brainstate.nn.Module,
         synthesizer: SyntheticGradient | None = None,
         name: str | None = None,
-        vjp_method: str = "multi-step",
+        vjp_method: VjpMethod = "multi-step",
         fast_solve: bool = True,
         trace_dtype: Any = None,
         chunked_trace: bool = True,
         control_flow: ControlFlowPolicy | None = None,
         snap_max_jacobian_elements: int = CEILING,
-        **legacy: Any,
+        **legacy: Unpack[Legacy],
     ):
         legacy_options(legacy, type(self))
         super().__init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import brainstate
 import jax
@@ -20,6 +20,7 @@ from .base import EligibilityTrace
 from .config import ETraceConfig
 from .decays import names_of
 from .io_dim import DecayOrRank, IODimVjpAlgorithm
+from .options import Legacy, VjpMethod
 from .param_dim import dense_trace
 
 __all__ = ["HybridDimVjpAlgorithm"]
@@ -80,13 +81,13 @@ class HybridDimVjpAlgorithm(IODimVjpAlgorithm):
         model: brainstate.nn.Module,
         decay_or_rank: DecayOrRank | Mapping[Any, DecayOrRank] | None = None,
         name: str | None = None,
-        vjp_method: str = "single-step",
+        vjp_method: VjpMethod = "single-step",
         fast_solve: bool = True,
         control_flow: ControlFlowPolicy | None = None,
         config: ETraceConfig | None = None,
         random_feedback_key: jax.Array | int | None = None,
         exact: str | int | Sequence[Any] = "free",
-        **legacy: Any,
+        **legacy: Unpack[Legacy],
     ):
         super().__init__(
             model, decay_or_rank, name, vjp_method, fast_solve, control_flow, config, random_feedback_key, **legacy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, Unpack
 
 import brainstate
 import brainunit as u
@@ -18,7 +18,8 @@ from .._types import Path, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
 from .decays import Decays
-from .vjp import ETraceVjpAlgorithm, legacy_options
+from .options import Legacy, VjpMethod, legacy_options
+from .vjp import ETraceVjpAlgorithm
 
 __all__ = ["ES_D_RTRL", "IODimVjpAlgorithm", "pp_prop"]
 
@@ -105,12 +106,12 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
         model: brainstate.nn.Module,
         decay_or_rank: DecayOrRank | Mapping[Any, DecayOrRank] | None = None,
         name: str | None = None,
-        vjp_method: str = "single-step",
+        vjp_method: VjpMethod = "single-step",
         fast_solve: bool = True,
         control_flow: ControlFlowPolicy | None = None,
         config: ETraceConfig | None = None,
         random_feedback_key: jax.Array | int | None = None,
-        **legacy: Any,
+        **legacy: Unpack[Legacy],
     ):
         legacy_options(legacy, type(self))
         if decay_or_rank is None and config is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import brainstate
 import jax
@@ -18,7 +18,8 @@ from .._jax import any_rank
 from .._types import Path, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
-from .vjp import ETraceVjpAlgorithm, legacy_options
+from .options import Legacy, VjpMethod, legacy_options
+from .vjp import ETraceVjpAlgorithm
 
 __all__ = ["ParamDimVjpAlgorithm", "dense_trace"]
 
@@ -89,7 +90,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         self,
         model: brainstate.nn.Module,
         name: str | None = None,
-        vjp_method: str = "single-step",
+        vjp_method: VjpMethod = "single-step",
         fast_solve: bool = True,
         trace_dtype: Any = None,
         chunked_trace: bool = True,
@@ -97,7 +98,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         config: ETraceConfig | None = None,
         random_feedback_key: jax.Array | int | None = None,
         snap_max_jacobian_elements: int = CEILING,
-        **legacy: Any,
+        **legacy: Unpack[Legacy],
     ):
         legacy_options(legacy, type(self))
         super().__init__(model, name, vjp_method, control_flow, config, random_feedback_key, snap_max_jacobian_elements)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import brainstate
 import jax
@@ -18,7 +18,8 @@ from .._engines.projection import Projection, ProjectionEngine, Projections
 from .._types import Path, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
-from .vjp import ETraceVjpAlgorithm, legacy_options
+from .options import Legacy, VjpMethod, legacy_options
+from .vjp import ETraceVjpAlgorithm
 
 __all__ = ["UORO", "RandomProjectionVjpAlgorithm"]
 
@@ -111,7 +112,7 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
         self,
         model: brainstate.nn.Module,
         name: str | None = None,
-        vjp_method: str = "multi-step",
+        vjp_method: VjpMethod = "multi-step",
         fast_solve: bool = True,
         control_flow: ControlFlowPolicy | None = None,
         config: ETraceConfig | None = None,
@@ -119,7 +120,7 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
         projection_eps: float = 1e-12,
         random_feedback_key: jax.Array | int | None = None,
         snap_max_jacobian_elements: int = CEILING,
-        **legacy: Any,
+        **legacy: Unpack[Legacy],
     ):
         legacy_options(legacy, type(self))
         super().__init__(model, name, vjp_method, control_flow, config, random_feedback_key, snap_max_jacobian_elements)
@@ -265,14 +266,14 @@ class UORO(RandomProjectionVjpAlgorithm):
         self,
         model: brainstate.nn.Module,
         name: str | None = None,
-        vjp_method: str = "multi-step",
+        vjp_method: VjpMethod = "multi-step",
         fast_solve: bool = True,
         control_flow: ControlFlowPolicy | None = None,
         projection_key: jax.Array | int = 42,
         projection_eps: float = 1e-12,
         random_feedback_key: jax.Array | int | None = None,
         snap_max_jacobian_elements: int = CEILING,
-        **legacy: Any,
+        **legacy: Unpack[Legacy],
     ):
         if "config" in legacy:
             raise TypeError("UORO takes no config: it is one point of the coordinates.")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numbers
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal, Unpack
 
 import brainstate
 import jax
@@ -12,9 +13,9 @@ from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
 from .._engines.param import check_anchors
 from .config import ETraceConfig
-from .io_dim import pp_prop
+from .io_dim import DecayOrRank, pp_prop
+from .options import EPropOptions, IOOptions, Legacy, SnApOptions, VjpMethod, legacy_options
 from .param_dim import ParamDimVjpAlgorithm
-from .vjp import legacy_options
 
 __all__ = ["D_RTRL", "EProp", "Immediate", "OSTLFeedforward", "OSTLRecurrent", "SnAp", "ThreeFactor"]
 
@@ -75,13 +76,13 @@ class EProp(ParamDimVjpAlgorithm):
     def __init__(
         self,
         model: brainstate.nn.Module,
-        feedback: str = "symmetric",
+        feedback: Literal["symmetric", "random"] = "symmetric",
         kappa_filter_decay: float = 0.0,
         random_feedback_key: jax.Array | int | None = None,
         name: str | None = None,
-        vjp_method: str = "single-step",
+        vjp_method: VjpMethod = "single-step",
         fast_solve: bool = True,
-        **kwargs: Any,
+        **kwargs: Unpack[EPropOptions],
     ):
         if "config" in kwargs:
             raise TypeError("EProp takes no config: feedback and kappa_filter_decay are its coordinates.")
@@ -131,7 +132,7 @@ class Immediate(pp_prop):
 
     __module__ = "braintrace"
 
-    def __init__(self, model: brainstate.nn.Module, name: str | None = None, **kwargs: Any):
+    def __init__(self, model: brainstate.nn.Module, name: str | None = None, **kwargs: Unpack[IOOptions]):
         if "config" in kwargs:
             raise TypeError("Immediate takes no config: it is one point of the coordinates.")
         super().__init__(model, 0.0, name, **kwargs)
@@ -164,7 +165,13 @@ class OSTLFeedforward(pp_prop):
 
     regime = "without-H"
 
-    def __init__(self, model: brainstate.nn.Module, decay_or_rank: Any = 1e-6, name: str | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        model: brainstate.nn.Module,
+        decay_or_rank: DecayOrRank | Mapping[Any, DecayOrRank] = 1e-6,
+        name: str | None = None,
+        **kwargs: Unpack[IOOptions],
+    ):
         super().__init__(model, decay_or_rank, name, **kwargs)
 
 
@@ -269,10 +276,10 @@ class SnAp(ParamDimVjpAlgorithm):
         model: brainstate.nn.Module,
         n: int = 2,
         name: str | None = None,
-        vjp_method: str = "single-step",
+        vjp_method: VjpMethod = "single-step",
         fast_solve: bool = True,
         snap_max_jacobian_elements: int = CEILING,
-        **kwargs: Any,
+        **kwargs: Unpack[SnApOptions],
     ):
         if "config" in kwargs:
             raise TypeError("SnAp takes no config: n is its coordinate.")
@@ -347,14 +354,14 @@ class ThreeFactor(ParamDimVjpAlgorithm):
         self,
         model: brainstate.nn.Module,
         name: str | None = None,
-        vjp_method: str = "single-step",
+        vjp_method: VjpMethod = "single-step",
         modulator: Any = None,
         fast_solve: bool = True,
         trace_dtype: Any = None,
         chunked_trace: bool = True,
         control_flow: ControlFlowPolicy | None = None,
         snap_max_jacobian_elements: int = CEILING,
-        **legacy: Any,
+        **legacy: Unpack[Legacy],
     ):
         legacy_options(legacy, type(self))
         super().__init__(

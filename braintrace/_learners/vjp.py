@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
-import inspect
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -26,34 +23,10 @@ from .._online import Hooks, OnlineStep
 from .._types import Path
 from .base import ETraceAlgorithm
 from .config import ETraceConfig
+from .options import VjpMethod
 from .signals import expand_modulator, feedback_matrix, random_feedback
 
-__all__ = ["ETraceVjpAlgorithm", "legacy_options"]
-
-
-def legacy_options(options: dict[str, Any], rule: type) -> None:
-    """Accept what older scripts pass and newer versions ignore; everything else is a ``TypeError``."""
-    if options.pop("mode", None) is not None:
-        warnings.warn("The argument mode has no effect and is ignored.", DeprecationWarning, stacklevel=3)
-    if options:
-        known = _arguments(rule)
-        near = {n: [k for k in known if n in k] or difflib.get_close_matches(n, known, 1, 0.5) for n in options}
-        meant = "".join(f" Did you mean {found[0]} for {n}?" for n, found in sorted(near.items()) if found)
-        raise TypeError(
-            f"Unknown argument(s): {', '.join(sorted(options))}.{meant} {rule.__name__} takes {', '.join(known)}."
-        )
-
-
-def _arguments(rule: type) -> list[str]:
-    """Names of the constructor's arguments behind the model, those that it passes on to its bases included."""
-    names: list[str] = []
-    for base in rule.__mro__:
-        if "__init__" in vars(base):
-            parameters = inspect.signature(vars(base)["__init__"]).parameters
-            names += [k for k, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-            if "legacy" in parameters:
-                break
-    return [k for k in dict.fromkeys(names) if k not in ("self", "model")]
+__all__ = ["ETraceVjpAlgorithm"]
 
 
 def _check_config(config: Any, own: ETraceConfig) -> ETraceConfig:
@@ -108,7 +81,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         self,
         model: brainstate.nn.Module,
         name: str | None = None,
-        vjp_method: str = "single-step",
+        vjp_method: VjpMethod = "single-step",
         control_flow: ControlFlowPolicy | None = None,
         config: ETraceConfig | None = None,
         random_feedback_key: jax.Array | int | None = None,
