@@ -52,6 +52,7 @@ from ._learners.rules import SnAp as SnAp
 from ._learners.rules import ThreeFactor as ThreeFactor
 from ._learners.vjp import ETraceVjpAlgorithm as ETraceVjpAlgorithm
 from ._ops import ETPPrimitive as ETPPrimitive
+from ._ops import columns_in_parts as columns_in_parts
 from ._ops import conv as conv
 from ._ops import einsum as einsum
 from ._ops import element_wise as element_wise
@@ -117,6 +118,7 @@ __all__ = [
     "__version_info__",
     "add_hidden_perturbation_from_minfo",
     "add_hidden_perturbation_in_module",
+    "columns_in_parts",
     "compile",
     "compile_etrace_graph",
     "conv",
