@@ -48,7 +48,7 @@ def shard(
     ValueError
         If the axes of the mesh are explicit, it has no such axis, no hidden state lies under a path, there is no
         batch, sizes are no multiples of those of the mesh, or the entries of a sparse matrix are in another order; the
-        message names the path and the shape.
+        message names the path and the shape. If an array is not the same in all processes of the mesh.
     TypeError
         If ``learner`` or ``mesh`` is something else.
 
@@ -142,7 +142,13 @@ class Layout:
                         f"{title} has the shape {x.shape}: {n} is no multiple of the {self.mesh.shape[name]} devices "
                         f"along {name!r}. Choose sizes that are, or leave it out."
                     )
-            return jax.device_put(x, NamedSharding(self.mesh, PartitionSpec(*spec)))
+            try:
+                return jax.device_put(x, NamedSharding(self.mesh, PartitionSpec(*spec)))
+            except AssertionError as error:  # JAX compares the processes of the mesh
+                raise ValueError(
+                    f"{title} has another value in this process than in the first one. Seed brainstate.random with "
+                    "one number in all processes before the model is made, by brainstate.random.seed(...)."
+                ) from error
 
         return jax.tree.map(of_leaf, value)
 
