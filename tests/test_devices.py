@@ -109,6 +109,35 @@ def child():
                     case = "/".join((make.__name__, rule, "mapped" if vmap else "batched", name))
                     results[case] = {"crossings": crossings(program), "error": error, "weights": len(a)}
 
+    for rule, options in RULES.items():
+        for drive in ("step", "sequence"):
+            learner = braintrace.compile(Gated(), rule, xs[0], batch_size=BATCH, seed=0, **options)
+            loss = lambda x: (learner(x) ** 2).mean()  # noqa: B023, E731
+            step = brainstate.transform.grad(loss, learner.param_states)
+            gradients = step if drive == "step" else lambda xs: learner.etrace_grad(xs, step_fn=loss)  # noqa: B023
+            others = [s for s in learner.states().values() if not isinstance(s, brainstate.ParamState)]
+            start, found = [s.value for s in others], []
+            samples = {s: PartitionSpec(*["batch"][: jax.tree.leaves(s.value)[0].ndim]) for s in others}
+            mapped = brainstate.transform.shard_map(
+                lambda x: jax.tree.map(lambda g: jax.lax.pmean(g, "batch"), dict(gradients(x))),  # noqa: B023
+                mesh,
+                in_specs=(PartitionSpec(*[None] * (drive == "sequence"), "batch"),),
+                out_specs=PartitionSpec(),
+                state_in_specs=samples,
+                state_out_specs=samples,
+                check_vma=False,
+            )
+            for function in map(brainstate.transform.jit, (gradients, mapped)):
+                for state, value in zip(others, start):
+                    state.value = value
+                data = xs if drive == "sequence" else xs[0]
+                program = function.compile(data).as_text()
+                grads = [function(data) for _ in range(2)][1]
+                found.append(jax.tree.map(np.asarray, (dict(grads), [s.value for s in others])))
+            a, b = map(jax.tree.leaves, found)
+            error = max(float(np.abs(x - y).max() / max(np.abs(x).max(), 1e-3)) for x, y in zip(a, b))
+            results[f"shard_map/{rule}/{drive}"] = {"crossings": crossings(program), "error": error}
+
     class Cell(brainstate.nn.Module):
         """A leaky unit behind any layer from inputs and itself."""
 
@@ -232,6 +261,14 @@ def test_only_gradients_and_losses_cross(results, case):
     assert [c for c in found["crossings"] if c[0] != "all-reduce" and c[1] > 64] == []
     reductions = [c for c in found["crossings"] if c[0] == "all-reduce"]
     assert 1 <= len(reductions) <= found["weights"] + 1
+
+
+@pytest.mark.parametrize("drive", ["step", "sequence"])
+@pytest.mark.parametrize("rule", RULES)
+def test_under_shard_map_only_the_sum_of_the_gradients_crosses(results, rule, drive):
+    found = results[f"shard_map/{rule}/{drive}"]
+    assert found["error"] < 1e-5
+    assert found["crossings"] and {name for name, _ in found["crossings"]} == {"all-reduce"}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
