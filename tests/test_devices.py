@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import brainstate
+import brainunit as u
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,11 @@ import pytest
 from jax.tree import leaves
 
 import braintrace
+from braintrace._ops import pattern_of
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from crossings import bytes_crossing  # noqa: E402
+from whole_brain import N_REGIONS, Brain, make_connectome  # noqa: E402
 
 RULES = {
     "pp_prop": dict(decay_or_rank=0.9),
@@ -44,7 +50,6 @@ def child():
     import warnings
 
     import brainpy
-    import brainunit as u
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     warnings.simplefilter("ignore")
@@ -207,6 +212,21 @@ def child():
             "traces": [x.sharding.spec[-1:] == ("units",) for v in traces.values() for x in jax.tree.leaves(v.value)],
             "weights": max(x.size for v in values for x in jax.tree.leaves(v)),
         }
+    results["brain"] = brain(grids[2])
+    results["bytes"] = bytes_crossing(
+        jax.jit(
+            jax.shard_map(
+                lambda x: jax.lax.fori_loop(0, 5, lambda _, x: jax.lax.pmean(x, "batch"), x),
+                mesh=mesh,
+                in_specs=PartitionSpec(),
+                out_specs=PartitionSpec(),
+                check_vma=False,
+            )
+        )
+        .lower(jnp.ones(16))
+        .compile()
+        .as_text()
+    )
     matrix = u.sparse.coo_fromdense(jnp.ones((INPUTS + 8, 8)).at[0, 1].set(0.0))
     learner = braintrace.compile(
         on_cell(braintrace.nn.SparseLinear(matrix), 8), "pp_prop", xs[0, :2], batch_size=2, decay_or_rank=0.9
@@ -216,6 +236,38 @@ def child():
     except ValueError as error:
         results["refused"] = str(error)
     print(json.dumps(results))
+
+
+def brain(mesh):
+    """The gradient of the whole brain, made small, on one device and on those of a mesh, and what crosses there."""
+    n, synapses, steps, rng = 800, 12_000, 10, np.random.default_rng(0)
+    connectome = make_connectome(n, synapses, rng)
+    strengths = jnp.asarray(rng.normal(0.0, 2.0, synapses), jnp.float32) * u.mS
+    stimulus = jnp.asarray(rng.normal(5.0, 5.0, (steps, N_REGIONS)), jnp.float32) * u.mA
+    found = []
+    for devices in (1, mesh.size):
+        brainstate.random.seed(0)
+        model = Brain(connectome, strengths, 6.5 * u.mA, devices)
+        brainstate.nn.init_all_states(model)
+        learner = braintrace.compile(model, "pp_prop", stimulus[0], decay_or_rank=0.9)
+        if devices > 1:
+            braintrace.shard(learner, mesh, units=dict.fromkeys(("neurons", "synapses", "spikes"), "units"))
+        function = brainstate.transform.jit(
+            lambda xs: learner.etrace_grad(xs, step_fn=lambda x: (learner(x) ** 2).sum())  # noqa: B023
+        )
+        program = function.compile(stimulus).as_text()
+        (gradient,) = jax.tree.leaves(function(stimulus))
+        pattern, dense = pattern_of(model.synapses.comm.spar_mat), np.zeros((n, n))
+        dense[pattern.rows, pattern.cols] = u.get_mantissa(gradient)[pattern.entries]
+        found.append(dense)
+    one, many = found
+    return {
+        "error": float(np.abs(one - many).max() / np.abs(one).max()),
+        "trained": float((one != 0).sum() / synapses),
+        "largest": max(size for _, size in crossings(program)),
+        "spikes of all steps": n * steps,
+        "synapses": synapses,
+    }
 
 
 LAYOUTS = {
@@ -320,6 +372,17 @@ def test_layouts_that_are_refused(options, message):
     for wrong in ((learner.model4compile, ONE), (learner, 8)):
         with pytest.raises(TypeError):
             braintrace.shard(*wrong)
+
+
+def test_whole_brain_made_small(results):
+    found = results["brain"]
+    assert found["error"] < 1e-5
+    assert found["trained"] > 0.1
+    assert found["largest"] <= found["spikes of all steps"] < found["synapses"]
+
+
+def test_bytes_in_loops_are_counted(results):
+    assert results["bytes"] == {"all-reduce": 5 * 16 * 4}
 
 
 def test_sparse_entries_in_another_order_are_refused(results):

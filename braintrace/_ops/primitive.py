@@ -233,6 +233,8 @@ class ETPPrimitive(Primitive):
         whole = self if self.batched else self.batched_twin
         if whole is None or whole.sample_ndim is None or self.rules.pp_x_repr is not None or fixed:
             return apart(*args)
+        if axes + int(self.batched) == 1:  # time alone
+            return merged(*args)
         # One axis of samples is faster; where one of the axes is spread over devices, merging them gathers it.
         return where_compiled(merged, apart, *args)
 
