@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ._compiler.policy import ControlFlowPolicy
-from ._jax import is_tracer
+from ._jax import is_tracer, placed
 from ._learners.base import ETraceAlgorithm
 from ._sequence import SequenceDriverMixin
 from ._types import Path, path_str
@@ -218,7 +218,8 @@ def state_dict(learner: Any, optimizer: Any = None, **more: Any) -> dict[str, An
     -------
     dict
         Path with slashes -> array: JAX arrays as they are (sharded ones too) without units, the data of JAX keys, and
-        NumPy arrays for numbers and strings (their bytes). ``'description'`` holds the bytes of a JSON text with the
+        NumPy arrays for numbers and strings (their bytes); where there are several processes, also for what is no array
+        of all of them. ``'description'`` holds the bytes of a JSON text with the
         rest.
 
     Raises
@@ -249,6 +250,10 @@ def state_dict(learner: Any, optimizer: Any = None, **more: Any) -> dict[str, An
         "arrays": records,
         "more": structures,
     }
+    if jax.process_count() > 1:  # what lies in this process alone is the same in all; orbax takes it as a NumPy array
+        arrays = {
+            k: v if getattr(v, "is_fully_addressable", True) is False else np.asarray(v) for k, v in arrays.items()
+        }
     text = json.dumps(description, ensure_ascii=False)
     return {DESCRIPTION: np.frombuffer(text.encode(), np.uint8), **arrays}
 
@@ -550,7 +555,7 @@ def _decoded(array: Any, record: Mapping[str, Any], like: Any = None) -> Any:
     if record.get("weak_type"):
         value = jnp.broadcast_to(jnp.asarray(_zero(value.dtype)), value.shape).at[...].set(value)
     if isinstance(like, jax.Array) and like.committed:
-        value = jax.device_put(value, like.sharding)
+        value = placed(value, like.sharding)
     return value
 
 

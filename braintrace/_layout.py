@@ -10,7 +10,7 @@ import brainstate
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ._jax import is_tracer
+from ._jax import is_tracer, placed
 from ._learners.base import ETraceAlgorithm
 from ._ops.sparse import Pattern
 from ._sequence import ETraceVmap
@@ -143,8 +143,8 @@ class Layout:
                         f"along {name!r}. Choose sizes that are, or leave it out."
                     )
             try:
-                return jax.device_put(x, NamedSharding(self.mesh, PartitionSpec(*spec)))
-            except AssertionError as error:  # JAX compares the processes of the mesh
+                return placed(x, NamedSharding(self.mesh, PartitionSpec(*spec)))
+            except AssertionError as error:  # the processes of the mesh are compared
                 raise ValueError(
                     f"{title} has another value in this process than in the first one. Seed brainstate.random with "
                     "one number in all processes before the model is made, by brainstate.random.seed(...)."

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     reason="this jaxlib has no collectives between processes of a CPU",
 )
 
-REFUSED = """
+CONNECTED = """
 import argparse, os, sys
 import brainstate, braintrace, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh
@@ -37,8 +37,9 @@ mesh = Mesh(np.array(jax.devices()), ("batch",))
 def learner(seed):
     brainstate.random.seed(seed)
     return braintrace.compile(braintrace.nn.ValinaRNNCell(2, 3), "d_rtrl", jnp.zeros((2, 2)), batch_size=2)
+"""
 
-
+REFUSED = """
 def error_of(function, *args, **kwargs):
     try:
         function(*args, **kwargs)
@@ -56,6 +57,26 @@ if args.number == 1:
     os._exit(0)
 print(*lines, flush=True)
 error_of(braintrace.shard, learner(0), mesh, batch="batch")  # compares with a process that gives up
+os._exit(0)
+"""
+
+
+ORBAX = """
+import orbax.checkpoint as ocp
+
+first, second = learner(0), learner(1)
+for one in (first, second):
+    braintrace.shard(one, mesh, batch="batch")
+first.etrace_grad(jnp.ones((3, 2, 2)), step_fn=lambda x: (first(x) ** 2).mean())
+with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(os.path.abspath("run"), braintrace.state_dict(first, step=3))
+like = jax.tree.map(ocp.utils.to_shape_dtype_struct, braintrace.state_dict(second, step=0))
+with ocp.StandardCheckpointer() as checkpointer:
+    found = braintrace.load_state_dict(second, checkpointer.restore(os.path.abspath("run"), like))
+parts = [[p.data for x in jax.tree.leaves([s.value for s in one.states().values()]) for p in x.addressable_shards]
+         for one in (first, second)]
+assert len(parts[0]) == len(parts[1]) > 4 and all(map(np.array_equal, *parts))
+print(found, flush=True)
 os._exit(0)
 """
 
@@ -103,8 +124,15 @@ def test_two_processes_are_one_and_one_that_dies_costs_no_more_than_a_checkpoint
 
 
 def test_what_differs_between_processes_is_an_error_in_each(tmp_path):
-    (tmp_path / "refused.py").write_text(REFUSED)
+    (tmp_path / "refused.py").write_text(CONNECTED + REFUSED)
     out, _ = run(LAUNCH, "--restarts", 0, "refused.py", folder=tmp_path)
     assert "FileNotFoundError: [Errno 2]" in out
     assert "OSError: Process 0, which writes for all, could not write 'missing/run.npz'" in out
     assert "ValueError" in out and "another value in this process" in out and "brainstate.random.seed" in out
+
+
+def test_orbax_writes_from_two_processes(tmp_path):
+    pytest.importorskip("orbax.checkpoint")
+    (tmp_path / "script.py").write_text(CONNECTED + ORBAX)
+    out, _ = run(LAUNCH, "--restarts", 0, "script.py", folder=tmp_path)
+    assert out.count("{'step': 3}") == 2
