@@ -54,6 +54,7 @@ from ._legacy.perturbation import HiddenPerturbation as HiddenPerturbation
 from ._legacy.perturbation import add_hidden_perturbation_from_minfo as add_hidden_perturbation_from_minfo
 from ._legacy.perturbation import add_hidden_perturbation_in_module as add_hidden_perturbation_in_module
 from ._ops import ETPPrimitive as ETPPrimitive
+from ._ops import columns_in_parts as columns_in_parts
 from ._ops import conv as conv
 from ._ops import einsum as einsum
 from ._ops import element_wise as element_wise
@@ -121,6 +122,7 @@ __all__ = [
     "__version_info__",
     "add_hidden_perturbation_from_minfo",
     "add_hidden_perturbation_in_module",
+    "columns_in_parts",
     "compile",
     "compile_etrace_graph",
     "conv",

@@ -19,9 +19,11 @@ import brainunit as u
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ._compiler.policy import ControlFlowPolicy
-from ._jax import is_tracer
+from ._jax import is_tracer, placed
 from ._learners.base import ETraceAlgorithm
 from ._sequence import SequenceDriverMixin
 from ._types import Path, path_str
@@ -62,10 +64,15 @@ def save(path: str | os.PathLike[str], learner: Any, optimizer: Any = None, **mo
     TypeError
         If ``learner`` is no learner, ``optimizer`` holds no state, or a leaf is no array, number or string.
     ValueError
-        If the learner is not compiled, under ``jit``, or for an array that is not all in this process.
+        If the learner is not compiled, or under ``jit``.
+    OSError
+        If the file cannot be written, by whichever process.
 
     Notes
     -----
+    Where arrays are spread over several processes, all of them have to call this: the arrays are gathered, one process
+    writes, and the others wait for it. :func:`load` then reads the file in each of them.
+
     The file is a ``.npz`` archive: ``numpy.load(path)['model/...']`` is an array. The entry ``description.json`` is a
     text with shapes, dtypes and units. Types that NumPy does not know (bfloat16) are unsigned integers of the same
     bits. A process that is killed while it saves leaves a hidden file ``.name.*.tmp``, which nothing reads.
@@ -80,6 +87,38 @@ def save(path: str | os.PathLike[str], learner: Any, optimizer: Any = None, **mo
     {'step': 7}
     """
     arrays = state_dict(learner, optimizer, **more)
+    shared: list[Any] = [a for a in arrays.values() if isinstance(a, jax.Array) and not a.is_fully_addressable]
+    if not shared:
+        return _write(path, arrays)
+    arrays = {name: _gathered(a) for name, a in arrays.items()}
+    writer = min(device.process_index for device in shared[0].sharding.device_set)
+    error = None
+    if jax.process_index() == writer:
+        try:
+            _write(path, arrays)
+        except Exception as caught:
+            error = caught
+    failed = _anywhere(error is not None, shared[0])
+    if error is not None:
+        raise error
+    if failed:
+        raise OSError(f"Process {writer}, which writes for all, could not write {os.fspath(path)!r}; it says why.")
+
+
+def _gathered(array: Any) -> Any:
+    whole = not isinstance(array, jax.Array) or array.is_fully_addressable
+    return array if whole else multihost_utils.process_allgather(array, tiled=True)
+
+
+def _anywhere(here: bool, shared: Any) -> bool:
+    """Whether something is so in one of the processes that have a part of an array; they wait for each other."""
+    devices = np.array(sorted(shared.sharding.device_set, key=lambda device: device.id))
+    sharding = NamedSharding(Mesh(devices, ("all",)), PartitionSpec("all"))
+    flags = jax.make_array_from_callback(devices.shape, sharding, lambda _: np.full(1, here, np.int32))
+    return bool(_gathered(flags).any())
+
+
+def _write(path: str | os.PathLike[str], arrays: dict[str, Any]) -> None:
     description = json.loads(bytes(arrays.pop(DESCRIPTION)))
     versions = {m.__name__: m.__version__ for m in (jax, brainstate, u, np)}
     text = json.dumps({**description, "written_with": versions}, indent=1, ensure_ascii=False)
@@ -92,7 +131,7 @@ def save(path: str | os.PathLike[str], learner: Any, optimizer: Any = None, **mo
                 archive.writestr(_TEXT, text)
                 for key, array in arrays.items():
                     with archive.open(f"{key}.npy", "w", force_zip64=True) as entry:
-                        np.lib.format.write_array(entry, _for_numpy(key, array), allow_pickle=False)
+                        np.lib.format.write_array(entry, _for_numpy(array), allow_pickle=False)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -179,7 +218,8 @@ def state_dict(learner: Any, optimizer: Any = None, **more: Any) -> dict[str, An
     -------
     dict
         Path with slashes -> array: JAX arrays as they are (sharded ones too) without units, the data of JAX keys, and
-        NumPy arrays for numbers and strings (their bytes). ``'description'`` holds the bytes of a JSON text with the
+        NumPy arrays for numbers and strings (their bytes); where there are several processes, also for what is no array
+        of all of them. ``'description'`` holds the bytes of a JSON text with the
         rest.
 
     Raises
@@ -210,6 +250,10 @@ def state_dict(learner: Any, optimizer: Any = None, **more: Any) -> dict[str, An
         "arrays": records,
         "more": structures,
     }
+    if jax.process_count() > 1:  # what lies in this process alone is the same in all; orbax takes it as a NumPy array
+        arrays = {
+            k: v if getattr(v, "is_fully_addressable", True) is False else np.asarray(v) for k, v in arrays.items()
+        }
     text = json.dumps(description, ensure_ascii=False)
     return {DESCRIPTION: np.frombuffer(text.encode(), np.uint8), **arrays}
 
@@ -486,12 +530,7 @@ def _encoded(name: str, leaf: Any) -> tuple[Any, dict[str, Any]]:
     )
 
 
-def _for_numpy(name: str, array: Any) -> np.ndarray:
-    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
-        raise ValueError(
-            f"{name} is spread over several processes, none of which has all of it. Give braintrace.state_dict(...) to "
-            "orbax, which writes from all of them."
-        )
+def _for_numpy(array: Any) -> np.ndarray:
     array = np.asarray(array)
     return array.view(f"u{array.dtype.itemsize}") if array.dtype.isbuiltin == 2 else array
 
@@ -516,7 +555,7 @@ def _decoded(array: Any, record: Mapping[str, Any], like: Any = None) -> Any:
     if record.get("weak_type"):
         value = jnp.broadcast_to(jnp.asarray(_zero(value.dtype)), value.shape).at[...].set(value)
     if isinstance(like, jax.Array) and like.committed:
-        value = jax.device_put(value, like.sharding)
+        value = placed(value, like.sharding)
     return value
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, Var
 from jax.interpreters import ad, batching, mlir
@@ -22,7 +23,7 @@ from jax.interpreters import partial_eval as pe
 __all__ = [
     'ClosedJaxpr', 'Jaxpr', 'Literal', 'Primitive', 'Var', 'any_rank', 'at_source', 'bind_equation', 'call_body',
     'close', 'consts_of', 'define_bilinear', 'define_primitive', 'eval_jaxpr', 'has_custom_rule', 'hashed',
-    'is_builtin', 'is_jit', 'is_on_one_device', 'is_outside', 'is_remat', 'is_tracer', 'open_jaxpr',
+    'is_builtin', 'is_jit', 'is_on_one_device', 'is_outside', 'is_remat', 'is_tracer', 'open_jaxpr', 'placed',
     'primitive_body', 'prune', 'reads', 'refuses', 'scan_operands', 'source_line', 'structs', 'sub_jaxprs',
     'trace_context', 'where_compiled', 'zeros',
 ]  # fmt: skip
@@ -73,6 +74,18 @@ def zeros(shape: Sequence[int], dtype: Any) -> jax.Array:
     """Zeros that no kernel is compiled for; where a program is being traced, of that program."""
     value = jax.device_put(np.zeros(shape, dtype))
     return jnp.zeros(shape, dtype) if is_tracer(value) else value
+
+
+def placed(x: jax.Array, sharding: Any) -> jax.Array:
+    """``x`` laid out; other processes with a part of it have to hold an equal array (``AssertionError``)."""
+    if sharding.is_fully_addressable or not x.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(placed(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
+    # Of what device_put makes here, JAX cannot give the parts.
+    whole = np.asarray(x)
+    multihost_utils.assert_equal(whole)
+    return jax.make_array_from_callback(x.shape, sharding, lambda part: whole[part])
 
 
 def refuses(message: str) -> Any:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import brainstate
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ._jax import is_tracer
+from ._jax import is_tracer, placed
 from ._learners.base import ETraceAlgorithm
+from ._ops.sparse import Pattern
 from ._sequence import ETraceVmap
 from ._types import Path, path_str
 
@@ -38,13 +40,15 @@ def shard(
         Axis of the mesh for the samples: the batch axis of states and traces, or the mapped one.
     units : mapping, optional
         Path of a part of the model, or its dotted name, to the axis of the mesh for its hidden units: the last axis of
-        its hidden states, of the parameters there that end with as many entries, and of their traces.
+        its hidden states, of the parameters there that end with as many entries, and of their traces. The entries of
+        a sparse matrix go with the units that they lead to: make it by :func:`braintrace.columns_in_parts`.
 
     Raises
     ------
     ValueError
         If the axes of the mesh are explicit, it has no such axis, no hidden state lies under a path, there is no
-        batch, or sizes are no multiples of those of the mesh; the message names the path and the shape.
+        batch, sizes are no multiples of those of the mesh, or the entries of a sparse matrix are in another order; the
+        message names the path and the shape. If an array is not the same in all processes of the mesh.
     TypeError
         If ``learner`` or ``mesh`` is something else.
 
@@ -95,39 +99,74 @@ class Layout:
             )
         model = {id(s): p for p, s in learner.model4compile.states().items()}
         places = {id(state): (paths, axis) for state, paths, axis in learner._unit_axes()}
+        units = [self._units(learner, prefix, name) for prefix, name in self.units.items()]
         for path, state in learner.states().items():
             is_parameter = isinstance(state, brainstate.ParamState)
-            place = ([model[id(state)]], -1) if id(state) in model else places.get(id(state), ((), -1))
+            paths, axis = ([model[id(state)]], -1) if id(state) in model else places.get(id(state), ((), -1))
             samples = None if is_parameter or self.batch is None else size
-            state.value = self._put(state.value, path_str(path), samples, self._units(learner, place))
+            own = next((u for u in units if any(map(u.has, paths))), None)
+            state.value = self._put(state.value, path_str(path), samples, own, axis)
 
-    def _units(self, learner, place) -> tuple[int, str, set[int]] | None:
-        """Axis of the array, axis of the mesh, and how many units there can be."""
-        for prefix, name in self.units.items():
-            under = lambda p: path_str(p[: len(prefix)]) == path_str(prefix)  # noqa: B023, E731
-            counts = {g.varshape[-1] for g in learner.graph.hidden_groups if any(map(under, g.hidden_paths))}
-            if not counts:
-                known = ", ".join(map(path_str, learner.hidden_states))
-                raise ValueError(f"No hidden state lies under {path_str(prefix)!r}; these are: {known}.")
-            if any(map(under, place[0])):
-                return place[1], name, counts
-        return None
+    def _units(self, learner: Any, prefix: Path, name: str) -> Units:
+        under = Units(prefix, name, set(), set())
+        groups = [g for g in learner.graph.hidden_groups if any(map(under.has, g.hidden_paths))]
+        if not groups:
+            known = ", ".join(map(path_str, learner.hidden_states))
+            raise ValueError(f"No hidden state lies under {path_str(prefix)!r}; these are: {known}.")
+        under.counts.update(g.varshape[-1] for g in groups)
+        for r in learner.graph.hidden_param_op_relations:
+            matrix = r.eqn_params.get("sparse_mat")
+            # One value for all places has no device of its own.
+            if isinstance(matrix, Pattern) and not matrix.shared and any(map(under.has, r.parameter_paths)):
+                under.entries.update((matrix.data_shape, (math.prod(matrix.data_shape),)))
+                if matrix.parts % self.mesh.shape[name]:
+                    raise ValueError(
+                        f"The entries of the sparse matrix at {path_str(r.path)} are not in the order of its columns, "
+                        f"as many for each of the {self.mesh.shape[name]} devices along {name!r}. Make the matrix by "
+                        f"braintrace.columns_in_parts(sparse_mat, {self.mesh.shape[name]})."
+                    )
+        return under
 
-    def _put(self, value, title, samples, units):
+    def _put(self, value: Any, title: str, samples: int | None, units: Units | None, axis: int) -> Any:
         def of_leaf(x):
             if is_tracer(x) or not isinstance(x, jax.Array):
                 return x
             spec: list[Any] = [None] * x.ndim
             if samples is not None and x.ndim and x.shape[0] == samples:
                 spec[0] = self.batch
-            if units is not None and x.ndim >= -units[0] and x.shape[units[0]] in units[2]:
-                spec[units[0]] = units[1]
+            if units is not None and (place := units.axis(x.shape, axis)) is not None:
+                spec[place] = units.name
             for n, name in zip(x.shape, spec):
                 if name is not None and n % self.mesh.shape[name]:
                     raise ValueError(
                         f"{title} has the shape {x.shape}: {n} is no multiple of the {self.mesh.shape[name]} devices "
                         f"along {name!r}. Choose sizes that are, or leave it out."
                     )
-            return jax.device_put(x, NamedSharding(self.mesh, PartitionSpec(*spec)))
+            try:
+                return placed(x, NamedSharding(self.mesh, PartitionSpec(*spec)))
+            except AssertionError as error:  # the processes of the mesh are compared
+                raise ValueError(
+                    f"{title} has another value in this process than in the first one. Seed brainstate.random with "
+                    "one number in all processes before the model is made, by brainstate.random.seed(...)."
+                ) from error
 
         return jax.tree.map(of_leaf, value)
+
+
+class Units(NamedTuple):
+    """The axis of the mesh for what lies under a path, how many units there can be, and shapes of sparse entries."""
+
+    prefix: Path
+    name: str
+    counts: set[int]
+    entries: set[tuple[int, ...]]
+
+    def has(self, path: Path) -> bool:
+        return path_str(path[: len(self.prefix)]) == path_str(self.prefix)
+
+    def axis(self, shape: tuple[int, ...], last: int) -> int | None:
+        """The axis of the units in an array that has them along ``last``; sparse entries have theirs first."""
+        for entries in self.entries:
+            if shape[len(shape) - len(entries) :] == entries:
+                return -len(entries)
+        return last if len(shape) >= -last and shape[last] in self.counts else None

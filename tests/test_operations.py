@@ -232,12 +232,18 @@ IDS = [f"{i}" for i in range(len(CALLS))]
 
 
 @pytest.mark.parametrize("at_once", [1, 2**20])
-@pytest.mark.parametrize("lead", [(3,), (2, 3)])
-def test_sparse_product_of_many_samples(monkeypatch, lead, at_once):
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("parts", [None, 7])
+def test_sparse_product_of_many_samples(monkeypatch, parts, lead, at_once):
     monkeypatch.setattr("braintrace._ops.sparse.TERMS_AT_ONCE", at_once)
-    x, w, pattern = draw(*lead, 60), draw(40), pattern_of(THIN)
+    x, w = draw(*lead, 60), draw(40)
+    matrix = THIN if parts is None else braintrace.columns_in_parts(THIN, parts)
+    pattern = pattern_of(matrix)
+    assert pattern.parts == (parts or 1)
 
     def product(x, w):
+        if parts is not None:
+            w = braintrace.columns_in_parts(jsparse.BCOO((w, THIN.indices), shape=THIN.shape), parts).data
         return sparse_product(x, w, pattern)
 
     tangents = jnp.cos(x), jnp.cos(w)
@@ -247,6 +253,28 @@ def test_sparse_product_of_many_samples(monkeypatch, lead, at_once):
     gradients = (jax.grad(lambda x, w: jnp.sum(jnp.tanh(f(x, w))), (0, 1))(x, w) for f in (product, thin))
     for ours, reference in zip(*gradients):
         np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["CSR", "CSC", "per pre", "twice in one place", "BCOO"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_columns_in_parts(name, parts):
+    matrix, dense = SPARSE[name]
+    there = braintrace.columns_in_parts(matrix, parts)
+    data = there.data
+    assert there.shape == matrix.shape
+    np.testing.assert_allclose(braintrace.sparse_matmul(X, data, sparse_mat=there), X @ dense(matrix.data), rtol=1e-6)
+    part = pattern_of(there)
+    assert np.array_equal(part.entries // (len(data) // parts), part.cols // (3 // parts))
+
+
+def test_columns_with_units_and_those_that_do_not_come_in_parts():
+    matrix = brainevent.CSR((CSR.data * u.mV, CSR.indices, CSR.indptr), shape=CSR.shape)
+    assert u.get_unit(braintrace.columns_in_parts(matrix, 3).data) == u.mV
+    with pytest.raises(ValueError, match="3 columns.*2 equal parts"):
+        braintrace.columns_in_parts(CSR, 2)
+    with pytest.raises(ValueError, match="one value.*tocsr"):
+        braintrace.columns_in_parts(SPARSE["one value"][0], 3)
+    assert pattern_of(SPARSE["per post"][0]).parts == 3 and pattern_of(SPARSE["one value"][0]).parts == 1
 
 
 def test_sparse_gradients_need_neither_a_dense_matrix_nor_all_terms():

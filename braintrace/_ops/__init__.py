@@ -11,6 +11,7 @@ from .lora import low_rank as low_rank
 from .pointwise import element_wise as element_wise
 from .primitive import ETPPrimitive as ETPPrimitive
 from .primitive import register_primitive as register_primitive
+from .sparse import columns_in_parts as columns_in_parts
 from .sparse import pattern_of as pattern_of
 from .sparse import sparse_matmul as sparse_matmul
 from .sparse import sparse_product as sparse_product

@@ -215,6 +215,8 @@ class ETPPrimitive(Primitive):
         whole = self if self.batched else self.batched_twin
         if whole is None or whole.sample_ndim is None or self.rules.pp_x_repr is not None or fixed:
             return self._summed_apart(static, axes, *args)
+        if axes + int(self.batched) == 1:  # time alone
+            return self._summed_merged(static, axes, *args)
         # One axis of samples is faster; where one of the axes is spread over devices, merging them gathers it.
         return where_compiled(
             ETPPrimitive._summed_merged, ETPPrimitive._summed_apart, *args, static=(self, static, axes)

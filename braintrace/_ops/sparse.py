@@ -74,32 +74,65 @@ class Pattern:
     def _in_order(self) -> bool:
         return np.array_equal(self.entries, np.arange(math.prod(self.data_shape)))
 
+    @functools.cached_property
+    def parts(self) -> int:
+        """Into how many parts data and columns are cut alike: each part of the data lies in its part of the columns."""
+        size, columns = math.prod(self.data_shape), self.shape[1]
+        few = slice(None, None, 1 + len(self.cols) // 1000)  # these tell at once of most numbers that it is not them
+        for n in range(0 if self.shared else math.gcd(size, columns), 1, -1):
+            if size % n == columns % n == 0 and all(
+                np.array_equal(self.entries[some] // (size // n), self.cols[some] // (columns // n))
+                for some in (few, slice(None))
+            ):
+                return n
+        return 1
+
+    @functools.cached_property
+    def _places_in_parts(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """Rows and columns ``(parts, entries)`` in each part, and how many columns: one more if some are no places."""
+        size, width = math.prod(self.data_shape), self.shape[1] // self.parts
+        rows, cols = np.zeros(size, np.int32), np.full(size, width, np.int32)
+        rows[self.entries], cols[self.entries] = self.rows, self.cols % width
+        padded = int(len(self.entries) < size)
+        return rows.reshape(self.parts, -1), cols.reshape(self.parts, -1), width + padded
+
     def stored(self, data: jax.Array) -> jax.Array:
-        """The values of the places."""
+        """The values of the places; where they are in parts, of all entries."""
         data = data.reshape(-1)
-        return data if self._in_order else _pick(data, self.entries)
+        return data if self._in_order or self.parts > 1 else _pick(data, self.entries)
 
     def product(self, x: jax.Array, stored: jax.Array) -> jax.Array:
-        """``x @ matrix`` for the values ``stored``, one per place; any leading axes of ``x``."""
-        if len(self.entries) >= DENSE_FROM * math.prod(self.shape):
-            return x @ _add_up(jnp.zeros(self.shape, stored.dtype), (self.rows, self.cols), stored)
+        """``x @ matrix`` for the values ``stored``; any leading axes of ``x``."""
+        if self.parts == 1:
+            return _product(x, stored, self.rows, self.cols, self.shape)
+        # Part by part, so that the parts can lie on different devices and each has all that it needs but x.
+        rows, cols, width = self._places_in_parts
+        one = lambda data, rows, cols: _product(x, data, rows, cols, (self.shape[0], width))  # noqa: E731
+        y = jax.vmap(one, out_axes=-2)(stored.reshape(rows.shape), rows, cols)
+        return y[..., : self.shape[1] // self.parts].reshape(*x.shape[:-1], self.shape[1])
 
-        if x.ndim == 1:
-            return self._sum(_pick(x, self.rows) * stored)
-        samples = x.reshape(-1, x.shape[-1])
-        if len(samples) * len(self.entries) > TERMS_AT_ONCE:
-            # Recomputed in reverse mode, which would otherwise keep the terms of every sample.
-            y = jax.lax.map(jax.checkpoint(lambda x: self.product(x, stored), prevent_cse=False), samples)
-        else:
-            y = self._sum(_pick(samples.T, self.rows) * stored[:, None]).T
-        return y.reshape(*x.shape[:-1], self.shape[1])
 
-    def _sum(self, terms: jax.Array) -> jax.Array:
-        """Sum the terms ``(n, ...)`` of each column."""
-        total = _add_up(jnp.zeros((self.shape[1], *terms.shape[1:]), terms.dtype), self.cols, terms)
-        # Nothing but a border for XLA: it fuses what computes a cotangent into the look-ups of the cotangent, once per
-        # entry and not per column. The cotangent of this look-up is a scatter, which it never fuses.
-        return _pick(total, np.arange(self.shape[1], dtype=np.int32))
+def _product(x, stored, rows, cols, shape):
+    if len(rows) >= DENSE_FROM * math.prod(shape):
+        return x @ _add_up(jnp.zeros(shape, stored.dtype), (rows, cols), stored)
+    if x.ndim == 1:
+        return _sum(_pick(x, rows) * stored, cols, shape[1])
+    samples = x.reshape(-1, x.shape[-1])
+    if len(samples) * len(rows) > TERMS_AT_ONCE:
+        # Recomputed in reverse mode, which would otherwise keep the terms of every sample.
+        one = lambda x: _product(x, stored, rows, cols, shape)  # noqa: E731
+        y = jax.lax.map(jax.checkpoint(one, prevent_cse=False), samples)
+    else:
+        y = _sum(_pick(samples.T, rows) * stored[:, None], cols, shape[1]).T
+    return y.reshape(*x.shape[:-1], shape[1])
+
+
+def _sum(terms, cols, columns):
+    """Sum the terms ``(n, ...)`` of each column."""
+    total = _add_up(jnp.zeros((columns, *terms.shape[1:]), terms.dtype), cols, terms)
+    # Nothing but a border for XLA: it fuses what computes a cotangent into the look-ups of the cotangent, once per
+    # entry and not per column. The cotangent of this look-up is a scatter, which it never fuses.
+    return _pick(total, np.arange(columns, dtype=np.int32))
 
 
 # The places are known to be inside; JAX would compute with them at every step, or fold millions of constants.
@@ -201,6 +234,63 @@ def pattern_of(matrix: Any) -> Pattern:
     inside = (rows < matrix.shape[0]) & (cols < matrix.shape[1])  # JAX fills up with places outside
     rows, cols, entries = (np.ascontiguousarray(a[inside], np.int32) for a in (rows, cols, entries))
     return Pattern(rows, cols, entries, tuple(matrix.shape), _data_shape(matrix))
+
+
+def columns_in_parts(sparse_mat: Any, parts: int) -> u.sparse.COO:
+    """The same matrix, with its entries in an order that lets devices have columns of their own.
+
+    The entries of the first columns come first, those of the next ones then, and every part gets as many entries as the
+    largest one has, the last of which have a place outside of the matrix, and are zero. Where parameters and hidden
+    units are spread over as many devices (:func:`braintrace.shard`), nothing crosses but the input of the product.
+
+    Parameters
+    ----------
+    sparse_mat : brainevent.DataRepresentation, or another sparse matrix that :func:`sparse_matmul` takes
+        Shape ``(in, out)``.
+    parts : int
+        Number of devices, or a multiple of it.
+
+    Returns
+    -------
+    brainunit.sparse.COO
+        For :func:`sparse_matmul` and ``braintrace.nn.SparseLinear``; its data are the initial values in this order.
+
+    Raises
+    ------
+    ValueError
+        If the number of columns is no multiple of ``parts``, or one value is in several places.
+
+    Examples
+    --------
+    >>> import brainevent, braintrace, jax.numpy as jnp
+    >>> matrix = brainevent.CSR.fromdense(jnp.array([[1.0, 2.0, 0.0, 0.0], [0.0, 3.0, 0.0, 4.0]]))
+    >>> halves = braintrace.columns_in_parts(matrix, 2)
+    >>> halves.data
+    Array([1., 2., 3., 4., 0., 0.], dtype=float32)
+    >>> braintrace.sparse_matmul(jnp.ones(2), halves.data, sparse_mat=halves)
+    Array([1., 5., 0., 4.], dtype=float32)
+    """
+    pattern = pattern_of(sparse_mat)
+    if parts < 1 or pattern.shape[1] % parts:
+        raise ValueError(
+            f"columns_in_parts: {pattern.shape[1]} columns cannot be cut into {parts} equal parts. Pass a divisor, or "
+            "add columns without entries."
+        )
+    if pattern.shared:
+        raise ValueError(
+            "columns_in_parts: one value of sparse_mat is in several places, which would be in several parts. Pass a "
+            "matrix with a value for each place, such as sparse_mat.tocsr()."
+        )
+    part = pattern.cols // (pattern.shape[1] // parts)
+    order = np.argsort(part, kind="stable")
+    counts = np.bincount(part, minlength=parts)
+    most, before = counts.max(), np.cumsum(counts) - counts
+    places = part[order] * most + np.arange(len(order)) - before[part[order]]
+    rows, cols = (np.full(parts * most, outside, np.int32) for outside in pattern.shape)
+    rows[places], cols[places] = pattern.rows[order], pattern.cols[order]
+    data, unit = u.split_mantissa_unit(sparse_mat.data)
+    data = jnp.zeros(parts * most, data.dtype).at[places].set(data.reshape(-1)[pattern.entries[order]])
+    return u.sparse.COO((u.maybe_decimal(data * unit), rows, cols), shape=pattern.shape)
 
 
 def _stored(pattern: Pattern, weight: jax.Array, hook: Hook) -> jax.Array:
