@@ -7,6 +7,8 @@ from ._checkpoint import load as load
 from ._checkpoint import load_state_dict as load_state_dict
 from ._checkpoint import save as save
 from ._checkpoint import state_dict as state_dict
+from ._compare import compare as compare
+from ._comparison import Comparison as Comparison
 from ._compile import compile as compile
 from ._compiler.diagnostics import CompilationRecord as CompilationRecord
 from ._compiler.diagnostics import DiagnosticKind as DiagnosticKind
@@ -77,6 +79,7 @@ __all__ = [
     "CompilationRecord",
     "CompilationReport",
     "CompilationWarning",
+    "Comparison",
     "ControlFlowPolicy",
     "DNI",
     "D_RTRL",
@@ -117,6 +120,7 @@ __all__ = [
     "__version_info__",
     "add_hidden_perturbation_from_minfo",
     "add_hidden_perturbation_in_module",
+    "compare",
     "compile",
     "compile_etrace_graph",
     "conv",
