@@ -121,27 +121,29 @@ def compare(
         raise TypeError(f"Pass a brainstate.nn.Module or a compiled learner, got {type(subject).__name__}.")
     with made as (call, learners):
         weights = next(iter(learners.values()))._per_sample.param_states
-        run = _Run(step_fn, weights, lags, ends)
-        gradients = {BPTT: _undone(run.bptt, call, sequences, mask)}
-        shares = {BPTT: _undone(run.bptt_by_lag, call, sequences)} if lags else {}
+        run = _Run(call, step_fn, weights, lags, ends)
+        gradients = {BPTT: _undone(run.bptt, sequences, mask)}
+        shares = {BPTT: _undone(run.bptt_by_lag, sequences)} if lags else {}
         for label, learner in learners.items():
-            gradients[label] = _undone(run.online, learner, sequences, mask)
+            gradients[label] = _undone(lambda *a, to=learner: run.online(to, *a), sequences, mask)
             if lags:
-                shares[label] = jax.tree.map(_shares, _undone(run.online_by_lag, learner, sequences))
+                found = _undone(lambda *a, to=learner: run.online_by_lag(to, *a), sequences)
+                shares[label] = jax.tree.map(_shares, found)
     return Comparison(gradients, lags, shares)
 
 
 class _Run(NamedTuple):
     """The gradients of one loss, by back-propagation through ``call`` and by learners, as functions that are traced."""
 
+    call: Any
     step_fn: Callable[..., Any]
     weights: Mapping[Any, brainstate.State]
     lags: tuple[int, ...]
     ends: tuple[int, ...]
 
-    def bptt(self, call, sequences, mask):
+    def bptt(self, sequences, mask):
         def objective():
-            losses = brainstate.transform.for_loop(lambda *slices: self.step_fn(call, *slices), *sequences)
+            losses = brainstate.transform.for_loop(lambda *slices: self.step_fn(self.call, *slices), *sequences)
             total = (losses * mask.astype(losses.dtype)).sum()
             return total / jnp.maximum(mask.sum(), 1).astype(losses.dtype)
 
@@ -152,9 +154,9 @@ class _Run(NamedTuple):
         step = lambda *slices: self.step_fn(learner, *slices)  # noqa: E731
         return dict(learner.etrace_grad(*sequences, step_fn=step, mask=mask, weights=self.weights))
 
-    def bptt_by_lag(self, call, sequences):
+    def bptt_by_lag(self, sequences):
         """The gradient by what is added to the parameters, an own zero for each lag."""
-        restart, depth = self._restart(call, sequences), self.lags[-1]
+        restart, depth = self._restart(sequences), self.lags[-1]
         places = np.searchsorted(self.lags, depth - np.arange(depth + 1))
 
         def shares(end):
@@ -165,7 +167,7 @@ class _Run(NamedTuple):
             def step(added, place, slices):
                 for path, state in self.weights.items():
                     state.value = jax.tree.map(lambda v, a: v + a[place], held[path], added[path])
-                loss = self.step_fn(call, *slices)
+                loss = self.step_fn(self.call, *slices)
                 for path, state in self.weights.items():
                     state.value = held[path]
                 return loss
@@ -179,7 +181,7 @@ class _Run(NamedTuple):
 
     def online_by_lag(self, learner, sequences):
         """For each lag the gradient with traces that start so long before the loss."""
-        restart = self._restart(learner, sequences)
+        restart = self._restart(sequences)
         loss = lambda t: self.step_fn(learner, *jax.tree.map(lambda x: x[t], sequences))  # noqa: E731
 
         def advance(t):
@@ -196,16 +198,16 @@ class _Run(NamedTuple):
             lambda end: brainstate.transform.for_loop(lambda lag: gradient(end, lag), jnp.array(self.lags))
         )
 
-    def _restart(self, call, sequences):
-        """A function of a step that sets all states but the parameters to their values before it."""
+    def _restart(self, sequences):
+        """A function of a step that sets all states that the model writes to their values before it."""
         with brainstate.StateTraceStack() as touched:
-            self.step_fn(call, *jax.tree.map(lambda x: x[0], sequences))
+            self.step_fn(self.call, *jax.tree.map(lambda x: x[0], sequences))
         touched.recovery_original_values()
         states = [s for s, written in zip(touched.states, touched.been_writen) if written]
 
         def step(*slices):
             before = [state.value for state in states]
-            self.step_fn(call, *slices)
+            self.step_fn(self.call, *slices)
             return before
 
         values = brainstate.transform.for_loop(step, *sequences)
@@ -227,13 +229,13 @@ class _Run(NamedTuple):
         return brainstate.transform.scan(add, self._zeros(), jnp.array(self.ends))[0]
 
 
-def _undone(run, call, *arrays):
-    """``run(call, *arrays)`` as one program that leaves every state as it was."""
+def _undone(run, *arrays):
+    """``run(*arrays)`` as one program that leaves every state as it was."""
 
     @brainstate.transform.jit
     def program(*arrays):
         with brainstate.StateTraceStack() as touched:
-            out = run(call, *arrays)
+            out = run(*arrays)
         touched.recovery_original_values()
         return out
 
@@ -313,11 +315,11 @@ def _arguments(call, step_fn, slices):
         found.append(jax.tree.map(abstract, (args, kwargs)))
         return call(*args, **kwargs)
 
-    def probe(_, *slices):
+    def probe(*slices):
         _loss_and_aux(step_fn(recorded, *slices), False, ())
 
     with _noting(f"{_CONVENTION}." if _takes(step_fn, len(slices)) is None else ""):
-        _undone(probe, None, *slices)
+        _undone(probe, *slices)
     if not found:
         raise ValueError(f"step_fn did not call its first argument, so that nothing is compared. {_CONVENTION}.")
     return found[0]

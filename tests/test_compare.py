@@ -113,21 +113,18 @@ def test_bptt_is_a_scan_written_by_hand(batch):
         np.testing.assert_allclose(exact["w",][3, 1], difference, rtol=1e-7)
 
 
-@pytest.mark.parametrize("lags, at", [(4, None), (4, [3, 5]), ([0, 2, 4], 4), ([1], -1 + STEPS), (6, None)])
+@pytest.mark.parametrize("lags, at", [(4, [3, 5]), ([0, 2, 4], None)])
 def test_bptt_by_lag_is_the_gradient_by_parameters_of_single_steps(lags, at):
     with PRECISIONS["float64"]():
         model, (xs, targets) = Gated(), data()
         ws, vs = (jnp.broadcast_to(p, (STEPS, *p.shape)) for p in (model.w.value, model.out.value["v"]))
         rows = range(lags) if isinstance(lags, int) else lags
-        expected = []
-        for low, high in zip([-1, *rows], rows):
-            total = [jnp.zeros_like(ws[0]), jnp.zeros_like(vs[0])]
-            for end in [5] if at is None else [at] if isinstance(at, int) else at:
-                each = jax.grad(lambda ws, vs, end=end: by_hand(ws, vs, xs, targets)[end], (0, 1))(ws, vs)
-                total = [t + g[end - high : end - low].sum(0) for t, g in zip(total, each)]
-            expected.append(total)
+        gradients = jax.jit(jax.jacobian(by_hand, (0, 1)))(ws, vs, xs, targets)  # axes: loss, cause, weight
+        ends = [5] if at is None else [at] if isinstance(at, int) else at
+        bins = list(zip([-1, *rows], rows))
+        summed = [sum(g[t, t - high : t - low].sum(0) for t in ends) for g in gradients for low, high in bins]
+        w, v = jnp.stack(summed[: len(bins)]), jnp.stack(summed[len(bins) :])
         found = compare(model, xs, targets, step_fn=squares, rules="d_rtrl", lags=lags, at=at)
-        w, v = map(jnp.stack, zip(*expected))
         assert_close(found.gradients_by_lag["BPTT"], {("out",): {"v": v}, ("w",): w}, 1e-12)
         assert found.lags == tuple(rows)
 
@@ -171,7 +168,7 @@ def test_a_bad_decay_is_seen():
     assert found.best["all"] == "pp_prop 0.8"
 
 
-@pytest.mark.parametrize("rule, options", [("pp_prop", {"decay_or_rank": 0.7}), ("d_rtrl", {}), ("uoro", {})])
+@pytest.mark.parametrize("rule, options", [("pp_prop", {"decay_or_rank": 0.7}), ("uoro", {})])
 def test_rules_are_etrace_grad_and_lags_add_up(rule, options):
     xs, targets = data()
     mask = jnp.arange(STEPS) == STEPS - 1
@@ -187,11 +184,11 @@ def test_rules_are_etrace_grad_and_lags_add_up(rule, options):
 
 def test_mapped_models_and_learners_are_as_batched_ones():
     xs, targets = data(batch=(2,))
-    options = {"step_fn": squares, "decays": [0.5, 0.9], "lags": 3, "batch_size": 2}
+    options = {"step_fn": squares, "decays": [0.5], "lags": 2, "batch_size": 2}
     batched = compare(Gated(), xs, targets, **options)
     mapped = compare(Gated(), xs, targets, vmap=True, **options)
     learner = braintrace.compile(Gated(), "pp_prop", xs[0], batch_size=2, vmap=True, decay_or_rank=0.5)
-    alone = compare(learner, xs, targets, step_fn=squares, lags=3)
+    alone = compare(learner, xs, targets, step_fn=squares, lags=2)
     assert alone.rules == ["pp_prop"]
     pairs = [(batched, mapped, label, label) for label in batched.gradients]
     pairs += [(batched, alone, "BPTT", "BPTT"), (batched, alone, "pp_prop 0.5", "pp_prop")]
@@ -204,11 +201,8 @@ def test_mapped_runs_draw_the_same_keys():
     model = brainstate.nn.Sequential(brainstate.nn.Dropout(0.5), leaky(N_OUT))
     xs, targets = data(batch=(4,))
     with brainstate.environ.context(fit=True):
-        found = compare(model, xs, targets, step_fn=squares, rules="d_rtrl", lags=3, batch_size=4, vmap=True)
-        other = compare(model, xs, targets, step_fn=squares, rules="d_rtrl", batch_size=4, vmap=True)
+        found = compare(model, xs, targets, step_fn=squares, rules="d_rtrl", batch_size=4, vmap=True)
     np.testing.assert_allclose(cosines(found, "d_rtrl"), 1, rtol=1e-5)
-    np.testing.assert_allclose(found.by_lag["d_rtrl"]["all"].cosine, 1, rtol=1e-4)
-    assert_close(found.gradients["BPTT"], other.gradients["BPTT"])
 
 
 def test_a_learner_is_compared_from_where_its_model_stands():
@@ -236,9 +230,8 @@ def test_losses_may_read_states_and_parameters():
         out = squares(call, x, target)
         return out + (model.r.value**2).mean() + 0.1 * (model.W.value**2).sum()
 
-    found = compare(model, xs, targets, step_fn=loss, rules="d_rtrl", lags=3)
+    found = compare(model, xs, targets, step_fn=loss, rules="d_rtrl")
     np.testing.assert_allclose(cosines(found, "d_rtrl"), 1, rtol=1e-5)
-    np.testing.assert_allclose(found.by_lag["d_rtrl"]["all"].cosine, 1, rtol=1e-3)
     plain = compare(model, xs, targets, step_fn=squares, rules="d_rtrl")
     assert not np.allclose(plain.gradients["BPTT"]["W",], found.gradients["BPTT"]["W",])
 
@@ -267,13 +260,12 @@ def noisy(model, seen):
 
     def loss(call, x, target):
         seen.value = seen.value + 1
-        return squares(call, x + brainstate.random.randn(*x.shape), target)
+        return squares(call, x + brainstate.random.random(x.shape[-1:]), target)
 
     return loss
 
 
-@pytest.mark.parametrize("vmap", [False, True])
-@pytest.mark.parametrize("lags", [None, 3])
+@pytest.mark.parametrize("vmap, lags", [(False, 2), (True, None)])
 def test_all_states_are_as_before(vmap, lags):
     xs, targets = data(batch=(2,))
     seen = brainstate.ShortTermState(jnp.zeros(()))
@@ -283,7 +275,7 @@ def test_all_states_are_as_before(vmap, lags):
     before = everything(learner)
     compare(learner, xs, targets, step_fn=noisy(model, seen), lags=lags)
     assert_as_before(before, everything(learner))
-    compare(model, xs, targets, step_fn=noisy(model, seen), lags=lags, decays=[0.5], batch_size=2, vmap=vmap)
+    compare(model, xs, targets, step_fn=noisy(model, seen), decays=[0.5], batch_size=2, vmap=vmap)
     assert_as_before(before, everything(learner))
     assert seen.value == 0
 
