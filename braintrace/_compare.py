@@ -144,15 +144,14 @@ class _Run(NamedTuple):
     def bptt(self, sequences, mask):
         def objective():
             losses = brainstate.transform.for_loop(lambda *slices: self.step_fn(self.call, *slices), *sequences)
-            total = (losses * mask.astype(losses.dtype)).sum()
-            return total / jnp.maximum(mask.sum(), 1).astype(losses.dtype)
+            return (losses * (mask / jnp.maximum(mask.sum(), 1)).astype(losses.dtype)).sum()
 
         return dict(brainstate.transform.grad(objective, self.weights)())
 
     def online(self, learner, sequences, mask):
         learner._per_sample.reset_state()
-        step = lambda *slices: self.step_fn(learner, *slices)  # noqa: E731
-        return dict(learner.etrace_grad(*sequences, step_fn=step, mask=mask, weights=self.weights))
+        options = {"step_fn": lambda *slices: self.step_fn(learner, *slices), "mask": mask, "weights": self.weights}
+        return dict(learner.etrace_grad(*sequences, **options))
 
     def bptt_by_lag(self, sequences):
         """The gradient by what is added to the parameters, an own zero for each lag."""
@@ -345,15 +344,13 @@ def _as_before(model: brainstate.nn.Module) -> Iterator[None]:
             return
         if isinstance(x, brainstate.State):
             holders[id(x)] = (x, x.value)
-        elif isinstance(x, (dict, list)):
-            holders[id(x)] = (x, x.copy())
-            for item in x.values() if isinstance(x, dict) else x:
-                visit(item)
-        elif isinstance(x, tuple):
-            for item in x:
-                visit(item)
         elif isinstance(x, brainstate.graph.Node):
             visit(vars(x))
+        elif isinstance(x, (dict, list, tuple)):
+            if not isinstance(x, tuple):
+                holders[id(x)] = (x, x.copy())
+            for item in x.values() if isinstance(x, dict) else x:
+                visit(item)
 
     visit(model)
     visit(brainstate.random.DEFAULT)
