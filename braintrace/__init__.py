@@ -7,6 +7,8 @@ from ._checkpoint import load as load
 from ._checkpoint import load_state_dict as load_state_dict
 from ._checkpoint import save as save
 from ._checkpoint import state_dict as state_dict
+from ._compare import compare as compare
+from ._comparison import Comparison as Comparison
 from ._compile import compile as compile
 from ._compiler.diagnostics import CompilationRecord as CompilationRecord
 from ._compiler.diagnostics import DiagnosticKind as DiagnosticKind
@@ -80,6 +82,7 @@ __all__ = [
     "CompilationRecord",
     "CompilationReport",
     "CompilationWarning",
+    "Comparison",
     "ControlFlowPolicy",
     "DNI",
     "D_RTRL",
@@ -123,6 +126,7 @@ __all__ = [
     "add_hidden_perturbation_from_minfo",
     "add_hidden_perturbation_in_module",
     "columns_in_parts",
+    "compare",
     "compile",
     "compile_etrace_graph",
     "conv",

@@ -150,9 +150,10 @@ def _chunk_terms(weight, trace, row, u, xs, operands, fixed, vmap_ndim):
 def _powers(weight, length):
     """Weights of the K inputs and of the old slots in the new factorised slots, as numbers."""
     slots, recursion = sorted(weight.factorised), weight.structure
-    D = np.array([[recursion.D[a][b] or 0.0 for b in slots] for a in slots], np.float64)
-    df = np.array([recursion.df[weight.number][a] or 0.0 for a in slots], np.float64)
-    M, inputs = np.eye(len(slots)), np.zeros((length, len(slots)))
+    D = np.array([[recursion.D[a][b] or 0.0 for b in slots] for a in slots])
+    df = np.array([recursion.df[weight.number][a] or 0.0 for a in slots])
+    dtype = np.result_type(D, df, np.float64)  # of an operation with a complex output, df is complex
+    M, inputs = np.eye(len(slots), dtype=dtype), np.zeros((length, len(slots)), dtype)
     for t in range(length - 1, -1, -1):
         inputs[t] = M @ df
         M = M @ D
@@ -163,12 +164,12 @@ def _filtered(weight, a, powers, trace, xs, operands):
     old, of_inputs = powers[a]
     relation, out = weight.layout.relation, {}
     for k, slots in trace.items():
-        carried = weighted_sum([(float(old[b]), slots[b]) for b in sorted(weight.factorised)])
+        carried = weighted_sum([(old[b].item(), slots[b]) for b in sorted(weight.factorised)])
         if k in relation.offset_keys:
-            new = float(of_inputs.sum())
+            new = of_inputs.sum().item()
         else:
             repr_of = lambda x: relation.x_repr(x, operands)  # noqa: E731
             x = widened(jax.vmap(repr_of)(xs))
-            new = jnp.tensordot(jnp.asarray(of_inputs, x.dtype), x, 1)
+            new = jnp.tensordot(jnp.asarray(of_inputs, jnp.result_type(x.dtype, slots[0].dtype)), x, 1)
         out[k] = carried + new
     return out
