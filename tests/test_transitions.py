@@ -387,6 +387,12 @@ COMPLEX = {  # parameters, step, what leaves the step
     "constant turn": (draw(2, 3), lambda h, x, w: TURN * h + 1j * braintrace.matmul(x, w), jnp.imag),
     "a turn for each unit": (draw(2, 3), lambda h, x, w: TURNS * h + braintrace.matmul(x, w), of_parts),
     "complex weights": (pair(2, 3), lambda h, x, w: TURNS * h + braintrace.matmul(x, w), of_parts),
+    "complex weights, one turn for all": (pair(2, 3), lambda h, x, w: TURN * h + braintrace.matmul(x, w), of_parts),
+    "complex weights and bias, one turn for all": (
+        {"b": pair(3), "w": pair(2, 3)},
+        lambda h, x, p: TURN * h + braintrace.matmul(x, p["w"], p["b"]),
+        of_parts,
+    ),
     "complex input": (draw(2, 3), lambda h, x, w: TURNS * h + braintrace.matmul(x * (1 + 2j), w), of_parts),
     "learnt turn": (
         draw(3),
