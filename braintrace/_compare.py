@@ -50,7 +50,8 @@ def compare(
         Sliced in lockstep along axis 0 and passed to ``step_fn``.
     step_fn : callable
         ``step_fn(call, *slices)`` runs one step by ``call``, which takes the arguments of the model, and returns its
-        scalar loss. For BPTT ``call`` is the plain model, for a rule its learner.
+        scalar loss. For BPTT ``call`` is the plain model, for a rule its learner. With a learner, also a function of
+        the slices alone that calls it, as for ``etrace_grad``.
     rules : mapping or list, optional
         Rules as in :func:`braintrace.compile`: a name, a class or an :class:`ETraceConfig`, or a pair of one and its
         options. Keys of a mapping are labels.
@@ -103,6 +104,8 @@ def compare(
     if not is_outside():
         raise ValueError("compare returns numbers and a table: call it outside of jit and of other transformations.")
     length = common_length(sequences)
+    if isinstance(subject, SequenceDriverMixin) and callable(step_fn) and _takes(step_fn, len(sequences)) is None:
+        step_fn = _by_call(subject, step_fn)
     _check_step_fn(step_fn, len(sequences))
     sequences = jax.tree.map(jnp.asarray, sequences)
     mask = _check_mask(mask, length)
@@ -320,7 +323,9 @@ def _arguments(call, step_fn, slices):
     with _noting(f"{_CONVENTION}." if _takes(step_fn, len(slices)) is None else ""):
         _undone(probe, *slices)
     if not found:
-        raise ValueError(f"step_fn did not call its first argument, so that nothing is compared. {_CONVENTION}.")
+        raise ValueError(
+            f"step_fn called neither its first argument nor the learner: nothing is compared. {_CONVENTION}."
+        )
     return found[0]
 
 
@@ -392,6 +397,18 @@ def _labelled(rules: Any, decays: Iterable[float]) -> dict[str, tuple[Any, dict[
             "decays of pp_prop, such as [0.5, 0.9]."
         )
     return found
+
+
+def _by_call(learner: Any, step_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls a learner itself, as one of what runs the step."""
+
+    def of_call(call, *slices):
+        if call is learner:
+            return step_fn(*slices)
+        with learner._replaced_by(call):
+            return step_fn(*slices)
+
+    return of_call
 
 
 def _check_step_fn(step_fn: Any, sequences: int) -> None:

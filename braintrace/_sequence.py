@@ -30,11 +30,21 @@ class SequenceDriverMixin:
     __module__ = "braintrace"
 
     _calls_outside = 0
+    _stand_in: Any = None
     _per_sample: Any = property(lambda self: self)  # the learner itself, or the one that is mapped
 
     def _vmap_shape(self) -> tuple[int, ...]:
         """The size of the mapped axis, if there is one."""
         return ()
+
+    @contextlib.contextmanager
+    def _replaced_by(self, call: Callable[..., Any]) -> Iterator[None]:
+        """What calls this learner calls ``call`` instead."""
+        before, self._stand_in = self._stand_in, call
+        try:
+            yield
+        finally:
+            self._stand_in = before
 
     def _driven(self) -> Any:
         if not self._per_sample.is_compiled:
@@ -358,6 +368,8 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Run the mapped learner on inputs with a batch axis; keyword arguments without arrays are not mapped."""
+        if self._stand_in is not None:
+            return self._stand_in(*args, **kwargs)
         arrays = {k: v for k, v in kwargs.items() if any(hasattr(x, "shape") for x in jax.tree.leaves(v))}
         run, record = self._mapped({k: v for k, v in kwargs.items() if k not in arrays})
         args, arrays = jax.tree.map(jnp.asarray, (args, arrays))

@@ -197,6 +197,20 @@ def test_mapped_models_and_learners_are_as_batched_ones():
         assert_close(other.gradients_by_lag[b], one.gradients_by_lag[a], 1e-4)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_function_of_the_slices_alone_calls_the_learner(mapped):
+    """As for `etrace_grad`: BPTT then runs the plain model where the function calls the learner."""
+    xs, targets = data(batch=(2,))
+    learner = braintrace.compile(Gated(), "d_rtrl", xs[0], batch_size=2, vmap=mapped)
+    options = {"lags": 2}
+    alone = compare(learner, xs, targets, step_fn=lambda x, y: squares(learner, x, y), **options)
+    passed = compare(learner, xs, targets, step_fn=squares, **options)
+    for label in passed.gradients:
+        assert_close(alone.gradients[label], passed.gradients[label])
+        assert_close(alone.gradients_by_lag[label], passed.gradients_by_lag[label], 1e-4)
+    assert min(cosines(alone, "D_RTRL")) < 1 - 1e-6  # recurrent weights: the two are not the same run
+
+
 def test_mapped_runs_draw_the_same_keys():
     model = brainstate.nn.Sequential(brainstate.nn.Dropout(0.5), leaky(N_OUT))
     xs, targets = data(batch=(4,))
@@ -333,10 +347,11 @@ def with_model(step_fn=squares, rules="d_rtrl", **options):
 
 
 ERRORS = [
-    (lambda: with_learner(step_fn=lambda x, y: x.sum()), TypeError, r"takes \(x, y\).*lambda call, x, y"),
+    (lambda: with_learner(step_fn=lambda x, y: x.sum()), ValueError, "called neither"),
+    (lambda: with_model(lambda x, y: x.sum()), TypeError, r"takes \(x, y\).*lambda call, x, y"),
     (lambda: with_model(lambda x, y, z, w: x), TypeError, "missing a required argument: 'w'"),
     (lambda: with_model(3), TypeError, "must be a function, got 3"),
-    (lambda: with_model(lambda call, x, y: (x**2).sum()), ValueError, "did not call its first argument"),
+    (lambda: with_model(lambda call, x, y: (x**2).sum()), ValueError, "called neither"),
     (lambda: with_model(lambda call, x, y: call(x)), ValueError, "loss of shape"),
     (lambda: with_model(lambda call, x, y: call(braintrace.SingleStepData(x)).sum()), TypeError, "bare arrays"),
     (lambda: with_learner(step_fn=squares, decays=[0.5]), TypeError, "learner.model4compile"),

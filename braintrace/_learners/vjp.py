@@ -312,6 +312,8 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         NotImplementedError
             If the gradient of a window is asked of a single-step learner.
         """
+        if self._stand_in is not None:
+            return self._stand_in(*args, **kwargs)
         if not self.is_compiled:
             raise ValueError("The learner is not compiled. Call compile_graph(*example_inputs) first.")
         call = call_of(args, kwargs)
