@@ -1,4 +1,4 @@
-"""What the tasks beside this file share: gradients by three methods, training, and what an update costs."""
+"""What the tasks beside this file share: gradients by several methods, training, and what an update costs."""
 
 import argparse
 import time
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import braintrace
 
-METHODS = ("pp_prop", "d_rtrl", "bptt")
+METHODS = ("immediate", "pp_prop", "hybrid", "d_rtrl", "bptt")
 MEMORY_STEPS = (200, 1000, 5000)
 TRACE_CHUNK = 50  # steps; it divides the lengths above, which spares a copy of the inputs
 TEST_BATCHES = 10
@@ -36,12 +36,12 @@ class Task:
     batch: int
     updates: int
     learning_rate: float
-    decay: float  # of the traces of pp_prop
+    decay: float  # of the traces of pp_prop, and of those that hybrid leaves to it
 
 
 def online_gradient(task, model, rule, example):
     """Carry eligibility traces forward beside the network. Nothing runs backward in time."""
-    options = {"decay_or_rank": task.decay} if rule == "pp_prop" else {}
+    options = {"decay_or_rank": task.decay} if rule in ("pp_prop", "hybrid") else {}
     learner = braintrace.compile(model, rule, example, batch_size=task.batch, **options)
 
     def gradient(inputs, targets, mask):
