@@ -16,7 +16,7 @@ from ._binding import first_step
 from ._compiler.constants import known_outputs
 from ._compiler.step import Zeros
 from ._credit import NO_WINDOW
-from ._engines.engine import Cotangents, Emitted
+from ._engines.engine import Cotangents, Emitted, bytes_of
 from ._engines.record import add, contraction, read_record
 from ._jax import any_rank, trace_context
 from ._online import OnlineStep, over_window, silent
@@ -129,14 +129,13 @@ class _Records:
 
     def bytes_of(self, traces) -> tuple[int, int]:
         """Bytes of traces and operands, and of what one step of one sample leaves until the end of its chunk."""
-        size_of = lambda v: v.size * v.dtype.itemsize  # noqa: E731
         operations = self.binding.graph.operations
-        held = jax.tree.leaves((traces, [list(r.trainable_vars.values()) for r in operations]))
+        held = bytes_of(traces) + sum(bytes_of(v.aval) for r in operations for v in r.trainable_vars.values())
         record = 0
         for r in operations:
             slots = sum(g.num_state for g in r.hidden_groups)
-            record += size_of(r.y_var.aval) * (1 + slots) + (0 if r.x_var is None else size_of(r.x_var.aval))
-        return sum(size_of(getattr(v, "aval", v)) for v in held), max(record, 1)
+            record += bytes_of(r.y_var.aval) * (1 + slots) + (0 if r.x_var is None else bytes_of(r.x_var.aval))
+        return held, max(record, 1)
 
 
 _FEW_CALLS, _TINY_CALLS, _MANY_CALLS = 32, 100, 200  # fewer leave small products, more gain nothing

@@ -325,17 +325,9 @@ def where_compiled(one_device: Callable[..., Any], otherwise: Callable[..., Any]
     """
     leaves, tree = jax.tree.flatten(args)
     like = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
-    choose = _choice if _has_hash(static) else _choice.__wrapped__
+    choose = _choice.__wrapped__ if hashed(static) is None else _choice
     one_device, otherwise, shapes, out = choose(one_device, otherwise, static, tree, like)
     return jax.tree.unflatten(out, _chosen_p.bind(*leaves, one_device=one_device, otherwise=otherwise, shapes=shapes))
-
-
-def _has_hash(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
 
 
 @functools.lru_cache

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from .._jax import Literal, bind_equation, consts_of, eval_jaxpr, prune, reads
+from .._program import read
 from .._types import Path
 from .descent import bind_without_links, holds_link, is_link
 from .flatten import is_marked
@@ -133,9 +134,9 @@ def perturb(
     kept: Any = Zeros(differentiable, {p: s for p, s in differentiable.items() if p in felt}, y)
     closed, out_tree, in_tree = trace(kept)
     num_outs = len(info.jaxpr.outvars)
-    read: Zeros = jax.tree.unflatten(in_tree, reads(closed, [i < num_outs for i in range(out_tree.num_leaves)]))[2]
-    if not all(read.old.values()):
-        kept = kept._replace(old={p: s for p, s in kept.old.items() if read.old[p]})
+    needed: Zeros = jax.tree.unflatten(in_tree, reads(closed, [i < num_outs for i in range(out_tree.num_leaves)]))[2]
+    if not all(needed.old.values()):
+        kept = kept._replace(old={p: s for p, s in kept.old.items() if needed.old[p]})
         closed, out_tree, in_tree = trace(kept)
     return PerturbedStep(prune(closed), in_tree, out_tree, kept, Recorder(views, invals, operands))
 
@@ -200,14 +201,14 @@ class _Views:
             plain, shifted = shared[var], values.shifted_old(path, shared[var])
             for view, env in seen.items():
                 env[var] = plain if self.group_of[path] in view.plain_old else shifted
-        read = lambda v, view: values.constant(v.val) if isinstance(v, Literal) else seen[view][v]  # noqa: E731
+        seen_in = lambda v, view: values.constant(v.val) if isinstance(v, Literal) else seen[view][v]  # noqa: E731
         for index, eqn in enumerate(self.eqns):
             if eqn.effects and not effects and not eqn.outvars:
                 continue
             found: dict[Any, Any] = {}
             for view in self.all:
-                args = [read(v, self.of_inputs(index, view)) for v in eqn.invars]
-                of_links = [read(v, self.link_view[index]) for v in eqn.invars] if index in self.link_view else args
+                args = [seen_in(v, self.of_inputs(index, view)) for v in eqn.invars]
+                of_links = [seen_in(v, self.link_view[index]) for v in eqn.invars] if index in self.link_view else args
                 key = () if eqn.effects else tuple(map(id, (*args, *of_links)))
                 if key not in found:  # what is found keeps its inputs, so that no other object gets their ids
                     found[key] = values.apply(index, args, of_links), args, of_links
@@ -239,7 +240,7 @@ class _Views:
     def outputs(self, seen, zeros):
         outs = []
         for var, view, path in self._sinks():
-            value = jnp.asarray(_read(seen[view], var))
+            value = jnp.asarray(read(seen[view], var))
             outs.append(_plus(value, zeros.new[path]) if path in zeros.new else value)
         return outs
 
@@ -251,13 +252,13 @@ class _Views:
         envs = [seen[self.x_view[index]] for index in self.index_of]
         traced = {g.index for r in self.operations for g in r.hidden_groups}
         return StepRecord(
-            tuple(None if r.x_var is None else stop(_read(env, r.x_var)) for r, env in zip(self.operations, envs)),
+            tuple(None if r.x_var is None else stop(read(env, r.x_var)) for r, env in zip(self.operations, envs)),
             tuple(
-                {i: stop(jnp.asarray(_read(env, v))) for i, v in r.fixed_vars.items()}
+                {i: stop(jnp.asarray(read(env, v))) for i, v in r.fixed_vars.items()}
                 for r, env in zip(self.operations, envs)
             ),
             tuple(
-                tuple(g.cut.varying([stop(_read(seen[self.into[g.index]], v)) for v in g.cut.inputs]))
+                tuple(g.cut.varying([stop(read(seen[self.into[g.index]], v)) for v in g.cut.inputs]))
                 if g.index in traced
                 else ()
                 for g in self.groups
@@ -331,10 +332,6 @@ class _Dependence:
             args = [*args, *of_links]
         felt = frozenset().union(*(a for i, a in enumerate(args) if i not in given))
         return [felt] * len(eqn.outvars)
-
-
-def _read(env, var):
-    return var.val if isinstance(var, Literal) else env[var]
 
 
 def _plus(value, zero):

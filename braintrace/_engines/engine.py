@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ class Engine(abc.ABC):
     binding: Binding
     numbers: tuple[int, ...]
 
-    @property
+    @functools.cached_property
     def relations(self) -> dict[int, HiddenParamOpRelation]:
         of = self.binding.graph.hidden_param_op_relations
         return {i: of[i] for i in self.numbers}

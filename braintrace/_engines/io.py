@@ -7,6 +7,7 @@ known from the count of steps, so that there is no array for it: see :func:`filt
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -61,12 +62,12 @@ class IOEngine(Engine):
     decays: Mapping[int, tuple[float, float]]
     recursion: str = "jacobian"
 
-    @property
+    @functools.cached_property
     def x_keys(self) -> dict[int, str]:
         """Relation number -> key of its x-trace; a relation without an input has none."""
         return x_keys(self.binding.graph, {i: self.decays[i][0] for i in self.numbers})
 
-    @property
+    @functools.cached_property
     def pairs(self) -> list[tuple[int, HiddenParamOpRelation, Any, str]]:
         """Every relation with each of its groups, and the key of their sensitivity."""
         return [(i, r, g, pair_key(r, g.index)) for i, r in self.relations.items() for g in r.hidden_groups]

@@ -31,11 +31,11 @@ class _Rotation(Recurrent, brainstate.nn.RNNCell):
         nu_log = jnp.log(-0.5 * jnp.log(r_min**2 + _open_uniform(n) * (r_max**2 - r_min**2)))
         self.nu_log = brainstate.ParamState(nu_log)
 
-    def _factor(self) -> tuple[ArrayLike, ArrayLike]:
-        """Real and imaginary part of the factor."""
-        magnitude = jnp.exp(-jnp.exp(element_wise(self.nu_log.value)))
-        phase = jnp.exp(element_wise(self.theta_log.value))
-        return magnitude * jnp.cos(phase), magnitude * jnp.sin(phase)
+    def _factor(self) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
+        """Real and imaginary part of the factor, and its rate, minus the logarithm of its absolute value."""
+        rate = jnp.exp(element_wise(self.nu_log.value))
+        magnitude, phase = jnp.exp(-rate), jnp.exp(element_wise(self.theta_log.value))
+        return magnitude * jnp.cos(phase), magnitude * jnp.sin(phase), rate
 
 
 class LRUCell(_Rotation):
@@ -99,7 +99,7 @@ class LRUCell(_Rotation):
     @any_rank
     def update(self, inputs: ArrayLike) -> ArrayLike:
         """Take one step with `inputs` of shape ``(..., d_model)`` and return ``y`` of that shape."""
-        re, im = self._factor()
+        re, im, _ = self._factor()
         scale = jnp.exp(element_wise(self.gamma_log.value))
         h_re, h_im = self.h_re.value, self.h_im.value
         self.h_re.value = re * h_re - im * h_im + scale * self.B_re(inputs)
@@ -184,9 +184,8 @@ class RTUCell(_Rotation):
     @any_rank
     def update(self, x: ArrayLike) -> ArrayLike:
         """Take one step with `x` of shape ``(..., in_size)`` and return both states, ``(..., 2 out_size)``."""
-        re, im = self._factor()
-        # Of |λ| itself, as the factor is: the gradient of ν passes through both.
-        scale = jnp.sqrt(-jnp.expm1(-2 * jnp.exp(element_wise(self.nu_log.value))))
+        re, im, rate = self._factor()
+        scale = jnp.sqrt(-jnp.expm1(-2 * rate))  # sqrt(1 - |λ|²): the gradient of ν passes through both
         c1, c2 = self.c1.value, self.c2.value
         self.c1.value = self.activation(re * c1 - im * c2 + scale * self.W1(x))
         self.c2.value = self.activation(re * c2 + im * c1 + scale * self.W2(x))
