@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ._compiler.policy import ControlFlowPolicy
+from ._engines.pieces import cut_like, is_pieces, joined
 from ._jax import is_tracer, placed
 from ._learners.base import ETraceAlgorithm
 from ._sequence import SequenceDriverMixin
@@ -361,7 +362,7 @@ def _named(parts: list[Part]) -> list[tuple[Part, dict[str, Any]]]:
     out = []
     for part in parts:
         leaves = {}
-        for path, leaf in jax.tree_util.tree_flatten_with_path(part.value, is_leaf=_is_quantity)[0]:
+        for path, leaf in jax.tree_util.tree_flatten_with_path(part.value, is_leaf=_is_whole)[0]:
             name = "/".join((part.name, *map(_entry, path)))
             leaves[f"{name}#{counts[name]}" if counts[name] else name] = leaf
             counts[name] += 1
@@ -491,6 +492,10 @@ def _is_quantity(x: Any) -> bool:
     return isinstance(x, u.Quantity)
 
 
+def _is_whole(x: Any) -> bool:
+    return _is_quantity(x) or is_pieces(x)
+
+
 def _is_state(x: Any) -> bool:
     return isinstance(x, brainstate.State)
 
@@ -505,6 +510,8 @@ def _is_key(x: Any) -> bool:
 
 def _encoded(name: str, leaf: Any) -> tuple[Any, dict[str, Any]]:
     """A leaf as an array, and what is to be known beside it."""
+    if is_pieces(leaf):
+        return _encoded(name, joined(leaf))
     if _is_quantity(leaf):
         array, record = _encoded(name, leaf.mantissa)
         return array, {**record, "unit": _unit_record(leaf.unit)}
@@ -642,7 +649,7 @@ def _restore(
         raise ValueError(_refusal(source, problems))
     values = []
     for part, leaves in named:
-        tree: Any = jax.tree.structure(part.value, is_leaf=_is_quantity)
+        tree: Any = jax.tree.structure(part.value, is_leaf=_is_whole)
         values.append(tree.unflatten([_fitted(arrays[name], records[name], leaf) for name, leaf in leaves.items()]))
     alone = {name: _with_unit(_decoded(arrays[name], records[name]), records[name]) for name in free & records.keys()}
     results = {key: _built(structure, alone) for key, structure in structures.items()}
@@ -700,6 +707,9 @@ def _computed_dtype(record: Mapping[str, Any]) -> str:
 
 def _fitted(array: Any, record: Mapping[str, Any], like: Any) -> Any:
     """A saved leaf in the unit, and on the devices, of the one that it replaces."""
+    if is_pieces(like):
+        pieces = cut_like(_decoded(array, record), like)
+        return jax.tree.map(lambda v, old: placed(v, old.sharding) if old.committed else v, pieces, like)
     here = like.unit if _is_quantity(like) else u.UNITLESS
     value = _with_unit(_decoded(array, record, like.mantissa if _is_quantity(like) else like), record)
     if _is_quantity(value):

@@ -154,6 +154,7 @@ def compile(
     with contextlib.nullcontext() if seed is None else brainstate.random.seed_context(seed):
         if vmap:
             sample = _first_sample(example_inputs, batch_size)
+            learner._mapped_samples = batch_size or 1
 
             @brainstate.transform.vmap_new_states(state_tag="new", axis_size=batch_size)
             def initialise():

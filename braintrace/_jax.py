@@ -76,6 +76,11 @@ def zeros(shape: Sequence[int], dtype: Any) -> jax.Array:
     return jnp.zeros(shape, dtype) if is_tracer(value) else value
 
 
+def runs_on_cpu() -> bool:
+    """Whether arrays are made on a CPU, where nothing else is asked for."""
+    return jax.default_backend() == "cpu"
+
+
 def placed(x: jax.Array, sharding: Any) -> jax.Array:
     """``x`` laid out; other processes with a part of it have to hold an equal array (``AssertionError``)."""
     if sharding.is_fully_addressable or not x.is_fully_addressable:
@@ -281,24 +286,34 @@ def define_bilinear(
     impl: Callable[..., Any],
     batch_rule: Callable[..., Any],
     transpose_first: Callable[..., Any],
-    transpose_second: Callable[..., Any],
+    transpose_others: Callable[..., Sequence[Any]],
     on_one_cpu: Callable[..., Any] | None = None,
 ) -> None:
-    """The rules of a primitive that is linear in each of its two operands.
+    """The rules of a primitive that is linear in its first operand, and in all others together.
 
-    The transposes take a cotangent, then both operands, of which the one in question is a shape. ``on_one_cpu``
+    The transposes take a cotangent, then the operands, of which those in question are shapes. ``on_one_cpu``
     computes the same where the program is compiled for a single CPU device: there cutting an axis moves nothing.
     """
     define_primitive(primitive, impl, batch_rule)
 
-    def transposed(rule):
-        def of_shapes(bar, first, second, **params):
-            shapes = [x if hasattr(x, "ndim") else x.aval for x in (first, second)]
-            return rule(bar, *shapes, **params)
+    def jvp(primals, tangents, **params):
+        first, *others = (None if type(t) is ad.Zero else t for t in tangents)
+        terms = [] if first is None else [primitive.bind(first, *primals[1:], **params)]
+        if any(t is not None for t in others):
+            others = [ad.instantiate_zeros(t) for t in tangents[1:]]
+            terms.append(primitive.bind(primals[0], *others, **params))
+        return primitive.bind(*primals, **params), sum(terms[1:], terms[0])
 
-        return of_shapes
+    def transpose(bar, first, *others, **params):
+        shapes = [x.aval if ad.is_undefined_primal(x) else x for x in (first, *others)]
+        if type(bar) is ad.Zero:
+            return [None] * len(shapes)
+        if ad.is_undefined_primal(first):
+            return [transpose_first(bar, *shapes, **params), *[None] * len(others)]
+        return [None, *transpose_others(bar, *shapes, **params)]
 
-    ad.defbilinear(primitive, transposed(transpose_first), transposed(transpose_second))
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose
 
     def lower(ctx, *args, **params):
         chosen = on_one_cpu if is_on_one_device(ctx) and on_one_cpu is not None else impl

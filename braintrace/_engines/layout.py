@@ -16,6 +16,7 @@ from .._compiler.positions import MANY, NONE, is_aligned, no_cut, own_label, pro
 from .._compiler.relations import HiddenParamOpRelation
 from .._jax import Literal, open_jaxpr
 from .._types import path_str
+from .samples import aligned
 
 __all__ = ["TraceLayout", "layout_of"]
 
@@ -52,8 +53,10 @@ class TraceLayout(NamedTuple):
         """A coefficient (a number, or an array over positions) times the trace entries of its positions."""
         relation = self.relation
         if np.ndim(coefficient) == 0 or relation.x_var is None:
-            return {k: coefficient * e for k, e in trace.items()}
+            return jax.tree.map(lambda e: coefficient * e, dict(trace))
         lead = self.batch_ndim + vmap_ndim
+        if self.broadcasts:
+            return jax.tree.map(lambda e: aligned(coefficient, e, lead) * e, dict(trace))
         return relation.primitive.spread_signal(coefficient, trace, relation.eqn_params, self.anchors, lead)
 
 

@@ -51,6 +51,7 @@ class ParamEngine(Engine):
     weights: tuple[WeightTrace, ...]  # see :meth:`plan`
     recursion: ParamRecursion
     dtype: Any = None  # of the stored traces
+    samples: int | None = None  # mapped ones, where large traces are cut
 
     @classmethod
     def plan(
@@ -68,7 +69,7 @@ class ParamEngine(Engine):
         return tuple(weights)
 
     def init(self) -> dict[str, SlotTrace]:
-        return {w.key: w.init(self.dtype) for w in self.weights}
+        return {w.key: w.init(self.dtype, self.samples) for w in self.weights}
 
     def take(self, record, operands, invals):
         return ((record, operands), None), None

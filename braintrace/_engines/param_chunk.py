@@ -20,8 +20,9 @@ import numpy as np
 
 from .._binding import Slots
 from .._precision import wide, widened
+from .pieces import cut_like
 from .record import add, placed, spread, unbroadcast, weighted_sum
-from .weight_trace import SlotTrace, WeightTrace, instant, outer, slot_of
+from .weight_trace import SlotTrace, WeightTrace, instant_like, kept_like, outer, slot_of
 
 __all__ = ["ChunkCoefficients", "chunk_coefficients", "chunk_update"]
 
@@ -127,23 +128,24 @@ def chunk_update(
         else:
             row = placed(weight.layout.relation, weight.group, coefficients.M[a])
             u = coefficients.u[weight.number][a]
-            value = add(_chunk_terms(weight, trace, row, u, xs, operands, fixed, len(vmap_shape)))
+            value = add(_chunk_terms(weight, trace, old, row, u, xs, operands, fixed, len(vmap_shape)))
         value = value or dict.fromkeys(trace)
-        new.append({k: spread(value[k], old[k].shape, old[k].dtype) for k in old})
+        new.append(kept_like(value, old))
     return {k: [slot[k] for slot in new] for k in trace}
 
 
-def _chunk_terms(weight, trace, row, u, xs, operands, fixed, vmap_ndim):
+def _chunk_terms(weight, trace, old, row, u, xs, operands, fixed, vmap_ndim):
     terms = []
     for b, m in enumerate(row):
         if m is None:
             continue
         if b in weight.factorised:
-            terms.append(outer(weight.layout, slot_of(trace, b), m, operands, vmap_ndim))
+            whole = outer(weight.layout, slot_of(trace, b), m, operands, vmap_ndim)
+            terms.append({k: cut_like(v, old[k]) for k, v in whole.items()})
         else:
             terms.append(weight.layout.times(m, slot_of(trace, b), vmap_ndim))
     if u is not None:
-        terms.append(instant(weight.layout, xs, u, operands, fixed, vmap_ndim, time=True))
+        terms.append(instant_like(old, weight.layout, xs, u, operands, fixed, vmap_ndim, time=True))
     return terms
 
 

@@ -15,86 +15,106 @@ import jax
 import jax.numpy as jnp
 
 from .._jax import Primitive, define_bilinear
+from .._precision import wide
+from .pieces import Pieces, is_pieces
 
-__all__ = ["met", "spread_over"]
+__all__ = ["aligned", "met", "spread_over"]
 
-_UNROLLED = 8
+_UNROLLED = 4
 
 
-def met(signal: jax.Array, trace: jax.Array, samples: int) -> jax.Array:
+def met(signal: jax.Array, trace: Any, samples: int) -> jax.Array:
     """``sum over samples of signal * trace``; the first ``samples`` axes are those of samples."""
-    dtype = jnp.result_type(signal, trace)
-    return _met_p.bind(signal.astype(dtype), trace.astype(dtype), samples=samples)
+    signal, pieces, axis = _operands(signal, trace)
+    return _met_p.bind(signal, *pieces, samples=samples, axis=axis)
 
 
-def spread_over(weight: jax.Array, trace: jax.Array, samples: int, rank: int) -> jax.Array:
+def spread_over(weight: jax.Array, trace: Any, samples: int, rank: int) -> jax.Array:
     """``weight * trace``, summed over what is neither an axis of samples nor one of the last ``rank``."""
-    dtype = jnp.result_type(weight, trace)
-    return _spread_p.bind(weight.astype(dtype), trace.astype(dtype), samples=samples, rank=rank)
+    weight, pieces, axis = _operands(weight, trace)
+    return _spread_p.bind(weight, *pieces, samples=samples, rank=rank, axis=axis)
 
 
-def _aligned(signal, trace, samples):
+def _operands(other, trace):
+    """Narrow traces stay as they are: a wide copy of them would be made in memory."""
+    pieces, axis = (trace.arrays, trace.axis) if is_pieces(trace) else ((trace,), -1)
+    return other.astype(wide(jnp.result_type(other, trace.dtype))), pieces, axis
+
+
+def aligned(signal, trace, samples):
     """``signal`` with axes of length one where the trace has further ones."""
     between = (1,) * (trace.ndim - signal.ndim)
     return signal.reshape(*signal.shape[:samples], *between, *signal.shape[samples:])
 
 
-def _met(signal, trace, *, samples):
-    return (_aligned(signal, trace, samples) * trace).sum(tuple(range(samples)))
+def _met(signal, *pieces, samples, axis):
+    sums = [(aligned(signal, p, samples) * p).sum(tuple(range(samples))) for p in pieces]
+    return sums[0] if len(sums) == 1 else jnp.concatenate(sums, axis)
 
 
-def _met_on_one_cpu(signal, trace, *, samples):
+def _met_on_one_cpu(signal, *pieces, samples, axis):
     """Additions of products of slices, which XLA fuses; its own sum over leading axes reads in large strides."""
-    size = math.prod(trace.shape[:samples])
+    size = math.prod(signal.shape[:samples])
     if size == 0:
-        return _met(signal, trace, samples=samples)
-    parts = [_aligned(signal, trace, samples), trace]
-    parts = [p.reshape(size, *p.shape[samples:]) for p in parts]
+        return _met(signal, *pieces, samples=samples, axis=axis)
+    one_axis = lambda x: x.reshape(size, *x.shape[samples:])  # noqa: E731
+    signal, pieces = one_axis(aligned(signal, pieces[0], samples)), [one_axis(p) for p in pieces]
 
-    def total(first, count, start=None):
+    def total(first, count, sums):
+        # XLA slices half precision as single precision. A copy of the whole must not be made for it before the loop.
+        *held, first = jax.lax.optimization_barrier((*pieces, first))
         for i in range(count):
-            at = [jax.lax.dynamic_index_in_dim(p, first + i, keepdims=False) for p in parts]
-            product = at[0] * at[1]
-            start = product if start is None else start + product
-        return start
-
-    rest = size % _UNROLLED or min(size, _UNROLLED)
-    sums = total(0, rest)
-    if rest == size:
+            s, *at = [jax.lax.dynamic_index_in_dim(x, first + i, keepdims=False) for x in (signal, *held)]
+            products = [s * p for p in at]
+            sums = products if sums is None else [a + b for a, b in zip(sums, products)]
         return sums
-    body = lambda i, sums: total(rest + i * _UNROLLED, _UNROLLED, sums)  # noqa: E731
-    return jax.lax.fori_loop(0, (size - rest) // _UNROLLED, body, sums)
+
+    rest = size % _UNROLLED
+    dtype = jnp.result_type(signal, pieces[0])
+    sums = total(0, rest, None) if rest else [jnp.zeros(p.shape[1:], dtype) for p in pieces]
+    if rest < size:
+        body = lambda i, sums: total(rest + i * _UNROLLED, _UNROLLED, sums)  # noqa: E731
+        sums = jax.lax.fori_loop(0, (size - rest) // _UNROLLED, body, sums)
+    return sums[0] if len(sums) == 1 else jnp.concatenate(sums, axis)
 
 
-def _spread(weight, trace, *, samples, rank):
-    return (weight[(None,) * samples] * trace).sum(tuple(range(samples, trace.ndim - rank)))
+def _spread(weight, *pieces, samples, rank, axis):
+    over = tuple(range(samples, pieces[0].ndim - rank))
+    parts = Pieces(pieces, axis).cut(weight)
+    terms = [(w[(None,) * samples] * p).sum(over) for w, p in zip(parts, pieces)]
+    return sum(terms[1:], terms[0])
 
 
-def _batch_met(args: Any, dims: Any, *, samples: int) -> Any:
-    return jax.vmap(lambda *xs: _met(*xs, samples=samples), dims)(*args), 0
+def _batch_met(args: Any, dims: Any, **params: Any) -> Any:
+    return jax.vmap(lambda *xs: _met(*xs, **params), dims)(*args), 0
 
 
-def _batch_spread(args: Any, dims: Any, *, samples: int, rank: int) -> Any:
-    weight, trace = args
-    if dims[0] is None:
-        trace = jnp.moveaxis(trace, dims[1], 0)
-        return _spread_p.bind(weight, trace, samples=samples + 1, rank=rank), 0
-    return jax.vmap(lambda *xs: _spread(*xs, samples=samples, rank=rank), dims)(weight, trace), 0
+def _batch_spread(args: Any, dims: Any, *, samples: int, **params: Any) -> Any:
+    (weight, *pieces), (of_weight, *of_pieces) = args, dims
+    if of_weight is None and None not in of_pieces:
+        pieces = [jnp.moveaxis(p, d, 0) for p, d in zip(pieces, of_pieces)]
+        return _spread_p.bind(weight, *pieces, samples=samples + 1, **params), 0
+    return jax.vmap(lambda *xs: _spread(*xs, samples=samples, **params), dims)(*args), 0
+
+
+def _signal_of_met(bar, signal, *pieces, samples, axis):
+    return spread_over(bar, Pieces(pieces, axis), samples, signal.ndim - samples)
+
+
+def _pieces_of_met(bar, signal, *pieces, samples, axis):
+    bars = Pieces(pieces, axis).cut(bar)
+    return [(aligned(signal, p, samples) * b[(None,) * samples]).astype(p.dtype) for p, b in zip(pieces, bars)]
+
+
+def _weight_of_spread(bar, weight, *pieces, samples, rank, axis):
+    return met(bar, Pieces(pieces, axis), samples)
+
+
+def _pieces_of_spread(bar, weight, *pieces, samples, rank, axis):
+    weights = Pieces(pieces, axis).cut(weight)
+    return [(aligned(bar, p, samples) * w[(None,) * samples]).astype(p.dtype) for p, w in zip(pieces, weights)]
 
 
 _met_p, _spread_p = Primitive("met"), Primitive("spread_over")
-define_bilinear(
-    _met_p,
-    _met,
-    _batch_met,
-    lambda bar, signal, trace, samples: spread_over(bar, trace, samples, signal.ndim - samples),
-    lambda bar, signal, trace, samples: _aligned(signal, bar[(None,) * samples], samples) * bar,
-    _met_on_one_cpu,
-)
-define_bilinear(
-    _spread_p,
-    _spread,
-    _batch_spread,
-    lambda bar, weight, trace, samples, rank: met(bar, trace, samples),
-    lambda bar, weight, trace, samples, rank: _aligned(bar, weight[(None,) * samples], samples) * weight,
-)
+define_bilinear(_met_p, _met, _batch_met, _signal_of_met, _pieces_of_met, _met_on_one_cpu)
+define_bilinear(_spread_p, _spread, _batch_spread, _weight_of_spread, _pieces_of_spread)

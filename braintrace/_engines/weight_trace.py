@@ -22,12 +22,17 @@ from .._compiler.relations import HiddenParamOpRelation
 from .._jax import zeros
 from .._precision import wide, widened
 from .layout import TraceLayout
+from .pieces import Pieces, cut_like, is_pieces, joined, zeros_in_pieces
 from .record import add, contraction, pair_key, placed, spread, unbroadcast, weighted_sum, x_aval
 from .samples import met
 
-__all__ = ["Recursion", "SlotTrace", "WeightTrace", "factorised_slots", "instant", "outer", "recursion_of", "slot_of"]
+__all__ = [
+    "Recursion", "SlotTrace", "WeightTrace", "factorised_slots", "instant", "instant_like", "kept_like", "outer",
+    "recursion_of", "slot_of",
+]  # fmt: skip
 
-SlotTrace = dict[str, list[jax.Array]]  # trained key -> one array per slot: (batch, weight shape), or a filtered input
+# Trained key -> one array per slot: (batch, weight shape), or a filtered input.
+SlotTrace = dict[str, list[jax.Array | Pieces]]
 Row = Sequence[Any]  # entries that are arrays, numbers, or None for a known zero
 
 
@@ -98,8 +103,8 @@ class WeightTrace(NamedTuple):
         (name, *_), one = trace, jax.eval_shape(lambda: self.init(None))
         return trace[name][0].shape[: trace[name][0].ndim - one[name][0].ndim]
 
-    def init(self, dtype: Any) -> SlotTrace:
-        """Zero traces, in ``dtype`` or in that of sums over time."""
+    def init(self, dtype: Any, samples: int | None = None) -> SlotTrace:
+        """Zero traces, in ``dtype`` or in that of sums over time; whole without the number of mapped ``samples``."""
         layout, group, relation = self.layout, self.group, self.layout.relation
         custom = relation.primitive.rules.init_drtrl
         own = custom and custom(relation.x_var, relation.y_var, relation.weight_vars, group.num_state)
@@ -114,8 +119,17 @@ class WeightTrace(NamedTuple):
             kept = dtype or wide(kept)
             filtered = () if k in relation.offset_keys or relation.x_var is None else x_aval(relation).shape
             behind = () if group.snap is None else (group.snap.num_neighbour,)
+            # An axis of the weight along which positions do not change can be cut.
+            free = len(full) - len(batch) - len(self.group.varshape[layout.batch_ndim :])
+            cut = samples if layout.broadcasts and free > 0 and not (own or behind) else None
+            axis = len(batch) - len(full)
             trace[k] = [
-                zeros(filtered if a in self.factorised else (*full, *behind), kept) for a in range(self.structure.width)
+                zeros(filtered, kept)
+                if a in self.factorised
+                else zeros((*full, *behind), kept)
+                if cut is None
+                else zeros_in_pieces(full, kept, axis, cut)
+                for a in range(self.structure.width)
             ]
         return trace
 
@@ -143,18 +157,20 @@ class WeightTrace(NamedTuple):
                     if d is None:
                         continue
                     if b in self.factorised:
-                        terms.append(outer(layout, slot_of(trace, b), _full(relation, d, shape), operands, 0))
+                        terms.append(
+                            _cut(outer(layout, slot_of(trace, b), _full(relation, d, shape), operands, 0), old)
+                        )
                     else:
                         terms.append(self._carried(d, slot_of(trace, b)))
                 if df is not None:
                     whole = self.relation.shape_in(self.group)
-                    now = instant(layout, x, _full(relation, df, whole), operands, fixed)
+                    now = instant_like(old, layout, x, _full(relation, df, whole), operands, fixed)
                     terms.append(now if self.group.snap is None else _of_itself(self.group.snap, now))
                 value = add(terms) or dict.fromkeys(trace)
-            kept = {k: spread(value[k], old[k].shape, old[k].dtype) for k in old}
+            kept = kept_like(value, old)
             if all(d is None for d in row):
                 # Under jax.vmap all arrays of a trace must stay mapped, also one that no sample changes.
-                kept = {k: jnp.where(False, old[k], kept[k]) for k in old}
+                kept = jax.tree.map(lambda e, new: jnp.where(False, e, new), old, kept)
             new.append(kept)
         return {k: [slot[k] for slot in new] for k in trace}
 
@@ -187,8 +203,7 @@ class WeightTrace(NamedTuple):
         for a, signal in enumerate(placed(relation, self.group, signals)):
             if signal is None:
                 continue
-            slot = slot_of(trace, a)
-            slot = {k: e.astype(wide(jnp.result_type(e.dtype, signal.dtype))) for k, e in slot.items()}
+            slot, signal = slot_of(trace, a), widened(signal)
             if a in self.factorised:
                 terms.append(_contract_factorised(relation, slot, signal, operands, vmap_ndim))
             elif snap is not None:
@@ -208,7 +223,7 @@ class WeightTrace(NamedTuple):
         relation = self.layout.relation
         slots = []
         for a in range(self.group.num_state):
-            slot = slot_of(trace, a)
+            slot = {k: joined(e) for k, e in slot_of(trace, a).items()}
             if a in self.factorised:
                 ones = _full(relation, 1.0, (*vmap_shape, *relation.shape_in(self.group)))
                 whole = outer(self.layout, slot, ones, operands, len(vmap_shape))
@@ -312,8 +327,39 @@ def outer(layout, filtered, coefficient, operands, vmap_ndim) -> dict[str, jax.A
     return out
 
 
-def slot_of(trace: SlotTrace, a: int) -> dict[str, jax.Array]:
+def slot_of(trace: SlotTrace, a: int) -> dict[str, Any]:
     return {k: slots[a] for k, slots in trace.items()}
+
+
+def kept_like(value: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """New values, or zeros in the place of none, as the old ones are stored."""
+
+    def of_key(value, old):
+        if value is None:
+            return jax.tree.map(jnp.zeros_like, old)
+        return jax.tree.map(lambda v, e: spread(v, e.shape, e.dtype), value, old)
+
+    return {k: of_key(value[k], old[k]) for k in old}
+
+
+def _cut(value, old):
+    return {k: cut_like(value[k], old[k]) for k in value}
+
+
+def instant_like(old, layout, x, coefficient, operands, fixed, vmap_ndim: int = 0, time: bool = False):
+    """:func:`instant` in the pieces of a slot. Those of a matrix are made one by one: no whole lies in memory."""
+    has_rows = layout.relation.primitive.rules.input_rows
+    cut = [k for k, e in old.items() if is_pieces(e)]
+    if not cut or has_rows is None or not has_rows(layout.relation.eqn_params):
+        return _cut(instant(layout, x, coefficient, operands, fixed, vmap_ndim, time), old)
+    (key,) = cut
+
+    def of_rows(piece, rows):
+        part = {**operands, key: operands[key][rows]}
+        return instant(layout, x[..., rows], coefficient, part, fixed, vmap_ndim, time)
+
+    found = old[key].map(of_rows)
+    return {**found.arrays[0], key: Pieces([now[key] for now in found.arrays], found.axis)}
 
 
 def _full(relation, entry, shape):

@@ -68,6 +68,7 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
         self._executor = graph_executor
         self.is_compiled = False
         self._layout: Any = None
+        self._mapped_samples = 1  # samples that one learner is mapped over
         self.running_index = brainstate.LongTermState(zeros((), jnp.int32))
 
     @property

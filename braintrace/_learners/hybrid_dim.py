@@ -121,7 +121,7 @@ class HybridDimVjpAlgorithm(IODimVjpAlgorithm):
         return HybridEngine(
             binding,
             tuple(decays),
-            ParamEngine(binding, kept, weights, RECURSION),
+            ParamEngine(binding, kept, weights, RECURSION, samples=self._samples()),
             IOEngine(binding, rest, {i: decays[i] for i in rest}, self._recursion),
         )
 

@@ -123,7 +123,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
                 check_anchors(binding.graph.hidden_param_op_relations)
             return ParamEngine.plan(binding, numbers, recursion, not self._overrides("_update_etrace_data"))
 
-        return ParamEngine(binding, numbers, self._plan("weights", plan), recursion, self.trace_dtype)
+        return ParamEngine(binding, numbers, self._plan("weights", plan), recursion, self.trace_dtype, self._samples())
 
     @property
     def etrace_bwg(self) -> dict[str, EligibilityTrace]:

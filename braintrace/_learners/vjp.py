@@ -17,6 +17,7 @@ from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
 from .._credit import reverse_only
 from .._engines.engine import Engine, check_outputs
+from .._engines.pieces import is_pieces
 from .._jax import any_rank, is_tracer, trace_context
 from .._legacy.executor import ETraceVjpGraphExecutor
 from .._online import Hooks, OnlineStep
@@ -186,13 +187,13 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         if self.is_compiled and not self._overrides("init_etrace_state", "_get_etrace_data"):
             wanted = self._plan("shapes", lambda: jax.eval_shape(self._engine.init))
             held = self._get_etrace_data()
-            trees: list[Any] = [jax.tree.structure(t) for t in (wanted, held)]
+            trees: list[Any] = [jax.tree.structure(t, is_leaf=is_pieces) for t in (wanted, held)]
             if trees[0] != trees[1]:
                 raise ValueError(
                     "Another hidden state or operation is trained by this call than by the first one, for which the "
                     "traces were made. Use a learner of its own for it."
                 )
-            for a, b in zip(*map(jax.tree.leaves, (wanted, held))):
+            for a, b in zip(*(jax.tree.leaves(t, is_leaf=is_pieces) for t in (wanted, held))):
                 if a.shape != b.shape:
                     raise ValueError(
                         f"The traces have the shape {b.shape} where this call needs {a.shape}. Call "
@@ -205,6 +206,11 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
     def _make_engine(self, binding: Binding) -> Engine:
         """The algebra of the traces, for one compiled step."""
         raise NotImplementedError
+
+    def _samples(self) -> int | None:
+        """How many samples a trace is mapped over, or ``None`` where a hook of a subclass expects it whole."""
+        hooks = "_update_etrace_data", "_solve_weight_gradients", "_get_etrace_data"
+        return None if self._overrides(*hooks) else self._mapped_samples
 
     def _trace_states(self) -> Iterator[tuple[brainstate.State, int | None]]:
         """The states of traces, and which of their axes is the batch."""

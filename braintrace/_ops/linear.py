@@ -69,6 +69,10 @@ def _last_axes(y_aval, weight_avals, params):
     return dict.fromkeys(weight_avals)
 
 
+def _no_hook(params):
+    return params["weight_fn"] is None
+
+
 def _every_pair(params, size):
     del params
     return np.ones((size, size), bool)
@@ -77,7 +81,7 @@ def _every_pair(params, size):
 etp_mm_p = ETPPrimitive("etp_mm", _dense_impl, batched=True, trainables=weight_and_bias, sample_ndim=1)
 etp_mv_p = ETPPrimitive("etp_mv", _dense_impl, trainables=weight_and_bias, batched_twin=etp_mm_p)
 for _p in (etp_mm_p, etp_mv_p):
-    _p.register_etp_rules(anchors=_last_axes, snap_anchor=anchored, snap_adjacency=_every_pair)
+    _p.register_etp_rules(anchors=_last_axes, snap_anchor=anchored, snap_adjacency=_every_pair, input_rows=_no_hook)
 
 
 def dense(x: Any, weight: Any, bias: Any = None, *, weight_fn: Hook = None, bias_fn: Hook = None) -> Any:

@@ -51,6 +51,8 @@ class Rules:
     entry acts on one output position already. ``anchors(y_aval, weight_avals, params)`` gives per trained key, in
     the unshared form, the output position of every entry: a tuple of one integer array per axis of y, which
     broadcast to the shape of the weight, or ``None`` where the last axes of the weight are those of y.
+    ``input_rows(params)`` says whether the output is a sum over the last axis of the input, along which lie the rows of
+    the one weight beside offsets.
     """
 
     xy_to_dw: Callable[..., dict[str, jax.Array]] | None = None
@@ -63,6 +65,7 @@ class Rules:
     snap_adjacency: Callable[..., Any] | None = None
     unshare: Callable[..., Unshared | None] | None = None
     anchors: Callable[..., Anchors] | None = None
+    input_rows: Callable[..., bool] | None = None
 
 
 def _only_weight(params: Mapping[str, Any]) -> dict[str, int]:
