@@ -13,7 +13,7 @@ import pytest
 from brainstate import HiddenState, ParamState
 
 import braintrace
-from braintrace._ops.conv import etp_conv_p, etp_conv_v_p
+from braintrace._ops.conv import _samples_last, etp_conv_p, etp_conv_v_p
 from braintrace._ops.einsum import etp_einsum_p
 from braintrace._ops.embedding import etp_emb_p, etp_emb_v_p
 from braintrace._ops.linear import etp_gmm_p, etp_gmv_p, etp_mm_p, etp_mv_p
@@ -574,3 +574,29 @@ def test_twins_know_each_other_and_share_their_rules(one, many):
     assert one.batched_twin is many and many.unbatched_twin is one
     assert not one.batched and many.batched and one.rules == many.rules and one.impl_fn is many.impl_fn
     assert etp_einsum_p.batched and etp_einsum_p.unbatched_twin is None
+
+
+@pytest.mark.parametrize(
+    "layout, x, kernel, geometry",
+    [
+        (("NWC", "WIO", "NWC"), (5, 9, 2), (3, 2, 4), dict(padding="SAME")),
+        (("NCHW", "OIHW", "NCHW"), (3, 2, 7, 6), (4, 2, 3, 2), dict(padding="VALID", window_strides=(2, 1))),
+        (("NHWC", "HWIO", "NHWC"), (3, 7, 6, 2), (3, 2, 2, 4), dict(padding=((0, 2), (1, 1)), rhs_dilation=(2, 1))),
+        (("NHWC", "HWIO", "NCHW"), (3, 5, 6, 2), (2, 2, 2, 4), dict(padding="SAME", lhs_dilation=(1, 2))),
+        (("NDHWC", "DHWIO", "NDHWC"), (2, 4, 3, 5, 2), (2, 2, 3, 2, 3), dict(padding="SAME")),
+    ],
+)
+def test_the_convolution_of_the_cpu_is_the_same_in_another_layout(layout, x, kernel, geometry):
+    def of(shape, seed):
+        return jax.random.normal(jax.random.key(seed), shape)
+
+    n = len(kernel) - 2
+    geometry = dict(window_strides=(1,) * n) | geometry
+    numbers = jax.lax.conv_dimension_numbers(x, kernel, layout)
+    results = []
+    for convolve in (jax.lax.conv_general_dilated, _samples_last):
+        y, pull = jax.vjp(lambda k, f=convolve: f(of(x, 0), k, dimension_numbers=numbers, **geometry), of(kernel, 1))
+        results.append((y, *pull(of(y.shape, 2))))
+    assert results[0][0].shape == results[1][0].shape
+    for plain, other in zip(*results):
+        np.testing.assert_allclose(plain, other, rtol=1e-5, atol=1e-5)

@@ -36,8 +36,23 @@ def _sample_bias(bias, params):
     return bias[0] if bias.ndim == len(out_spec) else bias
 
 
+def _samples_last(x, kernel, dimension_numbers, **geometry):
+    """A convolution whose derivative by the kernel is one in the layout of XLA's fast path, with samples as channels.
+
+    XLA brings convolutions into that layout by itself, but not those in a loop.
+    """
+    lhs, rhs, out = dimension_numbers
+    n = len(lhs)
+    x, kernel = jnp.transpose(x, (*lhs[1:], lhs[0])), jnp.transpose(kernel, (*rhs[1:], rhs[0]))
+    inside = jax.lax.ConvDimensionNumbers(
+        (n - 1, 0, *range(1, n - 1)), (n - 1, 0, *range(1, n - 1)), (n - 2, n - 1, *range(n - 2))
+    )
+    y = jax.lax.conv_general_dilated(x, kernel, dimension_numbers=inside, **geometry)
+    return jnp.transpose(jnp.moveaxis(y, (-2, -1), (0, 1)), np.argsort(out))
+
+
 @any_rank
-def _conv_impl(x, weight, *bias, **params):
+def _conv_impl(x, weight, *bias, convolve=jax.lax.conv_general_dilated, **params):
     if params["batch_group_count"] != 1 and x.ndim > len(params["dimension_numbers"].lhs_spec):
         return jax.vmap(lambda x: _conv_impl(x, weight, *bias, **params))(x)
     kernel = apply_hook(params["kernel_fn"], weight)
@@ -45,10 +60,15 @@ def _conv_impl(x, weight, *bias, **params):
     # All axes in front of one sample, of time say, are one batch axis.
     lead = x.shape[: x.ndim - len(params["dimension_numbers"].lhs_spec) + 1]
     x = x.reshape(math.prod(lead), *x.shape[len(lead) :])
-    y = jax.lax.conv_general_dilated(x.astype(dtype), kernel.astype(dtype), **{k: params[k] for k in GEOMETRY})
+    y = convolve(x.astype(dtype), kernel.astype(dtype), **{k: params[k] for k in GEOMETRY})
     if params["batch_group_count"] == 1:
         y = y.reshape(*lead, *y.shape[1:])
     return y + _sample_bias(apply_hook(params["bias_fn"], bias[0]), params) if bias else y
+
+
+def _conv_on_cpu(*operands, **params):
+    in_groups = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
+    return _conv_impl(*operands, **params) if in_groups else _conv_impl(*operands, convolve=_samples_last, **params)
 
 
 def _patches(x, kernel_shape, params):
@@ -108,10 +128,14 @@ def _anchors(y_aval, weight_avals, params):
     return {k: anchors[k] for k in weight_avals}
 
 
-etp_conv_p = ETPPrimitive("etp_conv", _conv_impl, batched=True, trainables=weight_and_bias)
+def _sample_ndim(params):
+    return None if params["batch_group_count"] != 1 else len(params["dimension_numbers"].out_spec) - 1
+
+
+etp_conv_p = ETPPrimitive("etp_conv", _conv_impl, batched=True, trainables=weight_and_bias, sample_ndim=_sample_ndim)
 etp_conv_v_p = ETPPrimitive("etp_conv", _conv_impl, trainables=weight_and_bias, batched_twin=etp_conv_p)
 for _p in (etp_conv_p, etp_conv_v_p):
-    _p.register_etp_rules(unshare=_unshare, anchors=_anchors, snap_anchor=anchored)
+    _p.register_etp_rules(unshare=_unshare, anchors=_anchors, snap_anchor=anchored, impl_on_cpu=_conv_on_cpu)
 
 
 def _batch_first(spec: Sequence[int]) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ the primitive replaces the derived one, and never changes results.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -52,7 +53,8 @@ class Rules:
     the unshared form, the output position of every entry: a tuple of one integer array per axis of y, which
     broadcast to the shape of the weight, or ``None`` where the last axes of the weight are those of y.
     ``input_rows(params)`` says whether the output is a sum over the last axis of the input, along which lie the rows of
-    the one weight beside offsets.
+    the one weight beside offsets. ``impl_on_cpu`` is the implementation in a form whose derivative by the weights is
+    faster there.
     """
 
     xy_to_dw: Callable[..., dict[str, jax.Array]] | None = None
@@ -66,6 +68,7 @@ class Rules:
     unshare: Callable[..., Unshared | None] | None = None
     anchors: Callable[..., Anchors] | None = None
     input_rows: Callable[..., bool] | None = None
+    impl_on_cpu: Callable[..., Any] | None = None
 
 
 def _only_weight(params: Mapping[str, Any]) -> dict[str, int]:
@@ -116,7 +119,7 @@ class ETPPrimitive(Primitive):
         x_index: int | None = 0,
         y_index: int = 0,
         batched_twin: ETPPrimitive | None = None,
-        sample_ndim: int | Callable[[Mapping[str, Any]], int] | None = None,
+        sample_ndim: int | Callable[[Mapping[str, Any]], int | None] | None = None,
     ):
         super().__init__(name)
         self.impl_fn = impl
@@ -136,9 +139,11 @@ class ETPPrimitive(Primitive):
 
     # -- what an engine asks ------------------------------------------------------------------------------------
 
-    def outputs(self, operands: Sequence[Any], params: Mapping[str, Any]) -> list[Any]:
+    def outputs(
+        self, operands: Sequence[Any], params: Mapping[str, Any], impl: Callable[..., Any] | None = None
+    ) -> list[Any]:
         """All outputs for the given operands, as plain JAX."""
-        out = self.impl_fn(*operands, **params)
+        out = (impl or self.impl_fn)(*operands, **params)
         return list(out) if self.multiple_results else [out]
 
     def x_repr(self, x: Any, weights: Mapping[str, Any]) -> Any:
@@ -173,19 +178,29 @@ class ETPPrimitive(Primitive):
         y, pull = jax.vjp(lambda ws: self.apply(x, ws, params, fixed), dict(weights))
         return pull(cotangent.astype(y.dtype))[0]
 
-    def apply(self, x: Any, weights: Weights, params: Mapping[str, Any], fixed: Mapping[int, Any]) -> jax.Array:
-        """The traced output, as plain JAX."""
+    def apply(
+        self,
+        x: Any,
+        weights: Weights,
+        params: Mapping[str, Any],
+        fixed: Mapping[int, Any],
+        impl: Callable[..., Any] | None = None,
+    ) -> jax.Array:
+        """The traced output, as plain JAX; ``impl`` takes the place of the implementation."""
         slots = self.trainables(params)
         operands = dict(fixed) | {slots[k]: w for k, w in weights.items()}
         if self.x_index is not None:
             operands[self.x_index] = x
-        return self.outputs([operands[i] for i in sorted(operands)], params)[self.y_index]
+        return self.outputs([operands[i] for i in sorted(operands)], params, impl)[self.y_index]
 
     def lead(self, y_aval: Any, params: Mapping[str, Any] | None = None) -> int:
         """Number of batch axes of an output: samples that share the weights."""
-        if self.sample_ndim is None:
-            return int(self.batched)
-        return y_aval.ndim - (self.sample_ndim(params or {}) if callable(self.sample_ndim) else self.sample_ndim)
+        n = self._sample_ndim(params or {})
+        return int(self.batched) if n is None else y_aval.ndim - n
+
+    def _sample_ndim(self, params: Mapping[str, Any]) -> int | None:
+        """Number of axes of one sample's output, where axes in front of them may be merged."""
+        return self.sample_ndim(params) if callable(self.sample_ndim) else self.sample_ndim
 
     def lift(self, x: Any, weights: Weights, params: Mapping[str, Any], fixed: Mapping[int, Any], y: Any) -> jax.Array:
         """An array like the output ``y`` whose cotangent ``c`` reaches the weights as ``weight_vjp(x, c)``.
@@ -216,7 +231,7 @@ class ETPPrimitive(Primitive):
         args = x, cotangent, dict(weights), dict(fixed)
         static = tuple(sorted(params.items()))
         whole = self if self.batched else self.batched_twin
-        if whole is None or whole.sample_ndim is None or self.rules.pp_x_repr is not None or fixed:
+        if whole is None or whole._sample_ndim(params) is None or self.rules.pp_x_repr is not None or fixed:
             return self._summed_apart(static, axes, *args)
         if axes + int(self.batched) == 1:  # time alone
             return self._summed_merged(static, axes, *args)
@@ -240,8 +255,16 @@ class ETPPrimitive(Primitive):
     def _summed_merged(self, params, axes, x, cotangent, weights, fixed):
         lead, whole = axes + int(self.batched), self if self.batched else self.batched_twin
         x, cotangent = (v.reshape((-1, *v.shape[lead:])) for v in (x, cotangent))
-        y, pull = jax.vjp(lambda ws: whole.apply(x, ws, dict(params), fixed), weights)
-        return pull(cotangent.astype(y.dtype))[0]
+
+        def gradient(impl, x, cotangent, weights):
+            y, pull = jax.vjp(lambda ws: whole.apply(x, ws, dict(params), fixed, impl), weights)
+            return pull(cotangent.astype(y.dtype))[0]
+
+        of_default = functools.partial(gradient, None)
+        if whole.rules.impl_on_cpu is None:
+            return of_default(x, cotangent, weights)
+        of_cpu = functools.partial(gradient, whole.rules.impl_on_cpu)
+        return jax.lax.platform_dependent(x, cotangent, weights, cpu=of_cpu, default=of_default)
 
     def _summed_own(self, x, cotangent, weights, params, fixed, axes):
         whole = self if self.batched else self.batched_twin
