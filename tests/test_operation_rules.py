@@ -582,7 +582,7 @@ def test_twins_know_each_other_and_share_their_rules(one, many):
         (("NWC", "WIO", "NWC"), (5, 9, 2), (3, 2, 4), dict(padding="SAME")),
         (("NCHW", "OIHW", "NCHW"), (3, 2, 7, 6), (4, 2, 3, 2), dict(padding="VALID", window_strides=(2, 1))),
         (("NHWC", "HWIO", "NHWC"), (3, 7, 6, 2), (3, 2, 2, 4), dict(padding=((0, 2), (1, 1)), rhs_dilation=(2, 1))),
-        (("NHWC", "HWIO", "NCHW"), (3, 5, 6, 2), (2, 2, 2, 4), dict(padding="SAME", lhs_dilation=(1, 2))),
+        (("NHWC", "HWIO", "NCHW"), (3, 5, 6, 2), (2, 2, 2, 4), dict(padding=((1, 0), (0, 1)), lhs_dilation=(1, 2))),
         (("NDHWC", "DHWIO", "NDHWC"), (2, 4, 3, 5, 2), (2, 2, 3, 2, 3), dict(padding="SAME")),
     ],
 )

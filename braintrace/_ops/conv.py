@@ -129,7 +129,8 @@ def _anchors(y_aval, weight_avals, params):
 
 
 def _sample_ndim(params):
-    return None if params["batch_group_count"] != 1 else len(params["dimension_numbers"].out_spec) - 1
+    layout = params.get("dimension_numbers")
+    return None if layout is None or params["batch_group_count"] != 1 else len(layout.out_spec) - 1
 
 
 etp_conv_p = ETPPrimitive("etp_conv", _conv_impl, batched=True, trainables=weight_and_bias, sample_ndim=_sample_ndim)
