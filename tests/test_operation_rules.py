@@ -600,3 +600,26 @@ def test_the_convolution_of_the_cpu_is_the_same_in_another_layout(layout, x, ker
     assert results[0][0].shape == results[1][0].shape
     for plain, other in zip(*results):
         np.testing.assert_allclose(plain, other, rtol=1e-5, atol=1e-5)
+
+
+class SparseIntegrator(brainstate.nn.Module):
+    def __init__(self, dtype, n):
+        super().__init__()
+        rng = np.random.default_rng(0)
+        pointers = 4 * np.arange(n + 1, dtype=np.int32)
+        matrix = brainevent.CSR((jnp.ones(4 * n), rng.integers(0, n, 4 * n, np.int32), pointers), shape=(n, n))
+        self.synapses, self.dtype = braintrace.nn.SparseLinear(matrix), dtype
+        self.h = HiddenState(jnp.zeros(n))
+
+    def update(self, x):
+        self.h.value = 0.9 * self.h.value + self.synapses(x.astype(self.dtype))
+        return self.h.value
+
+
+@pytest.mark.parametrize("n", [5, 20_000])  # the second takes the form for large matrices
+@pytest.mark.parametrize("dtype", [bool, jnp.int32, jnp.float32])
+def test_spikes_through_a_sparse_matrix_are_linear(dtype, n):
+    """No second product at every step for what the operation would do to an input of zero."""
+    learner = braintrace.compile(SparseIntegrator(dtype, n), "pp_prop", jnp.ones(n), decay_or_rank=0.9)
+    (relation,) = learner.graph.hidden_param_op_relations
+    assert relation.affine_keys == ()

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .._jax import Literal, call_body, open_jaxpr, reads, scan_operands
@@ -20,6 +19,8 @@ _LINEAR = frozenset({
     "expand_dims", "gather", "neg", "pad", "reduce_sum", "reshape", "rev", "scatter-add", "select_n", "slice",
     "squeeze", "sub", "transpose",
 })  # fmt: skip
+# The operands that are moved, not the indices and conditions that say where.
+_DATA = {"gather": [0], "dynamic_slice": [0], "scatter-add": [0, 2], "select_n": range(1, 99), "pad": [0, 1]}
 
 
 class Dependence(NamedTuple):
@@ -104,11 +105,12 @@ def _outputs(eqn: Any, inputs: list[bool]) -> list[bool]:
         return after
     if body is not None:
         return _vanishes(body, inputs)
-    smooth = [zero for v, zero in zip(eqn.invars, inputs) if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
+    places = _DATA.get(name, range(len(inputs)))
+    data = [inputs[i] for i in places if i < len(inputs)]
     if name in _PRODUCTS:
         zero = any(inputs)
     elif name == "div":
         zero = inputs[0]
     else:
-        zero = name in _LINEAR and all(smooth or inputs)
+        zero = name in _LINEAR and all(data)
     return [zero] * len(eqn.outvars)
