@@ -27,7 +27,7 @@ setup() {
     if [[ ! "$stamp" -nt pyproject.toml ]]; then
         echo "Installing braintrace[$extra] into $VENV, the first time for a few minutes ..."
         "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off --editable ".[$extra]" |
-            grep --line-buffered -E "^(Collecting|Installing|Successfully)"
+            awk '/^(Collecting|Installing)/ {print "  " $1, $2; fflush()}'
         touch "$stamp"
     fi
 }
