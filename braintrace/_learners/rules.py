@@ -213,7 +213,8 @@ class OSTLRecurrent(ParamDimVjpAlgorithm):
     control_flow : ControlFlowPolicy, optional
         What to do with the loops and branches of the step.
     config : ETraceConfig, optional
-        The rule as coordinates, with ``trace_factorization='per_param'``; by default with ``recurrence_scope='coupled'``.
+        The rule as coordinates, with ``trace_factorization='per_param'``; by default with
+        ``recurrence_scope='coupled'``.
     random_feedback_key : int or JAX key, optional
         Of the fixed feedback matrices of ``learning_signal='random_feedback'``.
     snap_max_jacobian_elements : int
