@@ -12,14 +12,25 @@ from sphinx.errors import ExtensionError
 import braintrace
 
 sys.path.insert(0, str(Path(__file__).parent))
+from links import inventories
 from signatures import init_signature
 
 project = "braintrace"
 author = "the braintrace authors"
 version = release = braintrace.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+    "links",
+]
 exclude_patterns = ["_build", "jupyter_execute"]
+default_role = "py:obj"  # of `names` in docstrings
+intersphinx_mapping = inventories(Path(__file__).parent / "_build" / "inventories")
 html_theme = "furo"
 html_title = f"braintrace {version}"
 html_css_files = ["site.css"]
@@ -53,6 +64,13 @@ def number_references(app, what, name, obj, options, lines):
     lines[:] = [re.sub(r"^\.\. \[(\d+)\] ", r"\1. ", line) for line in lines]
 
 
+def split_attributes(app, what, name, obj, options, lines):
+    """Attributes that share a line of the docstring are one field each, as parameters are."""
+    field = re.compile(r"^:(ivar|vartype) (\w+(?:, \w+)+):(.*(?:\n +.*)*)", flags=re.M)
+    one_each = lambda m: "\n".join(f":{m[1]} {name}:{m[3]}" for name in m[2].split(", "))  # noqa: E731
+    lines[:] = field.sub(one_each, "\n".join(lines)).split("\n")
+
+
 def check_site(app, exception):
     """Every public name can be linked to and is in the inventory, and no page loads anything from a network."""
     if exception is not None or app.builder.name != "html":
@@ -77,5 +95,6 @@ def check_site(app, exception):
 
 def setup(app):
     app.connect("autodoc-process-docstring", number_references)
+    app.connect("autodoc-process-docstring", split_attributes)
     app.connect("autodoc-process-signature", set_signature)
     app.connect("build-finished", check_site)

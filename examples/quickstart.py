@@ -136,7 +136,7 @@ def train(method, data, args):
 
     shuffle = np.random.default_rng(args.seed)
     losses, accuracies = [], []
-    progress = tqdm(range(args.epochs), desc=f"{method:>7}", ncols=100)
+    progress = tqdm(range(args.epochs), desc=f"{method:>7}", ncols=100, postfix="compiling")
     for _ in progress:
         order = shuffle.permutation(len(y_train))
         losses.append(np.mean([train_step(x_train[:, i], y_train[i]) for i in batches(order)]))

@@ -25,8 +25,9 @@ setup() {
         "$python" -m venv "$VENV"
     fi
     if [[ ! "$stamp" -nt pyproject.toml ]]; then
-        echo "Installing braintrace[$extra] into $VENV ..."
-        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$extra]"
+        echo "Installing braintrace[$extra] into $VENV, the first time for a few minutes ..."
+        "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off --editable ".[$extra]" |
+            awk '/^(Collecting|Installing)/ {print "  " $1, $2; fflush()}'
         touch "$stamp"
     fi
 }

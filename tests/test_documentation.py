@@ -38,6 +38,12 @@ def test_pages(page):
         brainstate.environ.pop("dt", None)  # a page may set the time step, as a script does
 
 
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda p: p.name)
+def test_links_lead_to_files(page):
+    targets = re.findall(r"\]\(([^):#]+)[#)]", page.read_text())
+    assert all((ROOT / target).exists() for target in targets)
+
+
 @pytest.mark.parametrize("module", [braintrace, braintrace.nn], ids=lambda m: m.__name__)
 def test_the_reference_has_every_public_name(module):
     text = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))

@@ -234,7 +234,25 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
 class pp_prop(IODimVjpAlgorithm):
     """The learning rule of :class:`IODimVjpAlgorithm` under its published name; also called ``ES_D_RTRL``.
 
-    Takes the arguments of :class:`IODimVjpAlgorithm`.
+    Parameters
+    ----------
+    model : brainstate.nn.Module
+        The model; its ``update`` is one time step.
+    decay_or_rank : float, int, Quantity, pair of these, or mapping
+        A decay in ``[0, 1)``, a rank ``r >= 1`` that stands for the decay ``(r - 1) / (r + 1)``, or a time constant; a
+        pair for input and sensitivity; a mapping from paths to these.
+    name : str, optional
+    vjp_method : {'single-step', 'multi-step'}
+        Whether the signal meets the trace after every step, or the gradient is exact within a window of steps; see
+        :class:`ETraceVjpAlgorithm`.
+    control_flow : ControlFlowPolicy, optional
+        What to do with the loops and branches of the step.
+    config : ETraceConfig, optional
+        The rule as coordinates, in place of ``decay_or_rank``.
+    random_feedback_key : int or JAX key, optional
+        Of the fixed feedback matrices of ``learning_signal='random_feedback'``.
+    fast_solve, **legacy
+        Accepted for scripts; without effect.
 
     Examples
     --------

@@ -246,7 +246,24 @@ def _as_key(given: Any) -> jax.Array:
 class UORO(RandomProjectionVjpAlgorithm):
     """The learning rule of :class:`RandomProjectionVjpAlgorithm` under its published name.
 
-    Takes the arguments of :class:`RandomProjectionVjpAlgorithm` except ``config``.
+    Parameters
+    ----------
+    model : brainstate.nn.Module
+        The model; its ``update`` is one time step.
+    name : str, optional
+    vjp_method : {'single-step', 'multi-step'}
+        Whether the signal meets the trace after every step, or the gradient is exact within a window of steps; see
+        :class:`ETraceVjpAlgorithm`.
+    control_flow : ControlFlowPolicy, optional
+        What to do with the loops and branches of the step.
+    projection_key : int or JAX key
+        Of the random signs; a reset learner draws the same ones again.
+    projection_eps : float
+        Above 0: keeps the norms, by which projections are balanced, from being 0.
+    random_feedback_key : int or JAX key, optional
+        Of the fixed feedback matrices of ``learning_signal='random_feedback'``.
+    fast_solve, snap_max_jacobian_elements, **legacy
+        Accepted for scripts; without effect.
 
     Raises
     ------

@@ -23,7 +23,26 @@ __all__ = ["D_RTRL", "EProp", "Immediate", "OSTLFeedforward", "OSTLRecurrent", "
 class D_RTRL(ParamDimVjpAlgorithm):
     """The learning rule of :class:`ParamDimVjpAlgorithm` under its published name.
 
-    Takes the arguments of :class:`ParamDimVjpAlgorithm`.
+    Parameters
+    ----------
+    model : brainstate.nn.Module
+        The model; its ``update`` is one time step.
+    name : str, optional
+    vjp_method : {'single-step', 'multi-step'}
+        Whether the signal meets the trace after every step, or the gradient is exact within a window of steps; see
+        :class:`ETraceVjpAlgorithm`.
+    trace_dtype : dtype, optional
+        Storage precision of the traces; gradients keep the parameters' dtype.
+    control_flow : ControlFlowPolicy, optional
+        What to do with the loops and branches of the step.
+    config : ETraceConfig, optional
+        The rule as coordinates, with ``trace_factorization='per_param'``.
+    random_feedback_key : int or JAX key, optional
+        Of the fixed feedback matrices of ``learning_signal='random_feedback'``.
+    snap_max_jacobian_elements : int
+        See :class:`ETraceVjpAlgorithm`.
+    fast_solve, chunked_trace, **legacy
+        Accepted for scripts; without effect.
 
     Examples
     --------
@@ -179,8 +198,29 @@ class OSTLRecurrent(ParamDimVjpAlgorithm):
     r"""D_RTRL whose transition Jacobian contains the recurrent weights (OSTL with recurrence).
 
     :math:`D` is the block on the diagonal of the whole Jacobian :math:`\partial h^t / \partial h^{t-1}`, recurrent
-    operations included, where :class:`D_RTRL` holds their outputs fixed. Takes the arguments of
-    :class:`ParamDimVjpAlgorithm`.
+    operations included, where :class:`D_RTRL` holds their outputs fixed.
+
+    Parameters
+    ----------
+    model : brainstate.nn.Module
+        The model; its ``update`` is one time step.
+    name : str, optional
+    vjp_method : {'single-step', 'multi-step'}
+        Whether the signal meets the trace after every step, or the gradient is exact within a window of steps; see
+        :class:`ETraceVjpAlgorithm`.
+    trace_dtype : dtype, optional
+        Storage precision of the traces; gradients keep the parameters' dtype.
+    control_flow : ControlFlowPolicy, optional
+        What to do with the loops and branches of the step.
+    config : ETraceConfig, optional
+        The rule as coordinates, with ``trace_factorization='per_param'``; by default with
+        ``recurrence_scope='coupled'``.
+    random_feedback_key : int or JAX key, optional
+        Of the fixed feedback matrices of ``learning_signal='random_feedback'``.
+    snap_max_jacobian_elements : int
+        See :class:`ETraceVjpAlgorithm`.
+    fast_solve, chunked_trace, **legacy
+        Accepted for scripts; without effect.
 
     Raises
     ------

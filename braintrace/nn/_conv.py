@@ -102,7 +102,46 @@ class Conv1d(_Conv, brainstate.nn.Conv1d):
 
 
 class Conv2d(_Conv, brainstate.nn.Conv2d):
-    r"""Convolution over two axes; the parameters of :class:`Conv1d`, with two axes of space in `in_size`.
+    r"""Convolution over two axes, :math:`y = (K \circ m) * x + b`, through :func:`braintrace.conv`.
+
+    Parameters
+    ----------
+    in_size : tuple of int
+        Shape of one input, ``(height, width, channels)``, or ``(channels, height, width)`` with
+        ``channel_first``.
+    out_channels : int
+        Channels of the output.
+    kernel_size, stride, lhs_dilation, rhs_dilation : int or tuple of int
+        One number for every axis of space, or one per axis.
+    padding : str, int, pair or sequence of pairs
+        ``'SAME'``, ``'VALID'``, or how much to pad.
+    groups : int
+        Groups of channels that are convolved by themselves.
+    w_init : callable or array, optional
+        Initial kernel.
+    b_init : callable, array or None, optional
+        Initial bias. ``None`` leaves the bias out.
+    w_mask : callable, array or None, optional
+        Mask :math:`m` of the kernel. Masked entries neither act nor learn.
+    channel_first : bool
+        Whether the channel axis comes before those of space.
+    name : str, optional
+        Name of the layer.
+    param_type : type, optional
+        Class of the parameter state.
+
+    Attributes
+    ----------
+    weight : ParamState
+        ``{'weight': (*kernel_size, in_channels // groups, out_channels)}``, and a ``'bias'`` with axes to broadcast if
+        `b_init` is given.
+    out_size : tuple of int
+        Shape of one output.
+
+    Raises
+    ------
+    ValueError
+        If the sizes do not fit, or an input has another shape than `in_size`.
 
     Examples
     --------
@@ -115,7 +154,46 @@ class Conv2d(_Conv, brainstate.nn.Conv2d):
 
 
 class Conv3d(_Conv, brainstate.nn.Conv3d):
-    r"""Convolution over three axes; the parameters of :class:`Conv1d`, with three axes of space in `in_size`.
+    r"""Convolution over three axes, :math:`y = (K \circ m) * x + b`, through :func:`braintrace.conv`.
+
+    Parameters
+    ----------
+    in_size : tuple of int
+        Shape of one input, ``(depth, height, width, channels)``, or ``(channels, depth, height, width)`` with
+        ``channel_first``.
+    out_channels : int
+        Channels of the output.
+    kernel_size, stride, lhs_dilation, rhs_dilation : int or tuple of int
+        One number for every axis of space, or one per axis.
+    padding : str, int, pair or sequence of pairs
+        ``'SAME'``, ``'VALID'``, or how much to pad.
+    groups : int
+        Groups of channels that are convolved by themselves.
+    w_init : callable or array, optional
+        Initial kernel.
+    b_init : callable, array or None, optional
+        Initial bias. ``None`` leaves the bias out.
+    w_mask : callable, array or None, optional
+        Mask :math:`m` of the kernel. Masked entries neither act nor learn.
+    channel_first : bool
+        Whether the channel axis comes before those of space.
+    name : str, optional
+        Name of the layer.
+    param_type : type, optional
+        Class of the parameter state.
+
+    Attributes
+    ----------
+    weight : ParamState
+        ``{'weight': (*kernel_size, in_channels // groups, out_channels)}``, and a ``'bias'`` with axes to broadcast if
+        `b_init` is given.
+    out_size : tuple of int
+        Shape of one output.
+
+    Raises
+    ------
+    ValueError
+        If the sizes do not fit, or an input has another shape than `in_size`.
 
     Examples
     --------

@@ -136,6 +136,8 @@ class RTUCell(_Rotation):
         Initial hidden states.
     activation : str or callable, optional
         The function :math:`\phi`, or its name in `brainstate.nn`; the identity gives the linear units.
+    name : str, optional
+        Name of the layer.
 
     Attributes
     ----------
