@@ -14,7 +14,7 @@ from ._jax import is_tracer, placed
 from ._learners.base import ETraceAlgorithm
 from ._ops.sparse import Pattern
 from ._sequence import ETraceVmap
-from ._types import Path, path_str
+from ._types import Path, lies_under, names_of, path_str
 
 __all__ = ["shard"]
 
@@ -71,7 +71,7 @@ def shard(
             "The mesh has axes of the type Explicit, with which every operation of a model would have to say where its "
             "result lies. Make it by jax.sharding.Mesh(devices, names), whose axes leave that to the compiler."
         )
-    by_path = {tuple(k.split(".")) if isinstance(k, str) else tuple(k): v for k, v in (units or {}).items()}
+    by_path = {names_of(k): v for k, v in (units or {}).items()}
     for axis in (*([] if batch is None else [batch]), *by_path.values()):
         if axis not in mesh.shape:
             raise ValueError(f"The mesh has no axis {axis!r}; it has {', '.join(map(repr, mesh.shape))}.")
@@ -162,7 +162,7 @@ class Units(NamedTuple):
     entries: set[tuple[int, ...]]
 
     def has(self, path: Path) -> bool:
-        return path_str(path[: len(self.prefix)]) == path_str(self.prefix)
+        return lies_under(path, self.prefix)
 
     def axis(self, shape: tuple[int, ...], last: int) -> int | None:
         """The axis of the units in an array that has them along ``last``; sparse entries have theirs first."""

@@ -9,7 +9,7 @@ import jax
 
 __all__ = [
     "CompilationError", "CompilationWarning", "Held", "MultiStepData", "NotSupportedError", "Path",
-    "SingleStepData", "head", "path_str",
+    "SingleStepData", "head", "lies_under", "names_of", "path_str",
 ]  # fmt: skip
 
 Path = tuple[Any, ...]
@@ -98,7 +98,23 @@ _DESCRIPTION = re.compile(r"\(<class '(?:\w+\.)*(\w+)'>.*?\)(?= // |$)")
 
 def path_str(path: Path) -> str:
     """A parameter or state path as the attribute access that reaches it."""
-    return ".".join(_DESCRIPTION.sub(r"\1", str(p)) for p in path)
+    return ".".join(names_of(path))
+
+
+def names_of(key: Any) -> tuple[str, ...]:
+    """A path or a prefix of one, given as a tuple or as a string with dots, as names."""
+    if isinstance(key, str):
+        return tuple(key.split(".")) if key else ()
+    if isinstance(key, (tuple, list)):
+        return tuple(_DESCRIPTION.sub(r"\1", str(p)) for p in key)
+    raise TypeError(
+        f"Parameters are named by their path or a prefix of it, such as ('cell', 'W') or 'cell.W', got {key!r}."
+    )
+
+
+def lies_under(path: Path, prefix: tuple[str, ...]) -> bool:
+    """Whether a path begins with these names."""
+    return names_of(path)[: len(prefix)] == prefix
 
 
 def head(x: Any) -> Any:

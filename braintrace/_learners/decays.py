@@ -11,9 +11,9 @@ import brainstate
 import brainunit as u
 
 from .._compiler.relations import HiddenParamOpRelation
-from .._types import Path, path_str
+from .._types import Path, names_of, path_str
 
-__all__ = ["Decays", "names_of"]
+__all__ = ["Decays"]
 
 Pair = tuple[float, float]
 
@@ -68,7 +68,7 @@ class Decays:
         return found
 
     def _prefix_of(self, path: Path) -> tuple[str, ...]:
-        names = tuple(map(str, path))
+        names = names_of(path)
         fits = [names[:n] for n in range(len(names), -1, -1) if names[:n] in self.by_prefix]
         if not fits:
             raise ValueError(
@@ -76,17 +76,6 @@ class Decays:
                 "for all others."
             )
         return fits[0]
-
-
-def names_of(key: Any) -> tuple[str, ...]:
-    """A path or a prefix of one, given as a tuple or as a string with dots, as names."""
-    if isinstance(key, str):
-        return tuple(key.split(".")) if key else ()
-    if isinstance(key, (tuple, list)):
-        return tuple(map(str, key))
-    raise TypeError(
-        f"Parameters are named by their path or a prefix of it, such as ('cell', 'W') or 'cell.W', got {key!r}."
-    )
 
 
 def _pair(value: Any) -> Pair:

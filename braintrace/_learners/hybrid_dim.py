@@ -15,10 +15,9 @@ from .._engines.hybrid import HybridEngine, HybridTrace
 from .._engines.io import IOEngine
 from .._engines.param import ParamEngine, ParamRecursion
 from .._engines.weight_trace import WeightTrace
-from .._types import Path, path_str
+from .._types import Path, lies_under, names_of, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
-from .decays import names_of
 from .io_dim import DecayOrRank, IODimVjpAlgorithm
 from .options import Legacy, VjpMethod
 from .param_dim import dense_trace
@@ -156,7 +155,7 @@ class HybridDimVjpAlgorithm(IODimVjpAlgorithm):
         known = [(i, p) for i, r in enumerate(relations) for p in r.parameter_paths]
         for key in self.exact:
             prefix = names_of(key)
-            fits = {i for i, p in known if tuple(map(str, p))[: len(prefix)] == prefix}
+            fits = {i for i, p in known if lies_under(p, prefix)}
             if not fits:
                 shown = ", ".join(dict.fromkeys(path_str(p) for _, p in known))
                 raise ValueError(f"exact names {'.'.join(prefix)!r}, and the parameters with traces are {shown}.")
