@@ -47,7 +47,7 @@ def main():
     args = options.parse_args()
     task = Task(
         name=f"copying, LRU, {args.steps} steps",
-        build=lambda: CopyNet(8 if args.quick else 64, args.steps),
+        build=lambda: CopyNet(8 if args.quick else 32, args.steps),
         draw=draw,
         score=fraction_right,
         steps=args.steps,

@@ -1,4 +1,4 @@
-"""What the tasks beside this file share: gradients by several rules, training, a picture, and a line that says it all."""
+"""What the tasks beside this file share: gradients by several rules, training, a picture, a line of JSON."""
 
 import argparse
 import json
@@ -31,7 +31,7 @@ def cross_entropy(logits, labels):
 
 
 def accuracy(logits, labels):
-    """Fraction of the trials that are answered right: by all steps of the answer together, as their label is the same."""
+    """Fraction of the trials that are answered right, by all steps of the answer together: their label is the same."""
     return (logits.mean(axis=0).argmax(axis=-1) == labels[0]).mean()
 
 
@@ -56,15 +56,22 @@ class Task:
     score_name: str = "accuracy"
     decay: Any = 0.9  # of the traces of pp_prop, and of those that hybrid leaves to it
     exact: Any = "free"  # what hybrid keeps exactly
+    step: Callable | None = None  # the loss of a step as a function of model, call, input and target, if not `loss`
     held_out: Callable | None = None  # returns batches to be scored on; by default, fresh ones
+
+
+def step_loss(task, model, call, x, y):
+    return task.step(model, call, x, y) if task.step else task.loss(call(x), y)
 
 
 def online_gradient(task, model, rule, example):
     """Carry eligibility traces forward beside the network. Nothing runs backward in time."""
-    options = {"decay_or_rank": task.decay} if rule in ("pp_prop", "hybrid") else {}
-    if rule == "hybrid":
-        options["exact"] = task.exact
-    learner = braintrace.compile(model, rule, example, batch_size=task.batch, **options)
+    options = {
+        "pp_prop": {"decay_or_rank": task.decay},
+        "hybrid": {"decay_or_rank": task.decay, "exact": task.exact},
+        "three_factor": {"modulator": 0.0},  # until a step brings its own
+    }
+    learner = braintrace.compile(model, rule, example, batch_size=task.batch, **options.get(rule, {}))
 
     def gradient(inputs, targets):
         learner.reset_state()
@@ -72,7 +79,7 @@ def online_gradient(task, model, rule, example):
         return learner.etrace_grad(
             inputs[-task.answer :],
             targets,
-            step_fn=lambda x, y: task.loss(learner(x), y),
+            step_fn=lambda x, y: step_loss(task, model, learner, x, y),
             loss_output="scalar",
             return_value=True,
         )
@@ -86,18 +93,20 @@ def bptt_gradient(task, model):
 
     def gradient(inputs, targets):
         def loss():
-            outputs = run_model(task, model, inputs)
-            return brainstate.transform.for_loop(task.loss, outputs, targets).mean()
+            evolve(model, inputs[: -task.answer])
+            step = lambda x, y: step_loss(task, model, model, x, y)  # noqa: E731
+            return brainstate.transform.for_loop(step, inputs[-task.answer :], targets).mean()
 
         return brainstate.transform.grad(loss, model.states(brainstate.ParamState), return_value=True)()
 
     return gradient
 
 
-def run_model(task, model, inputs):
-    """Outputs of the steps that count."""
-    brainstate.transform.for_loop(lambda x: (model(x), None)[1], inputs[: -task.answer])
-    return brainstate.transform.for_loop(model, inputs[-task.answer :])
+def evolve(model, inputs):
+    def step(x):
+        model(x)
+
+    brainstate.transform.for_loop(step, inputs)
 
 
 class Trainer:
@@ -128,7 +137,8 @@ class Trainer:
 
     def score(self, inputs, targets):
         brainstate.nn.reset_all_states(self.model, batch_size=self.task.batch)
-        return self.task.score(run_model(self.task, self.model, inputs), targets)
+        evolve(self.model, inputs[: -self.task.answer])
+        return self.task.score(brainstate.transform.for_loop(self.model, inputs[-self.task.answer :]), targets)
 
     def train(self, updates):
         update = brainstate.transform.jit(self.update)
