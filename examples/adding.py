@@ -19,13 +19,13 @@ import braintrace
 
 
 class AddingNet(brainstate.nn.Module):
-    def __init__(self, cell, n_units):
+    def __init__(self, cell, n_units, steps):
         super().__init__()
         if cell == "gru":
             self.cell = braintrace.nn.GRUCell(2, n_units)
             self.readout = braintrace.nn.Linear(n_units, 1)
         else:
-            self.cell = braintrace.nn.LRUCell(3, n_units, r_min=0.9, r_max=0.999, max_phase=0.1)
+            self.cell = braintrace.nn.LRUCell(3, n_units, r_min=1 - 20 / steps, r_max=1 - 0.2 / steps, max_phase=20 / steps)
             self.readout = braintrace.nn.Linear(3, 1)
 
     def update(self, x):
@@ -53,16 +53,17 @@ def main():
     options.add_argument("--cell", choices=["gru", "lru"], default="gru")
     options.add_argument("--steps", type=int, default=50)
     args = options.parse_args()
+    units = 64 if args.cell == "gru" else 32  # and trials of a batch
     task = Task(
         name=f"adding, {args.cell.upper()}, {args.steps} steps",
-        build=lambda: AddingNet(args.cell, 8 if args.quick else 64),
+        build=lambda: AddingNet(args.cell, 8 if args.quick else units, args.steps),
         draw=draw,
         loss=squared_error,
         score=squared_error,
         score_name="squared error",
         steps=args.steps,
         answer=1,
-        batch=4 if args.quick else 64,
+        batch=4 if args.quick else units,
         updates=1000,
         learning_rate=5e-3,
     )

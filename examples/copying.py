@@ -55,6 +55,7 @@ def main():
         batch=4 if args.quick else 16,
         updates=300,
         learning_rate=1e-2,
+        rates={"theta_log": 2 / args.steps},  # an angle acts as often as a unit turns
     )
     run(task, args)
 

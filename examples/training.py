@@ -4,7 +4,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Task:
     batch: int
     updates: int
     learning_rate: float  # of Adam
+    rates: dict = field(default_factory=dict)  # by the name of a parameter: its part of the learning rate, if not all
     loss: Callable = cross_entropy
     score: Callable = accuracy
     score_name: str = "accuracy"
@@ -122,8 +123,12 @@ class Trainer:
         else:
             inputs, _ = self.draw(task.steps)
             self.gradient = online_gradient(task, self.model, args.rule, inputs[0])
-        self.optimizer = OPTIMIZERS[args.optimizer](lr=args.lr or task.learning_rate, grad_clip_norm=1.0)
-        self.optimizer.register_trainable_weights(self.model.states(brainstate.ParamState))
+        self.optimizers = {}
+        weights = self.model.states(brainstate.ParamState)
+        for factor in {1.0, *task.rates.values()}:
+            lr = factor * (args.lr or task.learning_rate)
+            optimizer = self.optimizers[factor] = OPTIMIZERS[args.optimizer](lr=lr, grad_clip_norm=1.0)
+            optimizer.register_trainable_weights(self.of_rate(factor, weights))
         self.losses, self.seconds = [], []
 
     def draw(self, steps):
@@ -132,8 +137,12 @@ class Trainer:
     def update(self, inputs, targets):
         brainstate.nn.reset_all_states(self.model, batch_size=self.task.batch)
         gradients, loss = self.gradient(inputs, targets)
-        self.optimizer.step(gradients)
+        for factor, optimizer in self.optimizers.items():
+            optimizer.step(self.of_rate(factor, gradients))
         return loss
+
+    def of_rate(self, factor, values):
+        return {path: v for path, v in values.items() if self.task.rates.get(path[-1], 1.0) == factor}
 
     def score(self, inputs, targets):
         brainstate.nn.reset_all_states(self.model, batch_size=self.task.batch)
