@@ -65,7 +65,7 @@ def main():
         answer=1,
         batch=4 if args.quick else units,
         updates=1000,
-        learning_rate=5e-3,
+        learning_rate=5e-3 if args.cell == "gru" else 3e-2,
     )
     run(task, args)
 

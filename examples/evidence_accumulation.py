@@ -4,7 +4,7 @@ Seven cues come one after the other, each on the left or on the right. After a d
 the network has to say on which side there were more. Input neurons fire a little all the time.
 
 The network follows Dale's law: a neuron excites all others or inhibits them, by conductances that pull the membrane to
-the reversal potential of their kind. Adaptation, over a second, is what remembers. The loss counts in the last 40 ms
+the reversal potential of their kind. Adaptation, over two seconds, is what remembers. The loss counts in the last 40 ms
 only; until then traces are carried without a gradient.
 
     python examples/evidence_accumulation.py --rule hybrid --out evidence.png
@@ -21,7 +21,7 @@ import braintrace
 
 CUES, CUE, GAP, DELAY, DECISION = 7, 25, 15, 130, 40  # steps of 1 ms; a gap follows each cue
 GROUP = 10  # input neurons of a side, of the question, and of the background
-RATE, BACKGROUND = 0.1, 0.01  # spikes per step
+RATE, BACKGROUND = 0.2, 0.01  # spikes per step
 
 
 class BalancedNet(brainstate.nn.Module):
@@ -34,12 +34,12 @@ class BalancedNet(brainstate.nn.Module):
             n_units,
             R=1e3 * u.ohm,
             tau=20.0 * u.ms,
-            tau_a=1000.0 * u.ms,
+            tau_a=2000.0 * u.ms,
             V_th=1.0 * u.mV,
             beta=0.2 * u.mV,
             spk_fun=braintools.surrogate.ReluGrad(),
         )
-        self.feed = self.connect(n_in, scale=0.4, reversal=5.0)
+        self.feed = self.connect(n_in, scale=0.2, reversal=5.0)
         self.excite = self.connect(self.n_excitatory, scale=0.02, reversal=5.0)
         self.inhibit = self.connect(n_units - self.n_excitatory, scale=0.1, reversal=-1.0)
         w_out = braintools.init.KaimingNormal(scale=0.1)
@@ -85,8 +85,9 @@ def main():
         steps=CUES * (CUE + GAP) + DELAY + DECISION,
         answer=DECISION,
         batch=4 if args.quick else 32,
-        updates=300,
+        updates=250,
         learning_rate=1e-2,
+        exact=["feed"],
     )
     run(task, args)
 
