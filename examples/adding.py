@@ -25,7 +25,8 @@ class AddingNet(brainstate.nn.Module):
             self.cell = braintrace.nn.GRUCell(2, n_units)
             self.readout = braintrace.nn.Linear(n_units, 1)
         else:
-            self.cell = braintrace.nn.LRUCell(3, n_units, r_min=1 - 20 / steps, r_max=1 - 0.2 / steps, max_phase=20 / steps)
+            r_min, r_max, max_phase = 1 - 20 / steps, 1 - 0.2 / steps, 20 / steps
+            self.cell = braintrace.nn.LRUCell(3, n_units, max(r_min, 0.0), r_max, max_phase)
             self.readout = braintrace.nn.Linear(3, 1)
 
     def update(self, x):

@@ -2,8 +2,8 @@
 
 A trial is a sample, a delay of 1,000 steps and a test; sample and test are one of eight directions, to which input
 neurons are tuned as in the visual cortex, and a cue fires with the test and asks for the answer. Input neurons fire a
-little all the time. Membranes (20 ms) have forgotten the sample when the test comes: what is left of it is a slow current
-that every spike of a generalised integrate-and-fire neuron adds to itself and that keeps it from firing for seconds.
+little all the time. Membranes (20 ms) have forgotten the sample when the test comes: what is left of it is a slow
+current that every spike of a generalised integrate-and-fire neuron adds to, and that keeps it from firing for seconds.
 
 The loss counts in the last 25 ms only, and the gradient has to reach the sample from there: through eligibility traces
 that decay as slowly as the current (D_RTRL), or backward through 1,100 steps (BPTT). The traces of pp_prop are
@@ -24,7 +24,7 @@ import braintrace
 
 SAMPLE, DELAY, TEST, RESPONSE = 50, 1000, 50, 25  # steps of 1 ms; the response ends with the test
 DIRECTIONS, TUNED, CUE = 8, 32, 5  # input neurons that are tuned to a direction, and those of the cue
-RATE, BACKGROUND = 0.2, 0.002  # spikes per step
+RATE, BACKGROUND = 0.5, 0.002  # spikes per step
 
 
 class AdaptiveNet(brainstate.nn.Module):
@@ -89,7 +89,7 @@ def main():
         steps=SAMPLE + (50 if args.quick else DELAY) + TEST,
         answer=RESPONSE,
         batch=4 if args.quick else 32,
-        updates=300,
+        updates=250,
         learning_rate=1e-2,
     )
     run(task, args)

@@ -164,9 +164,9 @@ def natural(name):
 def page(runs):
     yield "# Results"
     yield (
-        "Written by `examples/results.py` from runs of the scripts in `examples/` at their default sizes: score on fresh "
-        "or held-out trials (of the last tenth of a stream), mean ± standard deviation over seeds; the median time of an "
-        "update, one thread per run, many runs side by side; and the temporary memory that XLA plans for an update. "
+        "Written by `examples/results.py` from runs of the scripts in `examples/`: score on fresh or held-out trials "
+        "(of a stream, its last tenth), mean ± standard deviation over seeds; the median time of an update, one thread "
+        "per run, many runs side by side; and the temporary memory that XLA plans for an update. "
         "An update is one batch of trials, in a stream one step. How each task is made is told in its script."
     )
     for start, text in SECTIONS.items():

@@ -41,6 +41,7 @@ class World:
     n_in: int
     steps: int
     discount: float
+    ring: tuple  # between which absolute values the factors of linear units begin
 
 
 def chain(length):
@@ -57,7 +58,8 @@ def chain(length):
         last = t == length - 1
         return (t + 1, cue, noise), jnp.where(last, jnp.where((action == 1) == (cue > 0), 1.0, -1.0), 0.0), last
 
-    return World(start, observe, act, lambda r: (1 + r) / 2, "right answers", 3, 3000 * length, 0.9)
+    ring = max(0.5, 1 - 4 / length), 1 - 0.4 / length
+    return World(start, observe, act, lambda r: (1 + r) / 2, "right answers", 3, 8000 * length, 0.9, ring)
 
 
 def pole():
@@ -78,17 +80,16 @@ def pole():
         end = (jnp.abs(after[0]) > 2.4) | (jnp.abs(after[2]) > 0.2095) | (t + 1 >= 500)
         return (t + 1, after), jnp.asarray(0.02), end
 
-    return World(start, observe, act, lambda r: r / 0.02, "steps balanced", 2, 300_000, 0.99)
+    return World(start, observe, act, lambda r: r / 0.02, "steps balanced", 2, 300_000, 0.99, (0.9, 0.999))
 
 
 class Agent(brainstate.nn.Module):
-    def __init__(self, cell, n_in, n_units):
+    def __init__(self, cell, n_in, n_units, ring):
         super().__init__()
-        ring = dict(r_min=0.9, r_max=0.999)
         self.pad = WIDTH - n_in if cell == "lru" else 0
         self.cell = {
-            "lru": lambda: braintrace.nn.LRUCell(WIDTH, n_units, **ring),
-            "rtu": lambda: braintrace.nn.RTUCell(n_in, n_units, **ring),
+            "lru": lambda: braintrace.nn.LRUCell(WIDTH, n_units, *ring),
+            "rtu": lambda: braintrace.nn.RTUCell(n_in, n_units, *ring),
             "gru": lambda: braintrace.nn.GRUCell(n_in, n_units),
         }[cell]()
         n_out = {"lru": WIDTH, "rtu": 2 * n_units, "gru": n_units}[cell]
@@ -105,11 +106,11 @@ class Stream:
     def __init__(self, args, world):
         brainstate.random.seed(args.seed)
         self.world, self.fade = world, 0.9 * world.discount  # of the trace of gradients
-        agent = Agent(args.cell, world.n_in, 32)
+        agent = Agent(args.cell, world.n_in, 32, world.ring)
         options = {"decay_or_rank": 0.9} if args.rule in ("pp_prop", "hybrid") else {}
         self.learner = braintrace.compile(agent, args.rule, jnp.zeros(world.n_in), **options)
         self.weights = agent.states(brainstate.ParamState)
-        self.memory = {k: s for k, s in self.learner.states().items() if k not in self.weights}
+        self.memory = [s for s in self.learner.states().values() if not isinstance(s, brainstate.ParamState)]
         self.optimizer = OPTIMIZERS[args.optimizer](lr=args.lr or 1e-3)
         self.optimizer.register_trainable_weights(self.weights)
 
@@ -120,7 +121,7 @@ class Stream:
 
     def step(self, before, key):
         state, trace, value, reward, ended, total = before
-        for memory in self.memory.values():  # an episode begins with empty states and eligibility traces
+        for memory in self.memory:  # an episode begins with empty states and eligibility traces
             memory.value = jax.tree.map(lambda m: jnp.where(ended, jnp.zeros_like(m), m), memory.value)
         choose, start = jax.random.split(key)
 
