@@ -1,9 +1,12 @@
-"""What the tasks beside this file share: gradients by several methods, training, and what an update costs."""
+"""What the tasks beside this file share: gradients by several rules, training, a picture, a line of JSON."""
 
 import argparse
+import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import brainstate
 import braintools
@@ -13,48 +16,71 @@ from tqdm import tqdm
 
 import braintrace
 
-METHODS = ("immediate", "pp_prop", "hybrid", "d_rtrl", "bptt")
+RULES = ("immediate", "pp_prop", "hybrid", "d_rtrl", "bptt")
+OPTIMIZERS = {
+    "adam": braintools.optim.Adam,
+    "sgd": lambda lr, **options: braintools.optim.SGD(lr=10 * lr, momentum=0.9, **options),
+    "rmsprop": lambda lr, **options: braintools.optim.RMSprop(lr=0.3 * lr, alpha=0.9, **options),
+}
 MEMORY_STEPS = (200, 1000, 5000)
-TRACE_CHUNK = 50  # steps; it divides the lengths above, which spares a copy of the inputs
 TEST_BATCHES = 10
+
+
+def cross_entropy(logits, labels):
+    return braintools.metric.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def accuracy(logits, labels):
+    """Fraction of the trials that are answered right, by all steps of the answer together: their label is the same."""
+    return (logits.mean(axis=0).argmax(axis=-1) == labels[0]).mean()
 
 
 @dataclass
 class Task:
     """A network, and trials of any length to train it on.
 
-    `draw(rng, batch, steps)` returns inputs `(steps, batch, feature)`, targets `(steps, batch)`, and the mask
-    `(steps,)` of the steps that count. `loss` and `score` take the outputs and the targets of one step.
+    `draw(rng, batch, steps)` returns inputs `(steps, batch, feature)`, and targets `(answer, batch)` of the last steps,
+    those that count. `loss` takes outputs and targets of one of these steps, `score` those of all.
     """
 
+    name: str
     build: Callable
     draw: Callable
-    loss: Callable
-    score: Callable
-    score_name: str
     steps: int
+    answer: int
     batch: int
     updates: int
-    learning_rate: float
-    decay: float  # of the traces of pp_prop, and of those that hybrid leaves to it
+    learning_rate: float  # of Adam
+    rates: dict = field(default_factory=dict)  # by the name of a parameter: its part of the learning rate, if not all
+    loss: Callable = cross_entropy
+    score: Callable = accuracy
+    score_name: str = "accuracy"
+    decay: Any = 0.9  # of the traces of pp_prop, and of those that hybrid leaves to it
+    exact: Any = "free"  # what hybrid keeps exactly
+    step: Callable | None = None  # the loss of a step as a function of model, call, input and target, if not `loss`
+    held_out: Callable | None = None  # returns batches to be scored on; by default, fresh ones
+
+
+def step_loss(task, model, call, x, y):
+    return task.step(model, call, x, y) if task.step else task.loss(call(x), y)
 
 
 def online_gradient(task, model, rule, example):
     """Carry eligibility traces forward beside the network. Nothing runs backward in time."""
-    options = {"decay_or_rank": task.decay} if rule in ("pp_prop", "hybrid") else {}
-    learner = braintrace.compile(model, rule, example, batch_size=task.batch, **options)
+    options = {
+        "pp_prop": {"decay_or_rank": task.decay},
+        "hybrid": {"decay_or_rank": task.decay, "exact": task.exact},
+        "three_factor": {"modulator": 0.0},  # until a step brings its own
+    }
+    learner = braintrace.compile(model, rule, example, batch_size=task.batch, **options.get(rule, {}))
 
-    def gradient(inputs, targets, mask):
-        def step_loss(x, y):
-            return task.loss(learner(x), y)
-
+    def gradient(inputs, targets):
         learner.reset_state()
+        learner.etrace_evolve(inputs[: -task.answer])
         return learner.etrace_grad(
-            inputs,
+            inputs[-task.answer :],
             targets,
-            step_fn=step_loss,
-            mask=mask,
-            trace_chunk=TRACE_CHUNK,
+            step_fn=lambda x, y: step_loss(task, model, learner, x, y),
             loss_output="scalar",
             return_value=True,
         )
@@ -66,78 +92,137 @@ def bptt_gradient(task, model):
     """Differentiate the whole sequence, which keeps every time step in memory."""
     brainstate.nn.init_all_states(model, batch_size=task.batch)
 
-    def gradient(inputs, targets, mask):
+    def gradient(inputs, targets):
         def loss():
-            losses = brainstate.transform.for_loop(lambda x, y: task.loss(model(x), y), inputs, targets)
-            return (losses * mask).sum() / mask.sum()
+            evolve(model, inputs[: -task.answer])
+            step = lambda x, y: step_loss(task, model, model, x, y)  # noqa: E731
+            return brainstate.transform.for_loop(step, inputs[-task.answer :], targets).mean()
 
         return brainstate.transform.grad(loss, model.states(brainstate.ParamState), return_value=True)()
 
     return gradient
 
 
-class Trainer:
-    """A network, its gradient by one method, and an optimiser."""
+def evolve(model, inputs):
+    def step(x):
+        model(x)
 
-    def __init__(self, task, method, seed):
-        brainstate.random.seed(seed)
-        self.task, self.method = task, method
+    brainstate.transform.for_loop(step, inputs)
+
+
+class Trainer:
+    """A network, its gradient by one rule, and an optimiser."""
+
+    def __init__(self, task, args):
+        brainstate.random.seed(args.seed)
+        self.task, self.rule = task, args.rule
         self.model = task.build()
-        self.rng = np.random.default_rng(seed)
-        if method == "bptt":
+        self.rng = np.random.default_rng(args.seed)
+        if args.rule == "bptt":
             self.gradient = bptt_gradient(task, self.model)
         else:
-            inputs, _, _ = self.batch(task.steps)
-            self.gradient = online_gradient(task, self.model, method, inputs[0])
-        self.optimizer = braintools.optim.Adam(lr=task.learning_rate, grad_clip_norm=1.0)
-        self.optimizer.register_trainable_weights(self.model.states(brainstate.ParamState))
+            inputs, _ = self.draw(task.steps)
+            self.gradient = online_gradient(task, self.model, args.rule, inputs[0])
+        self.optimizers = {}
+        weights = self.model.states(brainstate.ParamState)
+        for factor in {1.0, *task.rates.values()}:
+            lr = factor * (args.lr or task.learning_rate)
+            optimizer = self.optimizers[factor] = OPTIMIZERS[args.optimizer](lr=lr, grad_clip_norm=1.0)
+            optimizer.register_trainable_weights(self.of_rate(factor, weights))
+        self.losses, self.seconds = [], []
 
-    def batch(self, steps):
+    def draw(self, steps):
         return tuple(map(jnp.asarray, self.task.draw(self.rng, self.task.batch, steps)))
 
-    def update(self, inputs, targets, mask):
+    def update(self, inputs, targets):
         brainstate.nn.reset_all_states(self.model, batch_size=self.task.batch)
-        gradients, loss = self.gradient(inputs, targets, mask)
-        self.optimizer.step(gradients)
+        gradients, loss = self.gradient(inputs, targets)
+        for factor, optimizer in self.optimizers.items():
+            optimizer.step(self.of_rate(factor, gradients))
         return loss
 
-    def score(self, inputs, targets, mask):
-        """Mean score of the steps that count."""
-        brainstate.nn.reset_all_states(self.model, batch_size=self.task.batch)
-        scores = brainstate.transform.for_loop(lambda x, y: self.task.score(self.model(x), y), inputs, targets)
-        return (scores * mask).sum() / mask.sum()
+    def of_rate(self, factor, values):
+        return {path: v for path, v in values.items() if self.task.rates.get(path[-1], 1.0) == factor}
 
-    def train(self):
-        """Train on fresh trials. Return the score on other trials and the seconds of the fastest update."""
-        update, score = map(brainstate.transform.jit, (self.update, self.score))
-        seconds = []
-        progress = tqdm(range(self.task.updates), desc=self.method, ncols=100, mininterval=0.5)
+    def score(self, inputs, targets):
+        brainstate.nn.reset_all_states(self.model, batch_size=self.task.batch)
+        evolve(self.model, inputs[: -self.task.answer])
+        return self.task.score(brainstate.transform.for_loop(self.model, inputs[-self.task.answer :]), targets)
+
+    def train(self, updates):
+        update = brainstate.transform.jit(self.update)
+        progress = tqdm(range(updates), desc=self.rule, ncols=100, mininterval=0.5)
         for _ in progress:
-            batch = self.batch(self.task.steps)
+            batch = self.draw(self.task.steps)
             start = time.perf_counter()
-            loss = float(update(*batch))
-            seconds.append(time.perf_counter() - start)
-            progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        return np.mean([score(*self.batch(self.task.steps)) for _ in range(TEST_BATCHES)]), min(seconds)
+            self.losses.append(float(update(*batch)))
+            self.seconds.append(time.perf_counter() - start)
+            progress.set_postfix(loss=f"{self.losses[-1]:.4f}", refresh=False)
+
+    def test(self):
+        """Mean score on trials that were not trained on."""
+        fresh = (self.draw(self.task.steps) for _ in range(TEST_BATCHES))
+        score = brainstate.transform.jit(self.score)
+        return float(np.mean([score(*batch) for batch in (self.task.held_out() if self.task.held_out else fresh)]))
 
     def memory(self, steps):
-        """Bytes of the temporary arrays that XLA plans for one update on trials of this length. Nothing runs."""
-        compiled = brainstate.transform.jit(self.update).compile(*self.batch(steps))
-        return compiled.memory_analysis().temp_size_in_bytes
+        """MiB of the temporary arrays that XLA plans for one update on trials of this length. Nothing runs."""
+        compiled = brainstate.transform.jit(self.update).compile(*self.draw(steps))
+        return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+    def picture(self, path):
+        """The loss while learning, and one trial: its inputs, and what the network makes of them."""
+        inputs, _ = self.draw(self.task.steps)
+        brainstate.nn.reset_all_states(self.model, batch_size=self.task.batch)
+        outputs = brainstate.transform.for_loop(self.model, inputs)
+
+        def draw(axes):
+            axes[0].plot(self.losses)
+            axes[0].set(title=f"{self.task.name}, {self.rule}", xlabel="update", ylabel="loss")
+            axes[1].imshow(inputs[:, 0].T, aspect="auto", cmap="gray_r", interpolation="nearest")
+            axes[1].set(title="a trial", xlabel="step", ylabel="input")
+            axes[2].plot(outputs[:, 0])
+            axes[2].axvspan(self.task.steps - self.task.answer, self.task.steps, color="C1", alpha=0.2)
+            axes[2].set(title="outputs, and the steps that count", xlabel="step")
+
+        save(path, draw)
 
 
-def parser(description):
+def save(path, draw, panels=3):
+    from matplotlib.figure import Figure  # here, so that runs without a picture need no matplotlib
+
+    figure = Figure(figsize=(4 * panels, 3.2), layout="constrained")
+    draw(figure.subplots(1, panels))
+    figure.savefig(path, dpi=120)
+
+
+def parser(description, rules=RULES):
     options = argparse.ArgumentParser(description=description)
-    options.add_argument("--method", choices=METHODS, default="d_rtrl")
+    options.add_argument("--rule", choices=rules, default="d_rtrl")
+    options.add_argument("--optimizer", choices=OPTIMIZERS, default="adam")
     options.add_argument("--seed", type=int, default=0, help="for the initial weights and the trials")
+    options.add_argument("--updates", type=int, help="how often the weights change; by default, what the task needs")
+    options.add_argument("--lr", type=float, help="learning rate of Adam; those of the other optimisers follow from it")
     options.add_argument("--quick", action="store_true", help="a smoke run: three updates of a small network")
     options.add_argument("--memory", action="store_true", help=f"print the memory for {MEMORY_STEPS} steps")
+    options.add_argument("--out", type=Path, help="draw the run into this file")
     return options
 
 
+def report(args, task, score_name, score, updates, seconds, memory):
+    """Print what a table of results needs, as one line of JSON."""
+    record = dict(task=task, rule=args.rule, optimizer=args.optimizer, seed=args.seed, measure=score_name, score=score)
+    record |= dict(updates=updates, seconds_per_update=seconds, temporary_mib=memory)
+    print(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}))
+
+
 def run(task, args):
-    trainer = Trainer(task, args.method, args.seed)
-    score, seconds = trainer.train()
-    print(f"{args.method}, seed {args.seed}: {task.score_name} {score:.4f}, {seconds:.3f} s per update")
-    for steps in MEMORY_STEPS if args.memory else [task.steps]:
-        print(f"{args.method}: {trainer.memory(steps) / 2**20:.1f} MiB of temporary memory for {steps} steps")
+    trainer = Trainer(task, args)
+    updates = args.updates or (3 if args.quick else task.updates)
+    trainer.train(updates)
+    for steps in MEMORY_STEPS if args.memory else ():
+        print(f"{args.rule}: {trainer.memory(steps):.1f} MiB of temporary memory for {steps} steps")
+    if args.out:
+        trainer.picture(args.out)
+    seconds = float(np.median(trainer.seconds))
+    report(args, task.name, task.score_name, trainer.test(), updates, seconds, trainer.memory(task.steps))

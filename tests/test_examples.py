@@ -1,11 +1,13 @@
 """The examples run, on sizes that take seconds."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -45,16 +47,40 @@ def test_whole_brain_on_eight_devices_learns_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script, method, score",
+    "command, measure",
     [
-        ("delayed_match_to_sample.py", "pp_prop", "accuracy"),
-        ("delayed_match_to_sample.py", "d_rtrl", "accuracy"),
-        ("adding.py", "d_rtrl", "squared error"),
-        ("adding.py", "bptt", "squared error"),
+        ("delayed_match_to_sample.py --rule pp_prop", "accuracy"),
+        ("delayed_match_to_sample.py --rule d_rtrl", "accuracy"),
+        ("evidence_accumulation.py --rule hybrid", "accuracy"),
+        ("sequential_digits.py --rule d_rtrl --cell lru --optimizer rmsprop", "accuracy"),
+        ("sequential_digits.py --rule immediate --cell gru --optimizer sgd", "accuracy"),
+        ("adding.py --rule d_rtrl --memory", "squared error"),
+        ("adding.py --rule bptt --cell lru --steps 20", "squared error"),
+        ("copying.py --rule d_rtrl --steps 50", "accuracy"),
+        ("streaming_rl.py --length 5 --cell rtu --rule d_rtrl", "right answers"),
+        ("streaming_rl.py --task pole --cell gru --rule immediate", "steps balanced"),
+        ("event_streams.py --rule pp_prop --neurons alif", "accuracy"),
+        ("reward_modulated.py --rule three_factor", "accuracy"),
     ],
 )
-def test_task(script, method, score, tmp_path):
-    report, memory = run(script, "--method", method, folder=tmp_path).splitlines()
-    assert report.startswith(f"{method}, seed 0: {score} 0.")
-    assert report.endswith(" s per update")
-    assert " MiB of temporary memory for " in memory
+def test_task(command, measure, tmp_path):
+    script, *options = command.split()
+    lines = run(script, "--out", "picture.png", *options, folder=tmp_path).splitlines()
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    record = json.loads(lines[-1])
+    assert record["measure"] == measure and record["rule"] == options[options.index("--rule") + 1]
+    assert np.isfinite([record[k] for k in ("score", "seconds_per_update", "temporary_mib")]).all()
+    assert len(lines) == 1 + 3 * ("--memory" in options)
+    assert all(" MiB of temporary memory for " in line for line in lines[:-1])
+
+
+def test_results(tmp_path):
+    options = ["--tasks", "adding.py --cell lru --steps 200", "--rules", "d_rtrl", "--seeds", "2", "--jobs", "2"]
+    options += ["--out", tmp_path / "results.md"]
+    run("results.py", *options, folder=tmp_path)
+    lines = (tmp_path / "results.jsonl").read_text()
+    assert [json.loads(line)["task"] for line in lines.splitlines()] == ["adding, LRU, 200 steps"] * 2
+    row = (tmp_path / "results.md").read_text().splitlines()[-1]
+    assert row.startswith("| adding, LRU, 200 steps | d_rtrl | adam | ") and " | 2 | " in row
+    run("results.py", *options, folder=tmp_path)  # runs nothing
+    assert (tmp_path / "results.jsonl").read_text() == lines

@@ -1,0 +1,76 @@
+"""Teach a recurrent network to read handwritten digits, pixel by pixel.
+
+The 8x8 digits of scikit-learn come as 64 steps of one pixel, or magnified to 28x28 as 784 steps. Neurons that are
+tuned to a brightness each stand between a pixel and the network. The answer is read after the last pixel.
+
+    python examples/sequential_digits.py --rule d_rtrl --cell lru --out digits.png
+    python examples/sequential_digits.py --rule bptt --cell gru
+"""
+
+import brainstate
+import jax
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from training import Task, parser, run
+
+import braintrace
+
+TUNED = 16  # neurons per pixel
+TEST_SIZE = 360
+
+
+class DigitNet(brainstate.nn.Module):
+    def __init__(self, cell, n_units, steps):
+        super().__init__()
+        if cell == "lru":  # as wide as its input; the units are what it keeps inside
+            self.cell = braintrace.nn.LRUCell(TUNED, n_units, r_min=1 - 4 / steps, r_max=1 - 0.4 / steps)
+        else:
+            self.cell = braintrace.nn.GRUCell(TUNED, n_units)
+        self.readout = braintrace.nn.Linear(TUNED if cell == "lru" else n_units, 10)
+
+    def update(self, x):
+        return self.readout(jax.nn.gelu(self.cell(x)))
+
+
+def load(size, seed):
+    """Images `(sample, size * size)` and labels, split; magnified by bilinear interpolation."""
+    digits = load_digits()
+    images = jax.image.resize(digits.images / 16.0, (len(digits.images), size, size), "bilinear")
+    images = np.asarray(images).reshape(len(images), -1)
+    return train_test_split(images, digits.target, test_size=TEST_SIZE, stratify=digits.target, random_state=seed)
+
+
+def encode(images):
+    """What neurons tuned to a brightness say to each pixel, `(steps, batch, TUNED)`."""
+    distance = images.T[..., None] - np.linspace(0, 1, TUNED)
+    return np.exp(-((distance * TUNED / 2) ** 2)).astype(np.float32)
+
+
+def main():
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--cell", choices=["lru", "gru"], default="lru")
+    options.add_argument("--size", type=int, choices=[8, 28], default=8)
+    args = options.parse_args()
+    x_train, x_test, y_train, y_test = load(args.size, args.seed)
+    batch = 4 if args.quick else 40
+
+    def pick(images, labels, chosen):
+        return encode(images[chosen]), labels[chosen][None].astype(np.int32)
+
+    task = Task(
+        name=f"digits, {args.cell.upper()}, {args.size**2} steps",
+        build=lambda: DigitNet(args.cell, 8 if args.quick else 64, args.size**2),
+        draw=lambda rng, batch, steps: pick(x_train, y_train, rng.choice(len(x_train), batch, replace=False)),
+        held_out=lambda: [pick(x_test, y_test, c) for c in np.arange(TEST_SIZE).reshape(-1, batch)],
+        steps=args.size**2,
+        answer=1,
+        batch=batch,
+        updates=1000,
+        learning_rate=5e-3,
+    )
+    run(task, args)
+
+
+if __name__ == "__main__":
+    main()
