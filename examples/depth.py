@@ -40,7 +40,9 @@ class LIFLayer(brainstate.nn.Module):
             n_out, tau=20.0 * u.ms, V_th=1.0 * u.mV, spk_fun=braintools.surrogate.ReluGrad()
         )
         self.synapses = brainpy.state.AlignPostProj(
-            comm=braintrace.nn.Linear(n_in + n_out, n_out, w_init=braintools.init.KaimingNormal(2.0, unit=u.mS)),
+            comm=braintrace.nn.Linear(
+                n_in + n_out, n_out, w_init=braintools.init.KaimingNormal(2.0, unit=u.mS), b_init=None
+            ),
             syn=brainpy.state.Expon(n_out, tau=5.0 * u.ms),
             out=brainpy.state.CUBA(scale=1.0 * u.volt),
             post=self.neurons,

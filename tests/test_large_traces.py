@@ -14,6 +14,8 @@ from braintrace._engines import pieces
 from braintrace._engines.pieces import Pieces, is_pieces
 from braintrace._engines.samples import met, spread_over
 
+pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere traces are whole")
+
 T, BATCH = 5, 3
 
 
@@ -24,7 +26,6 @@ def assert_close(ours, theirs, tol=1e-6):
 @pytest.fixture
 def size_of_pieces(monkeypatch):
     def set_to(size):
-        monkeypatch.setattr(pieces, "_LARGE", size)
         monkeypatch.setattr(pieces, "_PIECE", size)
 
     return set_to
@@ -211,6 +212,10 @@ def test_mapped_samples(operands):
 
     assert_close(ours(weight), jnp.einsum("ij,bij->bj", weight, trace))
     assert_close(jax.vjp(ours, weight)[1](signal)[0], jnp.einsum("bj,bij->ij", signal, trace))
+
+
+def test_traces_beyond_all_pieces_are_whole():
+    assert not is_pieces(pieces.zeros_in_pieces((4, 2, 3), jnp.float32, -2, samples=2**40))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

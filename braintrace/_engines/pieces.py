@@ -19,7 +19,8 @@ from .._jax import runs_on_cpu, zeros
 
 __all__ = ["Pieces", "cut_like", "is_pieces", "joined", "zeros_in_pieces"]
 
-_LARGE = _PIECE = 2**24  # bytes
+_PIECE = 2**24  # bytes
+_MOST = 64  # each piece takes time to compile
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -81,10 +82,11 @@ def joined(value: Any) -> Any:
 
 def zeros_in_pieces(shape: tuple[int, ...], dtype: Any, axis: int, samples: int) -> Any:
     """Zeros for each of that many mapped samples, in pieces along an axis where they are many on a CPU."""
-    size = samples * math.prod(shape) * jnp.dtype(dtype).itemsize
-    if size < _LARGE or not runs_on_cpu():
+    size, n = samples * math.prod(shape) * jnp.dtype(dtype).itemsize, shape[axis]
+    count = min(-(-size // _PIECE), _MOST, n)
+    # Pieces of more than twice the size are not reused either.
+    if size <= _PIECE or size > 2 * _PIECE * count or not runs_on_cpu():
         return zeros(shape, dtype)
-    count, n = min(-(-size // _PIECE), shape[axis]), shape[axis]
     sizes = [n * (i + 1) // count - n * i // count for i in range(count)]
     pieces = [(*shape[: len(shape) + axis], m, *shape[len(shape) + axis + 1 :]) for m in sizes]
     return Pieces([zeros(piece, dtype) for piece in pieces], axis)
