@@ -2,8 +2,10 @@
 
 import inspect
 import io
+import itertools
 import re
 import warnings
+import xml.etree.ElementTree
 
 import brainpy
 import brainstate
@@ -824,10 +826,10 @@ def test_text_of_the_report(level, capsys):
     text = report.to_str(level)
     order = [
         re.search(row, text).start()
-        for row in (" 0 +h", " 1 +b", " t\n", " w +etp", " v +etp", " bias +etp", " q +rel")
+        for row in (" 0 +h", " 1 +b", " t\n", " w +etp", " v +etp", " bias +etp", " q +reaches")
     ]
     assert order == sorted(order)
-    assert "relation_excluded_non_temporal" in text and ("never reads" in text) == (level == 2)
+    assert "reaches no hidden state" in text and ("never reads" in text) == (level == 2)
     report.show(level)
     assert capsys.readouterr().out == text + "\n"
     target = io.StringIO()
@@ -851,9 +853,38 @@ def test_show_graph(capsys):
 def test_the_report_in_a_notebook():
     html = report_of()._repr_html_()
     assert html.count("<table>") == html.count("</table>") == 5
-    for cell in ("h", "t", "plain", "q", "relation_excluded_non_temporal", "etp_mv", "[1]", "state_mismatch"):
+    for cell in ("h", "t", "plain", "q", "reaches no hidden state", "etp_mv", "[1]", "state_mismatch"):
         assert f"<td>{cell}</td>" in html
     assert "&#x27;unread&#x27;" in html and "'" not in html
+
+
+def drawing_of(model, x):
+    brainstate.nn.init_all_states(model)
+    report = braintrace.CompilationReport(braintrace.compile_etrace_graph(model, x))
+    drawings = re.findall(r"<svg.*?</svg>", report._repr_html_())
+    return report, [xml.etree.ElementTree.fromstring(d) for d in drawings]
+
+
+def test_the_report_draws_the_model():
+    stack = brainstate.nn.Sequential(
+        braintrace.nn.LSTMCell(2, 3), braintrace.nn.GRUCell(3, 3), braintrace.nn.Linear(3, 1)
+    )
+    report, (svg,) = drawing_of(stack, jnp.zeros(2))
+    of_kind = lambda tag: svg.findall(f"{{http://www.w3.org/2000/svg}}{tag}")  # noqa: E731
+    words = {text.text for text in of_kind("text")}
+    assert {"input", "output", "layers.1.Wr.weight", "layers.0.h, layers.0.c", "shape (3,), S = 2"} <= words
+    boxes = [[float(rect.get(k)) for k in ("x", "y", "width", "height")] for rect in of_kind("rect")]
+    for (x, y, width, height), (x2, y2, width2, height2) in itertools.combinations(boxes, 2):
+        assert x + width <= x2 or x2 + width2 <= x or y + height <= y2 or y2 + height2 <= y
+    total = float(svg.get("width"))
+    assert all(x >= 0 and y >= 0 and x + width <= total for x, y, width, _ in boxes)
+    arrows = report.to_mermaid().count("-->") + report.to_mermaid().count("==>") + report.to_mermaid().count("--x")
+    assert len(of_kind("path")) == arrows + report.to_mermaid().count("-.->")
+
+
+def test_a_model_too_large_to_be_read_is_not_drawn():
+    _, drawings = drawing_of(brainstate.nn.Sequential(*(braintrace.nn.LSTMCell(2, 2) for _ in range(9))), jnp.zeros(2))
+    assert drawings == []
 
 
 def test_the_report_as_a_diagram():

@@ -605,3 +605,19 @@ def test_two_learners_of_one_model_are_independent():
     for learner in (first, second):
         assert list(learner.hidden_states.values())[0] is model.states(HiddenState)["layers", 0, "h"]
     assert all(first.param_states[p] is second.param_states[p] for p in first.param_states)
+
+
+def test_a_learner_shows_what_it_trains():
+    model = brainstate.nn.Sequential(braintrace.nn.GRUCell(2, 3), braintrace.nn.Linear(3, 1))
+    learner = braintrace.pp_prop(model, decay_or_rank=0.9)
+    assert repr(learner) == "pp_prop of Sequential, not compiled" and learner._repr_html_() is None
+    brainstate.nn.init_all_states(model)
+    learner.compile_graph(jnp.zeros(2))
+    assert repr(learner).split("\n")[0] == "pp_prop of Sequential" and "layers.0.Wz.weight" in repr(learner)
+    assert learner._repr_html_() == learner.report._repr_html_()
+
+
+def test_states_that_are_missing_in_a_container():
+    model = brainstate.nn.Sequential(braintrace.nn.GRUCell(2, 3), braintrace.nn.Linear(3, 1))
+    with pytest.raises(AttributeError, match=r"'GRUCell'.*'h'.*init_all_states.*braintrace.compile"):
+        braintrace.D_RTRL(model).compile_graph(jnp.zeros(2))

@@ -153,20 +153,28 @@ def _one_at_a_time() -> Iterator[None]:
         _tracing.reset(token)
 
 
+_NO_STATES = brainstate.nn.Module.init_state
+
+
 @contextlib.contextmanager
 def _initialised() -> Iterator[None]:
     """Say what makes the states, where a layer has none of its own."""
     try:
         yield
-    except AttributeError as error:
-        layer: Any = error.obj
-        of_module = isinstance(layer, brainstate.nn.Module)
-        if not of_module or type(layer).init_state is brainstate.nn.Module.init_state or error.name in vars(layer):
+    except Exception as error:
+        found: Any = error
+        while not isinstance(found, (AttributeError, type(None))):
+            found = found.__cause__  # a container says in which of its modules it was
+        if found is None:
+            raise
+        layer: Any = found.obj
+        has_states = isinstance(layer, brainstate.nn.Module) and type(layer).init_state is not _NO_STATES
+        if not has_states or found.name in vars(layer):
             raise
         raise AttributeError(
-            f"{error}. If that is a state, it is not initialised: call brainstate.nn.init_all_states(model) before "
+            f"{found}. If that is a state, it is not initialised: call brainstate.nn.init_all_states(model) before "
             "compile_graph, or let braintrace.compile do both.",
-            name=error.name,
+            name=found.name,
             obj=layer,
         ) from error
 

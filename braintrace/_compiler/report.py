@@ -12,10 +12,31 @@ import jax
 
 from .._types import Path, path_str
 from .diagnostics import CompilationRecord, DiagnosticLevel
-from .diagram import mermaid
+from .diagram import mermaid, svg
 from .graph import ETraceGraph
 
 __all__ = ["CompilationReport"]
+
+# Why a parameter has no trace, by the kind of the record that tells; `None` where there is none.
+_REASONS = {
+    None: "used without a marked operation",
+    "relation_excluded_no_paramstate": "its operand comes from no parameter",
+    "relation_excluded_non_temporal": "reaches no hidden state",
+    "relation_excluded_shape_mismatch": "its output has another shape than the hidden state",
+    "relation_excluded_weight_to_weight": "reaches hidden states through another operation only",
+    "relation_excluded_sliced_weight": "only a part of it is used",
+    "relation_excluded_mixing": "its output is mixed between positions on the way",
+    "relation_excluded_unmarked": "multiplies hidden values in plain JAX",
+}
+_STYLE = (
+    "<style scoped>.braintrace table{margin:0 0 1em;border-collapse:collapse;font-size:90%}"
+    ".braintrace caption{text-align:left;font-weight:bold;padding:.3em 0}"
+    ".braintrace td,.braintrace th{text-align:left;padding:.15em .8em .15em 0;border-bottom:1px solid #ddd}"
+    ".braintrace div{overflow-x:auto}</style>"
+)
+_LEGEND = (
+    "Thick: traced (D is what carries the history). Dotted: the exact credit of the current step only. Dashed: cut."
+)
 
 Section = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
@@ -126,7 +147,7 @@ class CompilationReport:
             (
                 "Current-step gradient only",
                 ("parameter", "why"),
-                [(path_str(p), kind or "used without a marked operation") for p, kind in self.excluded_weights],
+                [(path_str(p), _REASONS.get(kind, str(kind))) for p, kind in self.excluded_weights],
             ),
         ]
         found.append(("Layout", ("array", "shape", "axes of the mesh"), list(self._spread_arrays())))
@@ -186,7 +207,10 @@ class CompilationReport:
         for title, columns, rows in self._sections(2):
             body = "".join(row(cells, "td") for cells in rows)
             parts.append(f"<table><caption>{title}</caption>{row(columns, 'th')}{body}</table>")
-        return "".join(parts)
+        drawing = svg(self.graph)
+        if drawing:
+            parts.append(f"<div>{drawing}</div><small>{_LEGEND}</small>")
+        return f'{_STYLE}<div class="braintrace">{"".join(parts)}</div>'
 
     def show(self, level: int = 1, *, file: TextIO | None = None) -> None:
         """Print the report."""

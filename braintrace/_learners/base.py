@@ -71,6 +71,16 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
         self._mapped_samples = 1  # samples that one learner is mapped over
         self.running_index = brainstate.LongTermState(zeros((), jnp.int32))
 
+    def __repr__(self) -> str:
+        kind = f"{type(self).__name__} of {type(self.model4compile).__name__}"
+        if not self.is_compiled:
+            return f"{kind}, not compiled"
+        return f"{kind}\n{self.report.to_str()}"
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows: the report."""
+        return self.report._repr_html_() if self.is_compiled else None
+
     @property
     def graph_executor(self) -> ETraceGraphExecutor:
         """What compiles the model."""
