@@ -41,7 +41,7 @@ class LIFLayer(brainstate.nn.Module):
         )
         self.synapses = brainpy.state.AlignPostProj(
             comm=braintrace.nn.Linear(
-                n_in + n_out, n_out, w_init=braintools.init.KaimingNormal(2.0, unit=u.mS), b_init=None
+                n_in + n_out, n_out, w_init=braintools.init.KaimingNormal(40.0, unit=u.mS), b_init=None
             ),
             syn=brainpy.state.Expon(n_out, tau=5.0 * u.ms),
             out=brainpy.state.CUBA(scale=1.0 * u.volt),
