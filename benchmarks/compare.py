@@ -19,7 +19,7 @@ from pathlib import Path
 
 import jax
 import report
-from cases import CORE, SIZES, Case, select
+from cases import CORE, SIZES, select
 from report import BASELINE, PUBLISHED, THIS
 
 HERE = Path(__file__).resolve().parent
@@ -27,7 +27,11 @@ ROOT = HERE.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "braintrace-benchmarks"
 
 # Other libraries: what to install, and the cases that their worker, rival_NAME.py, knows.
-RIVALS = {"snntorch": (["torch", "snntorch", "numpy"], "lif/*/batched/pp_prop/sequence")}
+SEQUENCES = "lif/*/batched/pp_prop/sequence"
+RIVALS = {
+    "snntorch": (["torch", "snntorch", "numpy"], SEQUENCES),
+    "spyx": (["spyx", f"jax=={version('jax')}", f"jaxlib=={version('jaxlib')}"], SEQUENCES),
+}
 
 
 @dataclass(frozen=True)
@@ -191,11 +195,8 @@ def main():
     setting = report.setting(ROOT) | {"contestants": list(contestants), "release": options.release}
     setting["effort"] = [options.rounds, options.repeats, options.time_limit, options.memory_steps]
     finished = {}
-    if options.results and options.results.exists():
-        for line in options.results.read_text().splitlines():
-            record = json.loads(line)
-            if record["setting"] == setting and not setting["modified"]:
-                finished[Case(**record["case"])] = record["results"]
+    if options.results and not setting["modified"]:
+        _, finished = report.read(options.results, setting)
 
     for i, case in enumerate(cases, 1):
         if case not in finished:

@@ -12,7 +12,6 @@ import numpy as np
 
 import braintrace
 
-
 IMAGE, CHANNELS = (16, 16, 2), 8  # what `conv` sees and how many channels it has, at every size
 
 

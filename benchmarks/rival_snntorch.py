@@ -1,4 +1,4 @@
-"""The sequences of `lif` by back-propagation in snnTorch: one case in one process, with the line of JSON of worker.py."""
+"""Sequences of `lif` by back-propagation in snnTorch: one case in one process, one line of JSON as from worker.py."""
 
 import json
 import math

@@ -163,7 +163,7 @@ def memory(problem, lengths):
     for steps in lengths:
         arguments = jax.eval_shape(lambda steps=steps: problem.data(steps))
         compiled = brainstate.transform.jit(problem.sequence).compile(*arguments)
-        found[steps] = compiled.memory_analysis().temp_size_in_bytes
+        found[str(steps)] = compiled.memory_analysis().temp_size_in_bytes
     return {"memory": found}
 
 
