@@ -49,6 +49,7 @@ class Contestant:
 def run_worker(contestant, job, limit):
     """What one worker process prints, or the reason why it printed nothing."""
     if contestant.here:
+        sys.path.insert(0, str(ROOT))  # before an installed package
         import worker
 
         result = worker.result_of(job | {"learner": contestant.learner}, time.monotonic())
