@@ -130,7 +130,7 @@ def published_python(release, folder):
     wanted = f"{release} {version('jax')}"
     accelerator = re.compile(r"jax$|jaxlib$|jax[-_]cuda|jax[-_]rocm|nvidia[-_]")
     same = [f"{d.name}=={d.version}" for d in distributions() if accelerator.match(d.name)]
-    python = environment(folder, [f"braintrace=={release}", "brainpy", "braintools", *same])
+    python = environment(folder, [f"braintrace=={release}", "brainpy", "braintools", "numba", *same])
     ask = "from importlib.metadata import version as v; print(v('braintrace'), v('jax'))"
     found = subprocess.run([python, "-c", ask], capture_output=True, text=True).stdout.strip()
     if found != wanted:

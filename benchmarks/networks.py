@@ -21,10 +21,10 @@ def dense(inputs, units):
 
 
 def sparse(inputs, units):
-    """One connection in ten."""
+    """One connection in ten; the published package takes no units here."""
     rng = np.random.default_rng(0)
     weights = 0.3 * rng.standard_normal((inputs, units)) * (rng.random((inputs, units)) < 0.1)
-    return braintrace.nn.SparseLinear(brainevent.CSR.fromdense(jnp.asarray(weights, jnp.float32) * u.mS))
+    return braintrace.nn.SparseLinear(brainevent.CSR.fromdense(jnp.asarray(weights, jnp.float32)))
 
 
 def gif(units, tau, V_th):
@@ -38,13 +38,13 @@ def gif(units, tau, V_th):
 class Spiking(brainstate.nn.Module):
     """Recurrent neurons behind exponential synapses, read by a leaky integrator."""
 
-    def __init__(self, neurons, connect, inputs, units, outputs):
+    def __init__(self, neurons, connect, unit, inputs, units, outputs):
         super().__init__()
         self.neurons = neurons(units, tau=20.0 * u.ms, V_th=1.0 * u.mV)
         self.synapses = brainpy.state.AlignPostProj(
             comm=connect(inputs + units, units),
-            syn=brainpy.state.Expon(units, tau=5.0 * u.ms),
-            out=brainpy.state.CUBA(scale=1.0 * u.volt),
+            syn=brainpy.state.Expon(units, tau=5.0 * u.ms, g_initializer=braintools.init.Constant(0.0 * unit)),
+            out=brainpy.state.CUBA(scale=1.0 * u.mA / unit),
             post=self.neurons,
         )
         self.readout = braintrace.nn.LeakyRateReadout(units, outputs, tau=5.0 * u.ms)
@@ -117,10 +117,10 @@ class Gated(brainstate.nn.Module):
 
 
 NETWORKS = {
-    "lif": partial(Spiking, brainpy.state.LIF, dense),
-    "alif": partial(Spiking, brainpy.state.ALIF, dense),
-    "gif": partial(Spiking, gif, dense),
-    "sparse": partial(Spiking, brainpy.state.LIF, sparse),
+    "lif": partial(Spiking, brainpy.state.LIF, dense, u.mS),
+    "alif": partial(Spiking, brainpy.state.ALIF, dense, u.mS),
+    "gif": partial(Spiking, gif, dense, u.mS),
+    "sparse": partial(Spiking, brainpy.state.LIF, sparse, u.UNITLESS),
     "ei": ExcitatoryInhibitory,
     "conv": Convolutional,
     "gru": partial(Gated, braintrace.nn.GRUCell),
