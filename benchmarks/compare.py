@@ -7,7 +7,6 @@ python benchmarks/compare.py --only lif/S/*/pp_prop --skip-published
 import argparse
 import functools
 import gc
-import itertools
 import json
 import os
 import re
@@ -15,45 +14,24 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from importlib.metadata import distributions, version
 from pathlib import Path
 
 import jax
 import report
+from cases import CORE, SIZES, select
 from report import BASELINE, PUBLISHED, THIS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "braintrace-benchmarks"
 
-SIZES = {
-    "tiny": dict(batch=2, inputs=5, units=8, outputs=3, steps=10),
-    "S": dict(batch=32, inputs=100, units=256, outputs=10, steps=200),
-    "M": dict(batch=64, inputs=700, units=512, outputs=20, steps=200),
-    "L": dict(batch=256, inputs=1024, units=2048, outputs=20, steps=200),
+# Other libraries: what to install, and the cases that their worker, rival_NAME.py, knows.
+SEQUENCES = "lif/*/batched/pp_prop/sequence"
+RIVALS = {
+    "snntorch": (["torch", "snntorch", "numpy"], SEQUENCES),
+    "spyx": (["spyx", f"jax=={version('jax')}", f"jaxlib=={version('jaxlib')}"], SEQUENCES),
 }
-FIELDS = {
-    "model": ["lif", "alif", "gru", "lstm"],
-    "size": list(SIZES),
-    "mode": ["batched", "vmap"],
-    "rule": ["pp_prop", "D_RTRL", "EProp"],
-    "work": ["sequence", "step", "memory"],
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """What to compute; who computes it is a `Contestant`."""
-
-    model: str
-    size: str
-    mode: str
-    rule: str
-    work: str
-
-    def __str__(self):
-        return "/".join(asdict(self).values())
 
 
 @dataclass(frozen=True)
@@ -64,32 +42,14 @@ class Contestant:
     path: str = ""
     learner: bool = True
     here: bool = False  # in this process instead of one of its own
-
-
-def matches(case, pattern):
-    return all(fnmatchcase(value, glob) for value, glob in zip(asdict(case).values(), pattern.split("/")))
-
-
-def select(sizes, patterns):
-    """The cases that match a pattern, in order. Memory is measured for the first size alone."""
-    for pattern in patterns:
-        globs = pattern.split("/")
-        for glob, (field, values) in zip(globs, FIELDS.items()):
-            if not any(fnmatchcase(value, glob) for value in values):
-                raise SystemExit(f"--only {pattern}: {glob!r} is no {field}; give one of {', '.join(values)}, or *")
-        if len(globs) > len(FIELDS):
-            raise SystemExit(f"--only {pattern}: more parts than {'/'.join(FIELDS)}")
-    every = [Case(*values) for values in itertools.product(*(FIELDS | {"size": sizes}).values())]
-    cases = [case for case in every if any(matches(case, p) for p in patterns)]
-    cases = [case for case in cases if case.work != "memory" or case.size == sizes[0]]
-    if not cases:
-        raise SystemExit(f"No case of the sizes {', '.join(sizes)} matches --only {','.join(patterns)}; see --sizes")
-    return cases
+    worker: str = "worker.py"
+    cases: str = "*"
 
 
 def run_worker(contestant, job, limit):
     """What one worker process prints, or the reason why it printed nothing."""
     if contestant.here:
+        sys.path.insert(0, str(ROOT))  # before an installed package
         import worker
 
         result = worker.result_of(job | {"learner": contestant.learner}, time.monotonic())
@@ -99,7 +59,7 @@ def run_worker(contestant, job, limit):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     if contestant.path:
         environment["PYTHONPATH"] = contestant.path
-    command = [contestant.python, HERE / "worker.py", json.dumps(job | {"learner": contestant.learner})]
+    command = [contestant.python, HERE / contestant.worker, json.dumps(job | {"learner": contestant.learner})]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
     except subprocess.TimeoutExpired:
@@ -120,7 +80,7 @@ def timed_worker(contestant, job, limit):
     """`run_worker`, with ever shorter sequences until one fits the limit."""
     while True:
         result = run_worker(contestant, job, limit)
-        if not result.get("timeout") or job["work"] != "sequence" or job["steps"] < 20:
+        if not result.get("timeout") or job["work"] not in ("sequence", "evolve") or job["steps"] < 20:
             return result
         job = job | {"steps": job["steps"] // 10}
 
@@ -131,6 +91,7 @@ def measure(case, contestants, options):
     job = dict(model=case.model, work=case.work, steps=size.pop("steps"), size=size, repeats=options.repeats)
     job["limit"] = options.time_limit
     online = dict(mode=case.mode, rule=case.rule)
+    contestants = {name: c for name, c in contestants.items() if case.matches(c.cases)}
     if case.work == "memory":
         job["steps"] = options.memory_steps
         jobs = {name: json.dumps(job | online if c.learner else job) for name, c in contestants.items()}
@@ -151,20 +112,25 @@ def measure(case, contestants, options):
     return results
 
 
-def published_python(release, folder):
-    """The interpreter of an environment with the published package beside the running JAX, made unless it is there."""
-    folder = folder or CACHE / f"braintrace-{release}-jax-{version('jax')}"
+def environment(folder, packages):
+    """The interpreter of the virtual environment in a folder outside of this repository, made unless it is there."""
     if ROOT in folder.resolve().parents:
-        raise SystemExit(f"--published-env {folder} lies inside the repository; choose a folder outside of it")
+        raise SystemExit(f"{folder} lies inside the repository; choose a folder outside of it")
     python = folder / "bin" / "python"
-    wanted = f"{release} {version('jax')}"
     if not python.exists():
-        print(f"Installing braintrace {release} in {folder}", flush=True)
-        accelerator = re.compile(r"jax$|jaxlib$|jax[-_]cuda|jax[-_]rocm|nvidia[-_]")
-        same = [f"{d.name}=={d.version}" for d in distributions() if accelerator.match(d.name)]
+        print(f"Installing {' '.join(packages)} in {folder}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        packages = [f"braintrace=={release}", "brainpy", "braintools", *same]
         subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+    return str(python)
+
+
+def published_python(release, folder):
+    """The interpreter of an environment with the published package beside the running JAX."""
+    folder = folder or CACHE / f"braintrace-{release}-jax-{version('jax')}"
+    wanted = f"{release} {version('jax')}"
+    accelerator = re.compile(r"jax$|jaxlib$|jax[-_]cuda|jax[-_]rocm|nvidia[-_]")
+    same = [f"{d.name}=={d.version}" for d in distributions() if accelerator.match(d.name)]
+    python = environment(folder, [f"braintrace=={release}", "brainpy", "braintools", "numba", *same])
     ask = "from importlib.metadata import version as v; print(v('braintrace'), v('jax'))"
     found = subprocess.run([python, "-c", ask], capture_output=True, text=True).stdout.strip()
     if found != wanted:
@@ -172,14 +138,22 @@ def published_python(release, folder):
             f"{folder} holds braintrace and jax {found or '(not both)'}, not {wanted}: remove it or pass another "
             "--published-env"
         )
-    return str(python)
+    return python
+
+
+def rival(name, folder):
+    if name not in RIVALS:
+        raise SystemExit(f"--rivals {name}: give names out of {', '.join(RIVALS)}")
+    packages, cases = RIVALS[name]
+    python = environment(Path(folder or CACHE / name), packages)
+    return Contestant(python, worker=f"rival_{name}.py", learner=False, cases=cases)
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    patterns = f"patterns {'/'.join(FIELDS)}, parts at the end may be left out"
+    patterns = f"patterns {'/'.join(CORE)}, parts at the end may be left out"
     parser.add_argument("--only", default="*", help=patterns)
-    parser.add_argument("--sizes", default="S,M", help=f"out of {', '.join(SIZES)}")
+    parser.add_argument("--sizes", default=",".join(CORE["size"]), help=f"what * stands for, of {', '.join(SIZES)}")
     parser.add_argument("--rounds", type=int, default=3, help="processes for each contestant of a case, in turns")
     parser.add_argument("--repeats", type=int, default=10, help="timed runs in one process")
     parser.add_argument("--time-limit", type=float, default=120.0, help="seconds for one process")
@@ -192,7 +166,9 @@ def arguments():
     )
     parser.add_argument("--release", default="0.2.6", help="version of the published package")
     parser.add_argument("--published-env", type=Path, help="virtual environment of the published package")
-    parser.add_argument("--output", type=Path, help="Markdown file to write; without it the tables are printed")
+    parser.add_argument("--rivals", default="", metavar="NAME[=ENV]", help=f"other libraries: {', '.join(RIVALS)}")
+    parser.add_argument("--output", type=Path, help="page to write, or to write into; else the tables are printed")
+    parser.add_argument("--wide", type=Path, help="file for the tables with all that was measured")
     parser.add_argument("--results", type=Path, help="file of raw results: read first, extended by each new case")
     options = parser.parse_args()
     options.sizes = options.sizes.split(",")
@@ -206,23 +182,22 @@ def arguments():
 
 def main():
     options = arguments()
-    cases = select(options.sizes, options.only.split(","))
+    cases = select(options.only.split(","), options.sizes)
     contestants = {
         BASELINE: Contestant(sys.executable, str(ROOT), learner=False, here=options.one_process),
         THIS: Contestant(sys.executable, str(ROOT), here=options.one_process),
     }
     if not (options.skip_published or options.one_process):
         contestants[PUBLISHED] = Contestant(published_python(options.release, options.published_env))
+    for name, _, folder in (text.partition("=") for text in filter(None, options.rivals.split(","))):
+        contestants[name] = rival(name, folder)
 
     # Results of another machine, version, set of contestants or effort are no part of this comparison.
     setting = report.setting(ROOT) | {"contestants": list(contestants), "release": options.release}
     setting["effort"] = [options.rounds, options.repeats, options.time_limit, options.memory_steps]
     finished = {}
-    if options.results and options.results.exists():
-        for line in options.results.read_text().splitlines():
-            record = json.loads(line)
-            if record["setting"] == setting and not setting["modified"]:
-                finished[Case(**record["case"])] = record["results"]
+    if options.results and not setting["modified"]:
+        _, finished = report.read(options.results, setting)
 
     for i, case in enumerate(cases, 1):
         if case not in finished:
@@ -231,11 +206,10 @@ def main():
                 with options.results.open("a") as f:
                     record = {"setting": setting, "case": asdict(case), "results": finished[case]}
                     f.write(json.dumps(record) + "\n")
-        print(f"[{i}/{len(cases)}] {case}: {report.summary(case, finished[case], SIZES)}", flush=True)
-        if options.output:
-            options.output.write_text(report.document(setting, finished, SIZES))
+        print(f"[{i}/{len(cases)}] {case}: {report.summary(case, finished[case])}", flush=True)
+        report.write(setting, finished, options.output, options.wide)
     if not options.output:
-        print("\n" + report.document(setting, finished, SIZES))
+        print("\n" + report.page(setting, finished))
 
 
 if __name__ == "__main__":

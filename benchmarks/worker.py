@@ -19,21 +19,34 @@ import networks  # noqa: E402
 
 import braintrace  # noqa: E402
 
-OPTIONS = {"pp_prop": {"decay_or_rank": 0.9}, "D_RTRL": {}, "EProp": {"kappa_filter_decay": 0.5}}
+# What `compile` takes for the rules of cases.py: SnAp has no name.
+RULES = {
+    "pp_prop": ("pp_prop", {"decay_or_rank": 0.9}),
+    "hybrid": ("hybrid", {"decay_or_rank": 0.9}),
+    "D_RTRL": ("D_RTRL", {}),
+    "D_RTRL-bf16": ("D_RTRL", {"trace_dtype": "bfloat16"}),
+    "EProp": ("EProp", {"kappa_filter_decay": 0.5}),
+    "OSTLRecurrent": ("ostl_recurrent", {}),
+    "SnAp-2": (braintrace.SnAp, {"n": 2}),
+    "UORO": ("UORO", {}),
+}
 # The clock of a short step starts and stops around a block of them this long.
 BLOCK_SECONDS, MOST_STEPS = 0.1, 50
+LATE = 40  # steps with a loss at the end of a `late` sequence
 
 
 class Problem:
     """A network, what takes a step of it (a learner, or the network itself), and what to differentiate."""
 
     def __init__(self, model, size, learner, mode=None, rule=None):
-        self.batch, self.inputs, self.outputs = size["batch"], size["inputs"], size["outputs"]
-        self.model = networks.build(model, size["inputs"], size["units"], size["outputs"])
+        self.batch, self.outputs = size["batch"], size["outputs"]
+        self.shape = (self.batch, *networks.input_shape(model, size["inputs"]))
+        self.model = networks.NETWORKS[model](size["inputs"], size["units"], size["outputs"])
         if learner:
-            example = jnp.zeros((self.batch, self.inputs))
+            rule, options = RULES[rule]
+            example = jnp.zeros(self.shape)
             self.step = braintrace.compile(
-                self.model, rule, example, batch_size=self.batch, vmap=mode == "vmap", **OPTIONS[rule]
+                self.model, rule, example, batch_size=self.batch, vmap=mode == "vmap", **options
             )
             self.learner = self.step.module if mode == "vmap" else self.step
             self.parameters = self.learner.param_states
@@ -44,23 +57,48 @@ class Problem:
 
     def data(self, steps):
         key_x, key_y = jax.random.split(jax.random.key(0))
-        spikes = jax.random.uniform(key_x, (steps, self.batch, self.inputs)) < 0.1
+        spikes = jax.random.uniform(key_x, (steps, *self.shape)) < 0.1
         return spikes.astype(jnp.float32), jax.random.randint(key_y, (self.batch,), 0, self.outputs)
 
     def loss(self, x, labels):
         return braintools.metric.softmax_cross_entropy_with_integer_labels(self.step(x), labels).mean()
 
-    def sequence(self, xs, labels):
-        """Gradient of the mean loss over a whole sequence, from reset states."""
+    def reset(self):
         brainstate.nn.reset_all_states(self.model, batch_size=self.batch)
         if self.learner is not None:
             self.learner.reset_state()
-            return self.step.etrace_grad(xs, step_fn=lambda x: self.loss(x, labels))
+
+    def forward(self, xs):
+        """Advance the states (with a learner: the traces too), without a loss."""
+        if self.learner is not None and len(xs):
+            self.step.etrace_evolve(xs)
+        elif len(xs):
+            brainstate.transform.for_loop(lambda x: (self.step(x), None)[1], xs)
+
+    def gradient(self, first, last, labels):
+        """Of the mean loss over the last steps, after the first ones without a loss, from reset states."""
+        self.reset()
+        if self.learner is not None:
+            self.forward(first)
+            return self.step.etrace_grad(last, step_fn=lambda x: self.loss(x, labels))
 
         def whole():
-            return brainstate.transform.for_loop(lambda x: self.loss(x, labels), xs).mean()
+            self.forward(first)
+            return brainstate.transform.for_loop(lambda x: self.loss(x, labels), last).mean()
 
         return brainstate.transform.grad(whole, self.parameters)()
+
+    def sequence(self, xs, labels):
+        return self.gradient(xs[:0], xs, labels)
+
+    def late(self, xs, labels):
+        late = min(LATE, len(xs) // 2)
+        return self.gradient(xs[:-late], xs[-late:], labels)
+
+    def evolve(self, xs, labels):
+        self.reset()
+        self.forward(xs)
+        return [state.value for state in self.model.states(brainstate.HiddenState).values()]
 
     def update(self, x, labels):
         """One step of the network, its gradient and one step of gradient descent."""
@@ -77,8 +115,8 @@ def seconds(run):
     return time.perf_counter() - start
 
 
-def sequence_runner(gradient, xs, labels):
-    return lambda: gradient(xs, labels), 1
+def sequence_runner(function, xs, labels):
+    return lambda: function(xs, labels), 1
 
 
 def step_runner(update, xs, labels):
@@ -97,11 +135,9 @@ def step_runner(update, xs, labels):
 
 def timed(problem, work, steps, repeats, deadline):
     xs, labels = problem.data(steps)
-    function, first, runner = {
-        "sequence": (problem.sequence, xs, sequence_runner),
-        "step": (problem.update, xs[0], step_runner),
-    }[work]
-    function = brainstate.transform.jit(function)
+    one = work == "step"
+    runner, first = (step_runner, xs[0]) if one else (sequence_runner, xs)
+    function = brainstate.transform.jit(problem.update if one else getattr(problem, work))
     start = time.perf_counter()
     compiled = function.compile(first, labels)
     compile_seconds = time.perf_counter() - start
@@ -127,7 +163,7 @@ def memory(problem, lengths):
     for steps in lengths:
         arguments = jax.eval_shape(lambda steps=steps: problem.data(steps))
         compiled = brainstate.transform.jit(problem.sequence).compile(*arguments)
-        found[steps] = compiled.memory_analysis().temp_size_in_bytes
+        found[str(steps)] = compiled.memory_analysis().temp_size_in_bytes
     return {"memory": found}
 
 
