@@ -55,6 +55,7 @@ from ._legacy.finders import find_hidden_param_op_relations_from_module as find_
 from ._legacy.perturbation import HiddenPerturbation as HiddenPerturbation
 from ._legacy.perturbation import add_hidden_perturbation_from_minfo as add_hidden_perturbation_from_minfo
 from ._legacy.perturbation import add_hidden_perturbation_in_module as add_hidden_perturbation_in_module
+from ._mapped import ETraceVmap as ETraceVmap
 from ._ops import ETPPrimitive as ETPPrimitive
 from ._ops import columns_in_parts as columns_in_parts
 from ._ops import conv as conv
@@ -66,7 +67,6 @@ from ._ops import lora_matmul as lora_matmul
 from ._ops import matmul as matmul
 from ._ops import register_primitive as register_primitive
 from ._ops import sparse_matmul as sparse_matmul
-from ._sequence import ETraceVmap as ETraceVmap
 from ._sequence import SequenceDriverMixin as SequenceDriverMixin
 from ._types import CompilationError as CompilationError
 from ._types import CompilationWarning as CompilationWarning

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._arguments import check_mask, common_length, loss_and_aux
 from ._comparison import BPTT, Comparison
 from ._compile import _batch_in_place, _find, _first_sample
 from ._jax import is_outside
 from ._learners.config import ETraceConfig
-from ._sequence import ETraceVmap, SequenceDriverMixin, _check_mask, _loss_and_aux, common_length
+from ._mapped import ETraceVmap
+from ._sequence import SequenceDriverMixin
 from ._types import MultiStepData, SingleStepData
 
 __all__ = ["compare"]
@@ -108,7 +110,7 @@ def compare(
         step_fn = _by_call(subject, step_fn)
     _check_step_fn(step_fn, len(sequences))
     sequences = jax.tree.map(jnp.asarray, sequences)
-    mask = _check_mask(mask, length)
+    mask = check_mask(mask, length)
     lags, ends = _lags_and_ends(lags, at, np.asarray(mask))
     first = jax.tree.map(lambda x: x[0], sequences)
     if isinstance(subject, SequenceDriverMixin):
@@ -318,7 +320,7 @@ def _arguments(call, step_fn, slices):
         return call(*args, **kwargs)
 
     def probe(*slices):
-        _loss_and_aux(step_fn(recorded, *slices), False, ())
+        loss_and_aux(step_fn(recorded, *slices), False, ())
 
     with _noting(f"{_CONVENTION}." if _takes(step_fn, len(slices)) is None else ""):
         _undone(probe, *slices)

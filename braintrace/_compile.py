@@ -20,7 +20,7 @@ from ._learners.param_dim import ParamDimVjpAlgorithm
 from ._learners.projection import UORO, RandomProjectionVjpAlgorithm
 from ._learners.rules import D_RTRL, EProp, Immediate, OSTLFeedforward, OSTLRecurrent, ThreeFactor
 from ._learners.vjp import ETraceVjpAlgorithm
-from ._sequence import ETraceVmap
+from ._mapped import ETraceVmap
 from ._types import head
 
 __all__ = ["compile"]

@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ._jax import is_tracer, placed
 from ._learners.base import ETraceAlgorithm
+from ._mapped import ETraceVmap
 from ._ops.sparse import Pattern
-from ._sequence import ETraceVmap
 from ._types import Path, lies_under, names_of, path_str
 
 __all__ = ["shard"]

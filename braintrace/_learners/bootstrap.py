@@ -10,9 +10,9 @@ import brainstate
 import jax
 import jax.numpy as jnp
 
+from .._arguments import common_length
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
-from .._sequence import common_length
 from .._types import Held, MultiStepData, Path, path_str
 from .config import ETraceConfig
 from .options import Legacy, VjpMethod, legacy_options
