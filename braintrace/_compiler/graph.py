@@ -11,7 +11,7 @@ from .._jax import Literal, any_rank
 from .._legacy.perturbation import HiddenPerturbation, add_hidden_perturbation_from_minfo
 from .._types import Path
 from .call import Call, call_of
-from .cut import Cuts, Transition, slice_group
+from .cut import Cuts, Transition
 from .descent import holds_link
 from .diagnostics import CompilationRecord, DiagnosticKind, emit
 from .flow import Flow, Reach, analyse_flow, analyse_reach
@@ -22,6 +22,7 @@ from .neighbours import find_neighbourhood
 from .policy import ControlFlowPolicy
 from .relations import HiddenParamOpRelation, find_relations
 from .scope import CEILING, Scope, scope_of
+from .slices import slice_group
 from .step import PerturbedStep, perturb
 from .untraced import mixing_transitions, unmarked_parameters, untraced_memory
 

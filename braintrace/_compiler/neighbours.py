@@ -11,12 +11,12 @@ import numpy as np
 
 from .._jax import Literal
 from .._types import NotSupportedError, Path, path_str
-from .cut import Slice, mixed_axes, slice_labels
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flow import Flow, MarkedOp
 from .module_info import ModuleInfo
 from .positions import unaligned_axes
 from .scope import Neighbourhood, Scope, neighbourhood
+from .slices import Slice, mixed_axes, slice_labels
 
 __all__ = ["find_neighbourhood"]
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from .._binding import Binding
 from .engine import Cotangents, Emitted, Engine
+from .instant import SlotTrace
 from .io import IOEngine, IOTrace
 from .param import ParamEngine
-from .weight_trace import SlotTrace
 
 __all__ = ["HybridEngine", "HybridTrace"]
 

@@ -17,10 +17,11 @@ from .._compiler.relations import HiddenParamOpRelation
 from .._precision import wide, widened
 from .._types import path_str
 from .engine import Cotangents, Emitted, Engine, bytes_of
+from .instant import SlotTrace
 from .layout import layout_of
 from .param_chunk import ChunkCoefficients, chunk_coefficients, chunk_update
 from .record import add, contraction
-from .weight_trace import Recursion, SlotTrace, WeightTrace, factorised_slots, recursion_of
+from .weight_trace import Recursion, WeightTrace, factorised_slots, recursion_of
 
 __all__ = ["ParamEngine", "ParamRecursion", "check_anchors"]
 

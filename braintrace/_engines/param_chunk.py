@@ -20,9 +20,10 @@ import numpy as np
 
 from .._binding import Slots
 from .._precision import wide, widened
+from .instant import SlotTrace, instant_like, kept_like, outer, slot_of
 from .pieces import cut_like
 from .record import add, placed, spread, unbroadcast, weighted_sum
-from .weight_trace import SlotTrace, WeightTrace, instant_like, kept_like, outer, slot_of
+from .weight_trace import WeightTrace
 
 __all__ = ["ChunkCoefficients", "chunk_coefficients", "chunk_update"]
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from .._binding import Binding
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
+from .._engines.instant import SlotTrace
 from .._engines.param import ParamEngine, ParamRecursion, check_anchors
-from .._engines.weight_trace import SlotTrace, WeightTrace
+from .._engines.weight_trace import WeightTrace
 from .._jax import any_rank
 from .._types import Path, path_str
 from .base import EligibilityTrace

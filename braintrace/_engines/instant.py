@@ -1,0 +1,137 @@
+"""What one step, or a chunk of them, adds to the trace of a weight: the derivative of the operation, per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._precision import wide, widened
+from .pieces import Pieces, cut_like, is_pieces
+from .record import add, spread, x_aval
+
+__all__ = ["SlotTrace", "cut_slots", "full", "instant", "instant_like", "kept_like", "outer", "slot_of"]
+
+
+# Trained key -> one array per slot: (batch, weight shape), or a filtered input.
+SlotTrace = dict[str, list[jax.Array | Pieces]]
+
+
+def slot_of(trace: SlotTrace, a: int) -> dict[str, Any]:
+    return {k: slots[a] for k, slots in trace.items()}
+
+
+def instant(layout, x, coefficient, operands, fixed, vmap_ndim: int = 0, time: bool = False) -> dict[str, jax.Array]:
+    """``coefficient`` times the derivative of the output with respect to the weights, per sample.
+
+    ``vmap_ndim`` axes of mapped samples stand in front of the batch axes of the operation; with ``time`` another one
+    in front of these is summed over, as are sub-steps, whose axis stands between mapped samples and batch.
+    """
+    x, coefficient, operands, fixed = widened((x, coefficient, dict(operands), dict(fixed)))
+    if layout.sub_steps is not None:
+        x, coefficient, fixed = jax.tree.map(lambda v: _first(v, vmap_ndim, time), (x, coefficient, fixed))
+        return instant(layout._replace(sub_steps=None), x, coefficient, operands, fixed, vmap_ndim, True)
+    if layout.relation.x_var is None:
+        return _instant_without_input(layout, coefficient, operands, fixed, vmap_ndim, time)
+
+    def of_sample(x, coefficient, fixed):
+        def apply(weights):
+            one = lambda x, fixed: layout.apply(x, weights | layout.own(operands, fixed)[1], fixed)  # noqa: E731
+            return (jax.vmap(one) if time else one)(x, fixed)
+
+        weights, _ = layout.own(operands, jax.tree.map(lambda v: v[0], fixed) if time else fixed)
+        y, pull = jax.vjp(apply, weights)
+        return pull(coefficient.astype(y.dtype))[0]
+
+    axis = int(time)
+    for _ in range(layout.batch_ndim):
+        of_sample = jax.vmap(of_sample, in_axes=(axis, axis, None))
+    for _ in range(vmap_ndim):
+        of_sample = jax.vmap(of_sample, in_axes=axis)
+    return of_sample(x, coefficient, fixed)
+
+
+def _first(value, vmap_ndim, time):
+    """The axis of sub-steps moved to the front, and merged with that of time."""
+    if not time:
+        return jnp.moveaxis(value, vmap_ndim, 0)
+    value = jnp.moveaxis(value, 1 + vmap_ndim, 1)
+    return value.reshape((-1, *value.shape[2:]))
+
+
+def _instant_without_input(layout, coefficient, operands, fixed, vmap_ndim, time):
+    relation = layout.relation
+
+    def times(coefficient, unit):
+        def slopes(fixed):
+            units = jnp.full(relation.y_var.aval.shape, unit)
+            found = relation.primitive.weight_vjp(None, units, operands, relation.eqn_params, fixed)
+            # Where a weight has no entry for every position, the trace is that of the output.
+            return {k: v if layout.anchors[k] is None else units for k, v in found.items()}
+
+        if not fixed:
+            total = coefficient.sum(0) if time else coefficient
+            return {k: total * v for k, v in slopes({}).items()}
+        front = vmap_ndim + int(time)
+        for _ in range(front):
+            slopes = jax.vmap(slopes)
+        between = (1,) * (coefficient.ndim - front - relation.y_var.aval.ndim)
+        found = {k: v.reshape(*v.shape[:front], *between, *v.shape[front:]) for k, v in slopes(fixed).items()}
+        now = {k: coefficient * v for k, v in found.items()}
+        return {k: v.sum(0) for k, v in now.items()} if time else now
+
+    one = jnp.ones((), coefficient.dtype)
+    if not jnp.iscomplexobj(one):
+        return times(coefficient, one)
+    # Of a complex output the derivative is linear in the two parts of the cotangent, and no more than that.
+    return add([times(jnp.real(coefficient), one), times(jnp.imag(coefficient), 1j * one)])
+
+
+def outer(layout, filtered, coefficient, operands, vmap_ndim) -> dict[str, jax.Array]:
+    """A factorised slot, spread over positions: filtered input times coefficient."""
+    relation = layout.relation
+    x = next((filtered[k] for k in filtered if k not in relation.offset_keys), None)
+    if x is None:  # offsets alone: any input will do
+        x = jnp.zeros((*coefficient.shape[:vmap_ndim], *x_aval(relation).shape), x_aval(relation).dtype)
+    out = instant(layout, x, coefficient, operands, {}, vmap_ndim)
+    for k in relation.offset_keys:
+        count = filtered[k].reshape(filtered[k].shape + (1,) * (out[k].ndim - filtered[k].ndim))
+        out[k] = count * out[k]
+    return out
+
+
+def kept_like(value: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """New values, or zeros in the place of none, as the old ones are stored."""
+
+    def of_key(value, old):
+        if value is None:
+            return jax.tree.map(jnp.zeros_like, old)
+        return jax.tree.map(lambda v, e: spread(v, e.shape, e.dtype), value, old)
+
+    return {k: of_key(value[k], old[k]) for k in old}
+
+
+def cut_slots(value, old):
+    return {k: cut_like(value[k], old[k]) for k in value}
+
+
+def instant_like(old, layout, x, coefficient, operands, fixed, vmap_ndim: int = 0, time: bool = False):
+    """:func:`instant` in the pieces of a slot. Those of a matrix are made one by one: no whole lies in memory."""
+    has_rows = layout.relation.primitive.rules.input_rows
+    cut = [k for k, e in old.items() if is_pieces(e)]
+    if not cut or has_rows is None or not has_rows(layout.relation.eqn_params):
+        return cut_slots(instant(layout, x, coefficient, operands, fixed, vmap_ndim, time), old)
+    (key,) = cut
+
+    def of_rows(piece, rows):
+        part = {**operands, key: operands[key][rows]}
+        return instant(layout, x[..., rows], coefficient, part, fixed, vmap_ndim, time)
+
+    found = old[key].map(of_rows)
+    return {**found.arrays[0], key: Pieces([now[key] for now in found.arrays], found.axis)}
+
+
+def full(relation, entry, shape):
+    return spread(entry, shape, wide(relation.y_var.aval.dtype))
