@@ -15,15 +15,9 @@ import numpy as np
 from ._types import MultiStepData, SingleStepData
 
 __all__ = [
-    "check_mask",
-    "check_step_arguments",
-    "check_weights",
-    "chunk_length",
-    "common_length",
-    "loss_and_aux",
-    "one_of",
-    "windows",
-]
+    "check_mask", "check_step_arguments", "check_weights", "chunk_length", "common_length", "loss_and_aux",
+    "one_of", "windows",
+]  # fmt: skip
 
 
 def loss_and_aux(result: Any, has_aux: bool, shape: tuple[int, ...]) -> tuple[Any, Any]:

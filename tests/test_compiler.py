@@ -20,7 +20,7 @@ from brainstate.transform import grad
 
 import braintrace
 from braintrace import CompilationRecord, DiagnosticKind, DiagnosticLevel, element_wise, matmul
-from braintrace._compiler.positions import ENDS, RULES
+from braintrace._compiler.position_rules import ENDS, RULES
 from braintrace._jax import call_body, is_jit, open_jaxpr
 
 pytestmark = [

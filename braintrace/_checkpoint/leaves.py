@@ -15,17 +15,9 @@ from .._engines.pieces import is_pieces, joined
 from .._jax import is_tracer, placed
 
 __all__ = [
-    "SCALARS",
-    "decoded",
-    "encoded",
-    "for_numpy",
-    "is_key",
-    "is_leaf",
-    "is_quantity",
-    "is_state",
-    "is_whole",
+    "SCALARS", "decoded", "encoded", "for_numpy", "is_key", "is_leaf", "is_quantity", "is_state", "is_whole",
     "with_unit",
-]
+]  # fmt: skip
 
 _BASE_UNITS = ("m", "kg", "s", "A", "K", "mol", "cd")
 

@@ -19,8 +19,10 @@ import numpy as np
 
 from .._jax import consts_of, eval_jaxpr, hashed, is_tracer, open_jaxpr, prune, structs
 from .constants import known_outputs
+from .labels import MANY, NONE, Label, own_label
 from .module_info import ModuleInfo
-from .positions import MANY, NONE, Label, combine, no_cut, own_label, propagate
+from .position_rules import combine
+from .positions import no_cut, propagate
 from .scope import DIAGONAL, Neighbourhood, Scope
 from .slices import Slice, evaluate_slice, is_displaced, is_mixed_output, mixed_axes, slice_labels
 

@@ -10,7 +10,7 @@ from .._jax import Literal
 from .._types import path_str
 from .flow import Flow, analyse_flow
 from .graph import ETraceGraph
-from .relations import operand_program
+from .operands import operand_program
 
 __all__ = ["mermaid", "svg"]
 

@@ -42,8 +42,9 @@ from .constants import Constants
 from .descent import Descent
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel, emit
 from .forward_only import is_forward_only, with_reverse_rule
+from .labels import mixes
 from .policy import ControlFlowPolicy
-from .positions import dependence, mixes
+from .positions import dependence
 
 __all__ = ["Origin", "equations_within", "flatten", "is_marked"]
 

@@ -17,8 +17,9 @@ from .._types import Path
 from .descent import holds_link
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flatten import LOOPS, is_marked
+from .labels import NONE, Label, Labels, mixes, own_label, touches_own_position
 from .module_info import ModuleInfo, known_constants
-from .positions import NONE, Label, Labels, mixes, moves, own_label, propagate, touches_own_position, transfer
+from .positions import moves, propagate, transfer
 
 __all__ = ["Flow", "MarkedOp", "Reach", "analyse_flow", "analyse_reach", "through_operation", "title_of", "y_label"]
 

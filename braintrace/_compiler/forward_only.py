@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._jax import Literal, bind_equation, open_jaxpr, sub_jaxprs
-from .positions import Label, dependence
+from .labels import Label
+from .positions import dependence
 
 __all__ = ["is_forward_only", "with_reverse_rule"]
 

@@ -14,13 +14,14 @@ from .call import Call, call_of
 from .cut import Cuts, Transition
 from .descent import holds_link
 from .diagnostics import CompilationRecord, DiagnosticKind, emit
+from .find_relations import find_relations
 from .flow import Flow, Reach, analyse_flow, analyse_reach
 from .groups import HiddenGroup, partition, slots_of
 from .influence import Influence
 from .module_info import ModuleInfo, info_of_call
 from .neighbours import find_neighbourhood
 from .policy import ControlFlowPolicy
-from .relations import HiddenParamOpRelation, find_relations
+from .relations import HiddenParamOpRelation
 from .scope import CEILING, Scope, scope_of
 from .slices import slice_group
 from .step import PerturbedStep, perturb

@@ -13,8 +13,8 @@ from .._jax import Literal
 from .._types import NotSupportedError, Path, path_str
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flow import Flow, MarkedOp
+from .labels import unaligned_axes
 from .module_info import ModuleInfo
-from .positions import unaligned_axes
 from .scope import Neighbourhood, Scope, neighbourhood
 from .slices import Slice, mixed_axes, slice_labels
 

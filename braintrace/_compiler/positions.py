@@ -9,7 +9,6 @@ dependence only: integers, booleans and ``stop_gradient`` end them.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -27,65 +26,10 @@ from .._jax import (
     scan_operands,
     structs,
 )
-from .movement import MOVES, moved, scatter_hits
+from .labels import MANY, NONE, Label, Labels, mixes, own_label
+from .position_rules import ENDS, combine, reduce, rule_for
 
-__all__ = [
-    "MANY", "NONE", "Label", "Labels", "combine", "dependence", "is_aligned", "mixes", "moves", "no_cut", "own_label",
-    "propagate", "touches_own_position", "transfer", "unaligned_axes",
-]  # fmt: skip
-
-Label = tuple[np.ndarray, ...]
-Source = tuple  # a kind and what it names; of several ways that it moves, the way too
-Labels = dict[Source, Label]
-NONE, MANY = -1, -2
-
-ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp complex conj "
-    "convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma "
-    "igamma_grad_a igammac imag integer_pow is_finite le lgamma log log1p log2 logistic lt max min mul ne neg "
-    "nextafter not one_minus_square or polygamma polynomial pow real reduce_precision regularized_incomplete_beta rem "
-    "round rsqrt select_n sign sin sinh sqrt square sub tan tanh xor zeta".split()
-)
-SCANS = frozenset(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"])
-REDUCTIONS = frozenset(["reduce_sum", "reduce_max", "reduce_min", "reduce_prod"])
-ENDS = frozenset(["stop_gradient", "etp_link"])
-
-
-def own_label(shape: tuple[int, ...], axes: int) -> Label:
-    """The label of a source itself: entry ``p`` depends on position ``p`` of its first ``axes`` axes."""
-    grids = [np.broadcast_to(np.int32(0), shape)]
-    for k in range(axes):
-        index = np.arange(shape[k], dtype=np.int32).reshape([-1 if i == k else 1 for i in range(len(shape))])
-        grids.append(np.broadcast_to(index, shape))
-    return tuple(grids)
-
-
-def unaligned_axes(label: Label, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Source axes along which some entry of a variable, of ``shape`` plus own trailing axes, depends on another
-    position than its own."""
-    own = own_label(label[0].shape, len(label) - 1)
-    if label[0].shape[: len(shape)] != shape or len(label) - 1 != len(shape):
-        return tuple(range(len(shape)))
-    return tuple(k for k in range(len(shape)) if not np.all((label[k + 1] == own[k + 1]) | (label[k + 1] == NONE)))
-
-
-def is_aligned(label: Label, shape: tuple[int, ...]) -> bool:
-    """Whether every entry depends on its own position, or on nothing."""
-    aligned_shape = label[0].shape[: len(shape)] == shape and len(label) - 1 == len(shape)
-    return aligned_shape and not unaligned_axes(label, shape)
-
-
-def touches_own_position(label: Label, shape: tuple[int, ...]) -> bool:
-    """Whether at least one entry depends on exactly its own position."""
-    if label[0].shape[: len(shape)] != shape or len(label) - 1 != len(shape):
-        return False
-    own = own_label(label[0].shape, len(shape))
-    return bool(np.any(np.logical_and.reduce([a == b for a, b in zip(label, own)])))
-
-
-def mixes(label: Label) -> bool:
-    """Whether some entry depends on several positions."""
-    return any(np.any(ids == MANY) for ids in label)
+__all__ = ["dependence", "moves", "no_cut", "propagate", "transfer"]
 
 
 def dependence(eqn: Any) -> list[dict[int, Label]]:
@@ -181,7 +125,7 @@ def _transfer(eqn, inputs, constants, how) -> list[Labels]:
         return _through(body, inputs, how, known)
     if eqn.primitive.name == "optimization_barrier":
         return [dict(labels) for labels in inputs]
-    rule = _rule_for(eqn, constants)
+    rule = rule_for(eqn, constants)
     if rule is None:
         return _many_or_derived(eqn, inputs, how)
     sources = dict.fromkeys(s for labels in inputs for s in labels)
@@ -233,7 +177,7 @@ def _through_scan(eqn, inputs, how) -> list[Labels]:
     m = n + carried
     fixed, carry, xs = inputs[:n], inputs[n:m], inputs[m:]
     # A slice of a scanned operand depends on what any of its slices depends on.
-    now = [{s: tuple(_reduce(ids, (0,)) for ids in label) for s, label in labels.items()} for labels in xs]
+    now = [{s: tuple(reduce(ids, (0,)) for ids in label) for s, label in labels.items()} for labels in xs]
     step = lambda carry: _through(eqn.params["jaxpr"], [*fixed, *carry, *now], how)  # noqa: E731
     carry = _settled(lambda carry: step(carry)[: m - n], carry)
     outs = step(carry)
@@ -338,174 +282,3 @@ def _sent(ids: np.ndarray, origin: Label, shape: tuple[int, ...]) -> np.ndarray:
     np.minimum.at(low, at, ids[there])
     np.maximum.at(top, at, ids[there])
     return np.where(low == big, NONE, np.where(low == top, top, MANY)).astype(np.int32)
-
-
-# -- rules on one integer array per operand ---------------------------------------------------------------------
-
-
-def combine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    if a is b:
-        return a
-    return np.where((a == b) | (b == NONE), a, np.where(a == NONE, b, MANY)).astype(np.int32)
-
-
-def _filled(ids, shape) -> np.ndarray:
-    return np.full(shape, NONE, np.int32) if ids is None else ids
-
-
-def _reduce(ids: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    big = np.iinfo(np.int32).max
-    top = ids.max(axis=axes, initial=NONE)
-    low = np.where(ids == NONE, big, ids).min(axis=axes, initial=big)
-    return np.where(low == big, NONE, np.where(low == top, top, MANY)).astype(np.int32)
-
-
-def _elementwise(eqn):
-    def rule(ids, out_shapes):
-        known = [i for i in ids if i is not None]
-        out = known[0]
-        for other in known[1:]:
-            if out.shape != other.shape:
-                out, other = np.broadcast_to(out, out_shapes[0]), np.broadcast_to(other, out_shapes[0])
-            out = combine(out, other)
-        return [out if out.shape == shape else np.broadcast_to(out, shape) for shape in out_shapes]
-
-    return rule
-
-
-def _moving(move: Callable[..., np.ndarray]):
-    """Data movement: the same movement of the integers."""
-
-    def make(eqn):
-        def rule(ids, out_shapes):
-            operands = [_filled(i, v.aval.shape) for i, v in zip(ids, eqn.invars)]
-            return [move(*operands, out_shape=out_shapes[0], **eqn.params)]
-
-        return rule
-
-    return make
-
-
-def _of_integers(eqn):
-    """Data movement, which takes integers as it takes anything else."""
-    return lambda ids, _: moved(eqn, [_filled(i, v.aval.shape) for i, v in zip(ids, eqn.invars)])
-
-
-def _broadcast_in_dim(x, *dynamic, shape, broadcast_dimensions, out_shape, **_):
-    del dynamic, shape
-    full = [1] * len(out_shape)
-    for size, d in zip(x.shape, broadcast_dimensions):
-        full[d] = size
-    return np.broadcast_to(x.reshape(full), out_shape)
-
-
-def _slice(x, *, start_indices, limit_indices, strides, **_):
-    return x[tuple(map(slice, start_indices, limit_indices, strides or [1] * x.ndim))]
-
-
-def _pad(x, value, *, padding_config, out_shape, **_):
-    del value
-    spread = np.full([max(0, n + (n - 1) * inner) for n, (_, _, inner) in zip(x.shape, padding_config)], NONE, np.int32)
-    spread[tuple(slice(None, None, inner + 1) for _, _, inner in padding_config)] = x
-    # Negative padding takes entries away.
-    kept = spread[tuple(slice(max(0, -lo), n - max(0, -hi)) for n, (lo, hi, _) in zip(spread.shape, padding_config))]
-    out = np.full(out_shape, NONE, np.int32)
-    out[tuple(slice(max(0, lo), max(0, lo) + n) for n, (lo, _, _) in zip(kept.shape, padding_config))] = kept
-    return out
-
-
-def _reduction(eqn):
-    return lambda ids, out_shapes: [_reduce(ids[0], tuple(eqn.params["axes"])).reshape(out_shapes[0])]
-
-
-def _cumulative(eqn):
-    axis = eqn.params["axis"]
-    return lambda ids, out_shapes: [np.broadcast_to(np.expand_dims(_reduce(ids[0], (axis,)), axis), out_shapes[0])]
-
-
-def _dot_general(eqn):
-    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
-
-    def rule(ids, out_shapes):
-        shape = out_shapes[0]
-        free = [
-            [d for d in range(v.aval.ndim) if d not in (*c, *b)]
-            for v, c, b in zip(eqn.invars, (lhs_contract, rhs_contract), (lhs_batch, rhs_batch))
-        ]
-        out = None
-        for side, (x, contract, batch) in enumerate(zip(ids, (lhs_contract, rhs_contract), (lhs_batch, rhs_batch))):
-            if x is None:
-                continue
-            order = (*batch, *free[side], *contract)
-            x = x.transpose(order)
-            kept = len(batch) + len(free[side])
-            x = _reduce(x, tuple(range(kept, x.ndim)))
-            before = 0 if side == 0 else len(free[0])
-            after = len(free[1]) if side == 0 else 0
-            x = x.reshape(x.shape[: len(batch)] + (1,) * before + x.shape[len(batch) :] + (1,) * after)
-            x = np.broadcast_to(x, shape)
-            out = x if out is None else combine(out, x)
-        return [out]
-
-    return rule
-
-
-RULES: Mapping[str, Callable[[Any], Any]] = {
-    **{name: _elementwise for name in ELEMENTWISE},
-    **{name: _cumulative for name in SCANS},
-    **{name: _reduction for name in REDUCTIONS},
-    **{name: _of_integers for name in ("split", "stack", "tile", "unstack")},
-    "broadcast_in_dim": _moving(_broadcast_in_dim),
-    "reshape": _moving(lambda x, *dynamic, out_shape, **_: x.reshape(out_shape)),
-    "squeeze": _moving(lambda x, *, out_shape, **_: x.reshape(out_shape)),
-    "expand_dims": _moving(lambda x, *, out_shape, **_: x.reshape(out_shape)),
-    "transpose": _moving(lambda x, *, permutation, **_: x.transpose(permutation)),
-    "rev": _moving(lambda x, *, dimensions, **_: np.flip(x, dimensions)),
-    "slice": _moving(_slice),
-    "pad": _moving(_pad),
-    "concatenate": _moving(lambda *xs, dimension, **_: np.concatenate(xs, dimension)),
-    "dot_general": _dot_general,
-}
-
-
-# Primitives that move data to where indices say: the operands that are data, the others being indices.
-INDEXED = {
-    "gather": (0,),
-    "dynamic_slice": (0,),
-    "dynamic_update_slice": (0, 1),
-    "scatter": (0, 2),
-    "scatter-add": (0, 2),
-    "scatter_add": (0, 2),
-}
-
-
-def _indexed(eqn, constants):
-    """With known indices, the same movement of the integers; ``None`` where they are not known."""
-    name, data = eqn.primitive.name, INDEXED[eqn.primitive.name]
-    indices = {}
-    for i, v in enumerate(eqn.invars):
-        if i not in data:
-            if not isinstance(v, Literal) and v not in constants:
-                return None
-            indices[i] = np.asarray(v.val if isinstance(v, Literal) else constants[v])
-
-    def rule(ids, out_shapes):
-        operands = [indices.get(i, _filled(x, v.aval.shape)) for i, (x, v) in enumerate(zip(ids, eqn.invars))]
-        if not name.startswith("scatter"):
-            return moved(eqn, operands, **({"fill_value": NONE} if name == "gather" else {}))
-        target, index, update = operands
-        base = target if name == "scatter" else np.full_like(target, NONE)
-        out = MOVES["scatter"](base, index, update, **eqn.params)
-        out = out if name == "scatter" else combine(target, out)
-        return [np.where(scatter_hits(target, index, update, eqn.params) > 1, MANY, out).astype(np.int32)]
-
-    return rule
-
-
-def _rule_for(eqn, constants):
-    if eqn.primitive.name in INDEXED:
-        return _indexed(eqn, constants)
-    make = RULES.get(eqn.primitive.name)
-    if make is None or math.prod(eqn.outvars[0].aval.shape) == 0:
-        return None
-    return make(eqn)

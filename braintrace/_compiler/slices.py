@@ -15,8 +15,9 @@ from .._types import Path
 from .descent import bind_without_links
 from .flatten import is_marked
 from .flow import Flow, through_operation, y_label
+from .labels import NONE, Label, own_label, unaligned_axes
 from .module_info import ModuleInfo, known_constants
-from .positions import NONE, Label, own_label, propagate, unaligned_axes
+from .positions import propagate
 
 __all__ = ["Slice", "evaluate_slice", "is_displaced", "is_mixed_output", "mixed_axes", "slice_group", "slice_labels"]
 

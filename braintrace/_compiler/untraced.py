@@ -13,8 +13,8 @@ from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flow import Flow, is_product
 from .groups import HiddenGroup
 from .influence import Influence, differentiable, variables
+from .labels import unaligned_axes
 from .module_info import ModuleInfo
-from .positions import unaligned_axes
 from .relations import HiddenParamOpRelation
 
 __all__ = ["mixing_transitions", "unmarked_parameters", "untraced_memory"]

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .._compiler.positions import MANY, NONE, is_aligned, no_cut, own_label, propagate
+from .._compiler.labels import MANY, NONE, is_aligned, own_label
+from .._compiler.positions import no_cut, propagate
 from .._compiler.relations import HiddenParamOpRelation
 from .._jax import Literal, open_jaxpr
 from .._types import path_str

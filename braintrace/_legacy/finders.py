@@ -8,12 +8,13 @@ from typing import Any
 import brainstate
 
 from .._compiler.diagnostics import emit
+from .._compiler.find_relations import find_relations
 from .._compiler.flow import analyse_flow
 from .._compiler.graph import groups_of, reach_of
 from .._compiler.groups import HiddenGroup
 from .._compiler.influence import Influence
 from .._compiler.module_info import ModuleInfo, extract_module_info
-from .._compiler.relations import HiddenParamOpRelation, find_relations
+from .._compiler.relations import HiddenParamOpRelation
 from .._compiler.scope import CEILING, scope_of
 from .._types import Path
 

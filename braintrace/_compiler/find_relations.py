@@ -1,0 +1,301 @@
+"""Which operations act on which hidden groups, and why others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from .._jax import any_rank, source_line
+from .._program import before, made_at
+from .._types import Path, path_str
+from .descent import holds_link
+from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
+from .flatten import is_marked
+from .flow import Flow, MarkedOp, Reach
+from .groups import HiddenGroup
+from .influence import Influence
+from .module_info import ModuleInfo
+from .operands import NO_PARAMETER, Step
+from .relations import HiddenParamOpRelation
+
+__all__ = ["find_relations"]
+
+
+@any_rank
+def find_relations(
+    info: ModuleInfo,
+    flow: Flow,
+    reach: Reach,
+    groups: Sequence[HiddenGroup],
+    influence: Influence,
+) -> tuple[tuple[HiddenParamOpRelation, ...], tuple[HiddenParamOpRelation, ...], list[CompilationRecord]]:
+    """Every marked operation with a parameter is a relation, or a record says why not.
+
+    Returns the relations, the operations with parameters that drive no group (the same record without groups), and
+    the diagnostics.
+    """
+    group_of = {p: g for g in groups for p in g.hidden_paths}
+    records: list[CompilationRecord] = []
+    relations: list[HiddenParamOpRelation] = []
+    plain: list[HiddenParamOpRelation] = []
+    calls: dict[Path, int] = {}
+    step = Step(info, flow)
+    for op in flow.ops:
+        program, paths, why = step.operand_program(op)
+        name = op.primitive.name
+        if program is None:
+            records.append(
+                CompilationRecord(
+                    DiagnosticKind.RELATION_EXCLUDED_NO_PARAMSTATE,
+                    DiagnosticLevel.INFO if why == NO_PARAMETER else DiagnosticLevel.WARNING,
+                    f"{name} is not trained online: {why}. Its value and gradient are those of plain JAX.",
+                    primitive=name,
+                )
+            )
+            continue
+        first = next(iter(paths.values()))
+        if len(op.eqn.outvars) > 1:
+            records.append(
+                CompilationRecord(
+                    DiagnosticKind.MULTI_OUTPUT_PRIMITIVE_DETECTED,
+                    DiagnosticLevel.INFO,
+                    f"{name} at {path_str(first)!r} has {len(op.eqn.outvars)} outputs; number {op.primitive.y_index} "
+                    "is traced.",
+                    primitive=name,
+                    weight_path=first,
+                )
+            )
+        for key in op.operands.keys() - paths.keys():
+            records.append(
+                CompilationRecord(
+                    DiagnosticKind.TRAINABLE_INVAR_NOT_PARAMSTATE,
+                    DiagnosticLevel.INFO,
+                    f"Operand {key!r} of {name} at {path_str(first)!r} comes from no parameter and is not trained.",
+                    primitive=name,
+                    weight_path=first,
+                )
+            )
+        direct = [p for p, labels in flow.into.items() if ("y", op.index) in labels]
+        fed = sorted({group_of[p].index for p in direct})
+        usable = [
+            i
+            for i in fed
+            if op.index in groups[i].cut.folds or _broadcastable(op.y.aval.shape[op.front :], groups[i].varshape)
+        ]
+        for i in fed:
+            if i not in usable:
+                records.append(
+                    CompilationRecord(
+                        DiagnosticKind.RELATION_EXCLUDED_SHAPE_MISMATCH,
+                        DiagnosticLevel.WARNING,
+                        f"The output of {name} at {path_str(first)!r} has shape {tuple(op.y.aval.shape)}, the hidden "
+                        f"states that it drives have {groups[i].varshape}: no trace is kept for this pair, and the "
+                        "parameter gets the gradient of the current step only. Give both one shape.",
+                        primitive=name,
+                        weight_path=first,
+                        hidden_paths=groups[i].hidden_paths,
+                    )
+                )
+        used = tuple(groups[i] for i in usable)
+        opaque = [k for k in reach.ops(op.y) - {op.index} if not flow.ops[k].primitive.gradient_enabled]
+        others = [k for k in opaque if _direct_groups(flow, group_of, k) & set(usable)]
+        through = bool(others or reach.links(op.y))
+        relation = _relation(step, op, program, paths, used, calls.setdefault(first, 0), through)
+        if not usable:
+            plain.append(relation)
+            if not fed:
+                records.append(_excluded(step, name, first, op, reach, influence))
+            continue
+        relations.append(relation)
+        calls[first] += 1
+        if through:
+            records.append(
+                CompilationRecord(
+                    DiagnosticKind.RELATION_PARTIAL_PATH,
+                    DiagnosticLevel.INFO,
+                    f"{name} at {path_str(first)!r} reaches its hidden states directly and through another operation. "
+                    "The current step is exact; the trace keeps the direct path.",
+                    primitive=name,
+                    weight_path=first,
+                    hidden_paths=relation.connected_hidden_paths,
+                )
+            )
+        mixed = [g for g in used if op.index in g.cut.displaced]
+        if mixed:
+            records.append(
+                CompilationRecord(
+                    DiagnosticKind.TRANSITION_TAIL_BOUNDED,
+                    DiagnosticLevel.WARNING,
+                    f"The way from {name} at {path_str(first)!r} to {', '.join(g.name for g in mixed)} mixes "
+                    "positions. The current step is exact; the trace keeps what each output does at its own position.",
+                    primitive=name,
+                    weight_path=first,
+                    hidden_paths=tuple(p for g in mixed for p in g.hidden_paths),
+                )
+            )
+        records.append(
+            CompilationRecord(
+                DiagnosticKind.RELATION_INCLUDED,
+                DiagnosticLevel.INFO,
+                f"{name} at {path_str(first)!r} is trained online through {', '.join(g.name for g in used)}.",
+                primitive=name,
+                weight_path=first,
+                hidden_paths=relation.connected_hidden_paths,
+                context={
+                    "hidden_group_indices": tuple(usable),
+                    "path_classification": dict(relation.path_classification),
+                },
+            )
+        )
+    return tuple(relations), tuple(plain), records
+
+
+def _relation(step, op, program, paths, used, call, mixed) -> HiddenParamOpRelation:
+    info = step.info
+    connected = tuple(p for g in used for p in _connected(g, op))
+    states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
+    trainable = {k: op.operands[k] for k in paths}
+    fixed = _fixed_vars(op, paths)
+    reads = step.dependence(op, trainable, fixed)
+    return HiddenParamOpRelation(
+        key=(next(iter(paths.values())), call),
+        primitive=op.primitive,
+        x_var=op.x,
+        y_var=op.y,
+        hidden_groups=used,
+        connected_hidden_paths=connected,
+        eqn_params=dict(op.eqn.params),
+        path_classification=dict.fromkeys(connected, "mixed" if mixed else "all_direct"),
+        trainable_vars=trainable,
+        trainable_paths=paths,
+        trainable_leaf_indices={k: _leaf(info, op.operands[k], paths[k]) for k in paths},
+        trainable_param_states={k: states[p] for k, p in paths.items()},
+        fixed_vars=fixed,
+        constant=frozenset(i for i, v in fixed.items() if _is_constant(info, v)),
+        op_index=op.index,
+        parameter_paths=_parameter_paths(info, program),
+        operand_program=program,
+        residual_free=bool(used) and _residual_free(step, op, used),
+        offset_keys=reads.offset,
+        affine_keys=reads.affine,
+        linear_keys=reads.linear,
+    )
+
+
+def _connected(group: HiddenGroup, op: MarkedOp) -> list[Path]:
+    """The members of a group that an operation acts on without passing an old value."""
+    row = group.cut.df.get(op.index, ())
+    driven = {i for (i, _), entry in zip(group.slots, row) if entry.kind != "zero"}
+    return [p for i, p in enumerate(group.hidden_paths) if i in driven or not driven]
+
+
+def _fixed_vars(op: MarkedOp, trained) -> Mapping[int, Any]:
+    slots = op.primitive.trainables(op.eqn.params)
+    taken = {slots[k] for k in trained} | {op.primitive.x_index}
+    return {i: v for i, v in enumerate(op.eqn.invars) if i not in taken}
+
+
+def _is_constant(info: ModuleInfo, var: Any) -> bool:
+    """Whether a variable depends on no input of the step."""
+    eqns, inputs = info.jaxpr.eqns, set(info.jaxpr.invars)
+    return inputs.isdisjoint(before(eqns, made_at(eqns), [var]))
+
+
+def _parameter_paths(info, program) -> tuple[Path, ...]:
+    return tuple(dict.fromkeys(info.invar_to_weight_path[info.jaxpr.invars[i]] for i in program.leaves))
+
+
+def _leaf(info, var, path) -> int:
+    leaves = info.weight_path_to_invars[path]
+    return leaves.index(var) if var in leaves else 0
+
+
+def _broadcastable(y: tuple[int, ...], varshape: tuple[int, ...]) -> bool:
+    try:
+        return np.broadcast_shapes(y, varshape) is not None
+    except ValueError:
+        return False
+
+
+def _direct_groups(flow, group_of, k) -> set[int]:
+    return {group_of[p].index for p, labels in flow.into.items() if ("y", k) in labels}
+
+
+def _excluded(step, name, path, op, reach, influence) -> CompilationRecord:
+    info, flow = step.info, step.flow
+    changed = influence.of([op.y], influence.opaque.__contains__)
+    if driven := influence.driven(changed):
+        products = influence.products(changed)
+        line = source_line(products[0]) if products else ""
+        how = (products[0].primitive.name if products else "loop") + (f" at {line}" if line else "")
+        return CompilationRecord(
+            DiagnosticKind.RELATION_EXCLUDED_MIXING,
+            DiagnosticLevel.WARNING,
+            f"{name} at {path_str(path)!r} reaches {', '.join(map(path_str, driven))} only through the {how}, which "
+            "mixes the positions of hidden values: no trace follows it, and its parameter gets the gradient of the "
+            "current step only. Make it a part of the weight of one braintrace.matmul there.",
+            primitive=name,
+            weight_path=path,
+            hidden_paths=driven,
+        )
+    linked = {v for position in reach.links(op.y) for v in info.jaxpr.eqns[position].invars}
+    blocking = sorted((reach.ops(op.y) | {o.index for o in flow.ops if o.y in linked}) - {op.index})
+    if blocking and reach.groups(op.y):
+        others = [flow.ops[k] for k in blocking]
+        return CompilationRecord(
+            DiagnosticKind.RELATION_EXCLUDED_WEIGHT_TO_WEIGHT,
+            DiagnosticLevel.INFO,
+            f"{name} at {path_str(path)!r} reaches hidden states only through another operation: its parameter gets "
+            "the exact gradient of the current step, without history.",
+            primitive=name,
+            weight_path=path,
+            context={
+                "blocking_primitives": tuple(o.primitive.name for o in others),
+                "blocking_weight_paths": tuple(
+                    p for o in others for p in dict.fromkeys(step.operand_program(o)[1].values())
+                ),
+            },
+        )
+    return CompilationRecord(
+        DiagnosticKind.RELATION_EXCLUDED_NON_TEMPORAL,
+        DiagnosticLevel.INFO,
+        f"{name} at {path_str(path)!r} drives no hidden state (a readout, say): its parameter gets the exact gradient "
+        "of the current step, and needs no trace.",
+        primitive=name,
+        weight_path=path,
+    )
+
+
+def _residual_free(step: Step, op: MarkedOp, groups: Sequence[HiddenGroup]) -> bool:
+    """Follow y to wherever it leaves F; stop at hidden values, which the signal accounts for."""
+    if any(op.index not in g.cut.aligned for g in groups):
+        return False
+    eqns, members, outputs = step.info.jaxpr.eqns, step.flow.members, step.outputs
+    inside = {p for g in groups for p in g.inside}
+    if op.y in members:
+        return True
+    if op.y in outputs:
+        return False
+    pending, seen = list(step.readers.get(op.y, ())), {op.position}
+    while pending:
+        position = pending.pop()
+        if position in seen:
+            continue
+        seen.add(position)
+        eqn = eqns[position]
+        differentiable = [v for v in eqn.outvars if jax.numpy.issubdtype(v.aval.dtype, jax.numpy.inexact)]
+        if not differentiable or eqn.primitive.name == "stop_gradient":
+            continue
+        through = is_marked(eqn) and not eqn.primitive.gradient_enabled
+        if position not in inside or holds_link(eqn) or through:
+            return False
+        for var in differentiable:
+            if var in members:
+                continue
+            if var in outputs:
+                return False
+            pending.extend(step.readers.get(var, ()))
+    return True

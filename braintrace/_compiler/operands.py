@@ -1,0 +1,140 @@
+"""How the operands of an operation are computed from the parameters of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from .._jax import Literal, eval_jaxpr, hashed
+from .._program import before, made_at, sub_program, variables
+from .._types import Path
+from .dependence import Dependence, dependence
+from .flow import Flow, MarkedOp
+from .module_info import ModuleInfo
+
+__all__ = ["NO_PARAMETER", "OperandProgram", "Step", "operand_program", "program_of_operands"]
+
+
+NO_PARAMETER = "none of its operands comes from a parameter"
+
+
+class Step:
+    """A step, and what is asked about its variables and operations again and again."""
+
+    def __init__(self, info: ModuleInfo, flow: Flow):
+        self.info, self.flow = info, flow
+        jaxpr = info.jaxpr
+        self.number = {v: i for i, v in enumerate(jaxpr.invars)}
+        self.made_at = made_at(jaxpr.eqns)
+        self.hidden = set(info.hidden_path_to_invar.values())
+        self.outputs = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+        self.op_positions = {op.position for op in flow.ops}
+        self.readers: dict[Any, list[int]] = {}
+        for i, eqn in enumerate(jaxpr.eqns):
+            for v in variables(eqn.invars):
+                self.readers.setdefault(v, []).append(i)
+        self._dependence: dict[Any, Dependence] = {}
+        self._programs: dict[int, tuple[OperandProgram | None, dict[str, Path], str]] = {}
+
+    def operand_program(self, op: MarkedOp) -> tuple[OperandProgram | None, dict[str, Path], str]:
+        """:func:`operand_program`, found once."""
+        if op.index not in self._programs:
+            self._programs[op.index] = program_of_operands(self, op)
+        return self._programs[op.index]
+
+    def dependence(self, op: MarkedOp, trained: Mapping[str, Any], fixed: Mapping[int, Any]) -> Dependence:
+        """:func:`dependence` of an operation, found once for all that differ in nothing it asks about."""
+        arguments = op.primitive, op.eqn.params, op.x, op.y, trained, fixed
+        shape_of = lambda v: None if v is None else (v.aval.shape, v.aval.dtype)  # noqa: E731
+        operands = tuple((k, shape_of(v)) for k, v in (*trained.items(), *fixed.items()))
+        params = tuple(op.eqn.params.items())
+        key = hashed(op.primitive, op.primitive.rules, params, shape_of(op.x), shape_of(op.y), operands)
+        if key is None:
+            return dependence(*arguments)
+        if key not in self._dependence:
+            self._dependence[key] = dependence(*arguments)
+        return self._dependence[key]
+
+
+class OperandProgram(NamedTuple):
+    """What happens to parameters before they enter an operation (a mask, a sign, a sum of two).
+
+    ``program`` maps step inputs to the trained operands; ``leaves`` are the parameter leaves among its inputs.
+    """
+
+    keys: tuple[str, ...]
+    program: Any
+    inputs: tuple[int, ...]  # positions among the inputs of the step
+    leaves: tuple[int, ...]  # those of them that are parameter leaves
+    identity: tuple[int, ...] | None  # positions of the operands, if they are step inputs as they are
+
+    def operands(self, invals: Sequence[Any]) -> dict[str, jax.Array]:
+        if self.identity is not None:
+            return {k: invals[i] for k, i in zip(self.keys, self.identity)}
+        return dict(zip(self.keys, eval_jaxpr(self.program, *[invals[i] for i in self.inputs])))
+
+    def pull_back(self, invals: Sequence[Any], gradients: dict[str, jax.Array]) -> dict[int, jax.Array]:
+        """Gradients of the operands -> gradients of the parameter leaves, by position in the step's inputs."""
+        if self.identity is not None:
+            out: dict[int, jax.Array] = {}
+            for k, i in zip(self.keys, self.identity):
+                out[i] = out[i] + gradients[k] if i in out else gradients[k]
+            return out
+
+        def run(leaves):
+            values = dict(zip(self.leaves, leaves))
+            args = [values.get(i, invals[i]) for i in self.inputs]
+            return eval_jaxpr(self.program, *args)
+
+        outs, pull = jax.vjp(run, [invals[i] for i in self.leaves])
+        (bars,) = pull([gradients[k].astype(o.dtype) for k, o in zip(self.keys, outs)])
+        return dict(zip(self.leaves, bars))
+
+
+def operand_program(info: ModuleInfo, flow: Flow, op: MarkedOp) -> tuple[OperandProgram | None, dict[str, Path], str]:
+    """The trained operands of an operation as a program of step inputs.
+
+    Returns ``(program, first parameter path by key, why not)``; the program is ``None`` if no operand comes from a
+    parameter. An operand that is a constant, or computed from hidden values, is not trained.
+    """
+    return Step(info, flow).operand_program(op)
+
+
+def program_of_operands(step: Step, op: MarkedOp) -> tuple[OperandProgram | None, dict[str, Path], str]:
+    info, jaxpr, number, made = step.info, step.info.jaxpr, step.number, step.made_at
+    paths: dict[str, Path] = {}
+    needed: set[int] = set()
+    leaves: set[Any] = set()
+    variables: dict[str, Any] = {}
+    why = NO_PARAMETER
+    for key, var in op.operands.items():
+        if isinstance(var, Literal):
+            continue
+        path = list(before(jaxpr.eqns, made, [var]))
+        roots = {v for v in path if v in number}
+        found = [v for v in path if v in info.invar_to_weight_path]
+        positions = {made[v] for v in path if v in made}
+        blocked = not roots.isdisjoint(step.hidden) or not positions.isdisjoint(step.op_positions)
+        if not found:
+            continue
+        if blocked:
+            why = "its operand is computed from hidden values or from another operation"
+            continue
+        first = min(found, key=number.__getitem__)
+        paths[key] = info.invar_to_weight_path[first]
+        variables[key] = var
+        needed |= positions
+        leaves |= roots
+    if not paths:
+        return None, {}, why
+    keys = tuple(variables)
+    if all(v in number for v in variables.values()):
+        identity = tuple(number[v] for v in variables.values())
+        return OperandProgram(keys, None, identity, identity, identity), paths, ""
+    inputs = sorted(number[v] for v in leaves)
+    used = [jaxpr.eqns[p] for p in sorted(needed)]
+    program = sub_program(info.closed_jaxpr, [jaxpr.invars[i] for i in inputs], list(variables.values()), used)
+    trained = tuple(i for i in inputs if jaxpr.invars[i] in info.invar_to_weight_path)
+    return OperandProgram(keys, program, tuple(inputs), trained, None), paths, ""
