@@ -6,7 +6,7 @@ builds stacks of recurrent layers, compares the gradients of every layer with ba
 cosines, at the initial weights and after some training.
 
     python examples/depth.py
-    python examples/depth.py --cells lru --depths 2,4,8
+    python examples/depth.py --cells lru --depths 2,4,8    # about a minute each
 """
 
 import argparse
@@ -26,7 +26,6 @@ MASK = jnp.arange(STEPS) >= DELAY
 RULES = {
     "immediate": "immediate",
     "pp_prop": ("pp_prop", dict(decay_or_rank=0.9)),
-    "hybrid": ("hybrid", dict(decay_or_rank=0.9)),
     "d_rtrl": "d_rtrl",
 }
 

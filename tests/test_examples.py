@@ -84,3 +84,10 @@ def test_results(tmp_path):
     assert row.startswith("| adding, LRU, 200 steps | d_rtrl | adam | ") and " | 2 | " in row
     run("results.py", *options, folder=tmp_path)  # runs nothing
     assert (tmp_path / "results.jsonl").read_text() == lines
+
+
+def test_depth(tmp_path):
+    header, _, *rows = run("depth.py", folder=tmp_path).splitlines()
+    assert header == "| cell | layers | updates before | layer | immediate | pp_prop | d_rtrl |"
+    (lower, top) = ([float(x) for x in row.split("|")[5:8]] for row in rows)
+    assert top[2] == 1.0 > lower[2] > 0.0  # of the top layer of linear recurrent units D_RTRL is exact
