@@ -24,7 +24,7 @@ from .module_info import ModuleInfo
 from .position_rules import combine
 from .positions import no_cut, propagate
 from .scope import DIAGONAL, Neighbourhood, Scope
-from .slices import Slice, evaluate_slice, is_displaced, is_mixed_output, mixed_axes, slice_labels
+from .slices import Slice, evaluate_slice, is_displaced, is_mixed_output, is_shared, mixed_axes, slice_labels
 
 __all__ = ["Cut", "Cuts", "Entry", "Fold", "Transition", "differentiate_cut"]
 
@@ -204,7 +204,14 @@ def differentiate_cut(
             new, pull = jax.vjp(new_value, list(olds), list(ys))
             cotangents = _cotangents(new, pull, component, slots, keys)
             of_D = mixed_axes({} if whole else labels[a], {}, y_shapes, varshape)
-            of_df = mixed_axes({}, by_position[a], y_shapes, varshape)
+            along = {
+                k: _along(cotangents, keys.index(k), varshape, new, ys)
+                for k, label in by_position[a].items()
+                if is_shared(label, y_shapes[k], varshape, part.fronts[k])
+            }
+            along = {k: slope for k, slope in along.items() if slope is not None}
+            own = {k: label for k, label in by_position[a].items() if k not in along}
+            of_df = mixed_axes({}, own, y_shapes, varshape)
             row_of = lambda y_shapes, axes, of=cotangents, dtype=new.dtype: _row(  # noqa: E731
                 of, dtype, part.fronts, y_shapes, varshape, axes, folds, scope
             )
@@ -216,6 +223,7 @@ def differentiate_cut(
                 out.append(row_of(y_shapes, both))
             else:  # one position at a time along all of these axes would be far more of them
                 out.append(_Row(row_of({}, of_D).D, row_of(y_shapes, of_df).df))
+            out[-1].df.update(along)
         nothing = [None] * len(slots)
         return [(nothing if whole else r.D, r.df) for r in out], list(values) if whole else []
 
@@ -340,6 +348,19 @@ def _cotangents(new, pull, component, slots, keys):
         return [_component(old_bar[b], c) for b, c in slots], [y_bar[i] for i in range(len(keys))]
 
     return of
+
+
+def _along(cotangents, number, varshape, new, ys):
+    """The derivative of every position by the entry of an output that it shares with others: forward, in one pass.
+
+    Forward is the transpose of the reverse pass, as some functions have a reverse rule alone. ``None`` where that is a
+    loop of unknown length, which has no transpose.
+    """
+    try:
+        _, forward = jax.vjp(lambda seed: cotangents(seed)[1][number], jnp.zeros(varshape, new.dtype))
+        return forward(jnp.ones_like(ys[number]))[0]
+    except ValueError:
+        return None
 
 
 def _by_position(read, dtype, varshape, axes, scope):

@@ -201,6 +201,12 @@ def is_displaced(label: Label, y_shape: tuple[int, ...], varshape: tuple[int, ..
     return tuple(k for k, at in ids.items() if not np.all((at == own[k + 1]) | (at == NONE)))
 
 
+def is_shared(label: Label, y_shape: tuple[int, ...], varshape: tuple[int, ...], front: int) -> bool:
+    """Whether positions share entries of y as broadcasting does, and depend on no others."""
+    shares = bool(is_mixed_output(label, y_shape, varshape))
+    return not front and shares and not is_displaced(label, y_shape, varshape)
+
+
 def mixed_axes(old_labels, y_labels, y_shapes, varshape) -> tuple[int, ...]:
     axes: set[int] = set()
     for label in old_labels.values():
