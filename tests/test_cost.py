@@ -92,6 +92,19 @@ def test_weight_gradients_of_single_samples_would_be_found():
     assert of_every_sample(driver, weights_of(net), xs)
 
 
+@pytest.mark.parametrize(
+    "rule, options", [("pp_prop", dict(decay_or_rank=0.9)), ("d_rtrl", {}), ("hybrid", dict(decay_or_rank=0.9))]
+)
+@pytest.mark.parametrize("cell", [braintrace.nn.LRUCell, braintrace.nn.RTUCell, braintrace.nn.LSTMCell])
+def test_no_pairs_of_samples(cell, rule, options):
+    """Parameters without an axis for samples, such as time constants, take one pass for all samples."""
+    net = brainstate.nn.Sequential(cell(N_IN, N))
+    learner = braintrace.compile(net, rule, jnp.zeros((B, N_IN)), batch_size=B, **options)
+    drive = lambda xs: learner.etrace_grad(xs, step_fn=lambda x: (learner(x) ** 2).sum())  # noqa: E731
+    jaxpr, _ = brainstate.transform.make_jaxpr(drive)(jnp.ones((T, B, N_IN)))
+    assert not [shape for shape in shapes(jaxpr.jaxpr) if shape.count(B) > 1]
+
+
 @pytest.mark.parametrize("model", ["gru", "lif-cuba"])
 def test_a_model_that_maps_itself(model):
     """`brainstate.nn.Map` around the network: the gradients of a batch."""
