@@ -358,7 +358,9 @@ def _along(cotangents, number, varshape, new, ys):
     """
     try:
         _, forward = jax.vjp(lambda seed: cotangents(seed)[1][number], jnp.zeros(varshape, new.dtype))
-        return forward(jnp.ones_like(ys[number]))[0]
+        one = jnp.ones_like(ys[number])
+        # What comes back for a complex entry is the real part of its product with the derivative.
+        return forward(one)[0] + 1j * forward(-1j * one)[0] if jnp.iscomplexobj(one) else forward(one)[0]
     except ValueError:
         return None
 
