@@ -89,7 +89,7 @@ def main():
         steps=SAMPLE + (50 if args.quick else DELAY) + TEST,
         answer=RESPONSE,
         batch=4 if args.quick else 32,
-        updates=250,
+        updates=350,
         learning_rate=1e-2,
     )
     run(task, args)

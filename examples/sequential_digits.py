@@ -53,21 +53,22 @@ def main():
     options.add_argument("--size", type=int, choices=[8, 28], default=8)
     args = options.parse_args()
     x_train, x_test, y_train, y_test = load(args.size, args.seed)
-    batch = 4 if args.quick else 40
+    batch, units = 4 if args.quick else 40, 64 if args.size == 8 else 32
 
     def pick(images, labels, chosen):
         return encode(images[chosen]), labels[chosen][None].astype(np.int32)
 
     task = Task(
         name=f"digits, {args.cell.upper()}, {args.size**2} steps",
-        build=lambda: DigitNet(args.cell, 8 if args.quick else 64, args.size**2),
+        build=lambda: DigitNet(args.cell, 8 if args.quick else units, args.size**2),
         draw=lambda rng, batch, steps: pick(x_train, y_train, rng.choice(len(x_train), batch, replace=False)),
         held_out=lambda: [pick(x_test, y_test, c) for c in np.arange(TEST_SIZE).reshape(-1, batch)],
         steps=args.size**2,
         answer=1,
         batch=batch,
-        updates=1000,
-        learning_rate=5e-3,
+        updates=1000 if args.size == 8 else 500,
+        learning_rate=5e-3 if args.size == 8 else 1.5e-2,
+        rates={"theta_log": 10 / args.size**2},  # an angle acts as often as a unit turns
     )
     run(task, args)
 

@@ -25,7 +25,7 @@ from training import OPTIMIZERS, parser, report, save
 
 import braintrace
 
-WIDTH = 16  # of the linear recurrent layer, whose inputs and outputs are equally many
+WIDTH = 16  # of the linear recurrent layer, whose inputs and outputs are equally many: it sees an input several times
 PIECES = 50  # of the stream, between which the progress is shown
 
 
@@ -86,7 +86,7 @@ def pole():
 class Agent(brainstate.nn.Module):
     def __init__(self, cell, n_in, n_units, ring):
         super().__init__()
-        self.pad = WIDTH - n_in if cell == "lru" else 0
+        self.n_in = WIDTH if cell == "lru" else n_in
         self.cell = {
             "lru": lambda: braintrace.nn.LRUCell(WIDTH, n_units, *ring),
             "rtu": lambda: braintrace.nn.RTUCell(n_in, n_units, *ring),
@@ -96,7 +96,7 @@ class Agent(brainstate.nn.Module):
         self.actor, self.critic = braintrace.nn.Linear(n_out, 2), braintrace.nn.Linear(n_out, 1)
 
     def update(self, x):
-        features = jnp.tanh(self.cell(jnp.pad(x, (0, self.pad))))
+        features = jnp.tanh(self.cell(jnp.resize(x, self.n_in)))
         return self.actor(features), self.critic(features)[0]
 
 

@@ -74,11 +74,11 @@ def online_gradient(task, model, rule, example):
     }
     learner = braintrace.compile(model, rule, example, batch_size=task.batch, **options.get(rule, {}))
 
-    def gradient(inputs, targets):
+    def gradient(before, inputs, targets):
         learner.reset_state()
-        learner.etrace_evolve(inputs[: -task.answer])
+        learner.etrace_evolve(before)
         return learner.etrace_grad(
-            inputs[-task.answer :],
+            inputs,
             targets,
             step_fn=lambda x, y: step_loss(task, model, learner, x, y),
             loss_output="scalar",
@@ -92,11 +92,11 @@ def bptt_gradient(task, model):
     """Differentiate the whole sequence, which keeps every time step in memory."""
     brainstate.nn.init_all_states(model, batch_size=task.batch)
 
-    def gradient(inputs, targets):
+    def gradient(before, inputs, targets):
         def loss():
-            evolve(model, inputs[: -task.answer])
+            evolve(model, before)
             step = lambda x, y: step_loss(task, model, model, x, y)  # noqa: E731
-            return brainstate.transform.for_loop(step, inputs[-task.answer :], targets).mean()
+            return brainstate.transform.for_loop(step, inputs, targets).mean()
 
         return brainstate.transform.grad(loss, model.states(brainstate.ParamState), return_value=True)()
 
@@ -121,7 +121,7 @@ class Trainer:
         if args.rule == "bptt":
             self.gradient = bptt_gradient(task, self.model)
         else:
-            inputs, _ = self.draw(task.steps)
+            _, inputs, _ = self.draw(task.steps)
             self.gradient = online_gradient(task, self.model, args.rule, inputs[0])
         self.optimizers = {}
         weights = self.model.states(brainstate.ParamState)
@@ -132,11 +132,15 @@ class Trainer:
         self.losses, self.seconds = [], []
 
     def draw(self, steps):
-        return tuple(map(jnp.asarray, self.task.draw(self.rng, self.task.batch, steps)))
+        return self.parts(*self.task.draw(self.rng, self.task.batch, steps))
 
-    def update(self, inputs, targets):
+    def parts(self, inputs, targets):
+        """Inputs before the steps that count, those of these steps, and targets: apart, as a slice would be a copy."""
+        return tuple(map(jnp.asarray, (inputs[: -self.task.answer], inputs[-self.task.answer :], targets)))
+
+    def update(self, *batch):
         brainstate.nn.reset_all_states(self.model, batch_size=self.task.batch)
-        gradients, loss = self.gradient(inputs, targets)
+        gradients, loss = self.gradient(*batch)
         for factor, optimizer in self.optimizers.items():
             optimizer.step(self.of_rate(factor, gradients))
         return loss
@@ -144,10 +148,10 @@ class Trainer:
     def of_rate(self, factor, values):
         return {path: v for path, v in values.items() if self.task.rates.get(path[-1], 1.0) == factor}
 
-    def score(self, inputs, targets):
+    def score(self, before, inputs, targets):
         brainstate.nn.reset_all_states(self.model, batch_size=self.task.batch)
-        evolve(self.model, inputs[: -self.task.answer])
-        return self.task.score(brainstate.transform.for_loop(self.model, inputs[-self.task.answer :]), targets)
+        evolve(self.model, before)
+        return self.task.score(brainstate.transform.for_loop(self.model, inputs), targets)
 
     def train(self, updates):
         update = brainstate.transform.jit(self.update)
@@ -161,9 +165,14 @@ class Trainer:
 
     def test(self):
         """Mean score on trials that were not trained on."""
-        fresh = (self.draw(self.task.steps) for _ in range(TEST_BATCHES))
+        held_out = self.task.held_out
+        batches = (
+            (self.parts(*b) for b in held_out())
+            if held_out
+            else (self.draw(self.task.steps) for _ in range(TEST_BATCHES))
+        )
         score = brainstate.transform.jit(self.score)
-        return float(np.mean([score(*batch) for batch in (self.task.held_out() if self.task.held_out else fresh)]))
+        return float(np.mean([score(*batch) for batch in batches]))
 
     def memory(self, steps):
         """MiB of the temporary arrays that XLA plans for one update on trials of this length. Nothing runs."""
@@ -172,7 +181,7 @@ class Trainer:
 
     def picture(self, path):
         """The loss while learning, and one trial: its inputs, and what the network makes of them."""
-        inputs, _ = self.draw(self.task.steps)
+        inputs = jnp.concatenate(self.draw(self.task.steps)[:2])
         brainstate.nn.reset_all_states(self.model, batch_size=self.task.batch)
         outputs = brainstate.transform.for_loop(self.model, inputs)
 
@@ -221,7 +230,7 @@ def run(task, args):
     updates = args.updates or (3 if args.quick else task.updates)
     trainer.train(updates)
     for steps in MEMORY_STEPS if args.memory else ():
-        print(f"{args.rule}: {trainer.memory(steps):.1f} MiB of temporary memory for {steps} steps")
+        print(f"{args.rule}: {trainer.memory(steps):.3g} MiB of temporary memory for {steps} steps")
     if args.out:
         trainer.picture(args.out)
     seconds = float(np.median(trainer.seconds))
