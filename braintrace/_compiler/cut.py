@@ -205,12 +205,13 @@ def differentiate_cut(
             cotangents = _cotangents(new, pull, component, slots, keys)
             of_D = mixed_axes({} if whole else labels[a], {}, y_shapes, varshape)
             along = {
-                k: _along(cotangents, keys.index(k), varshape, new, ys)
+                k: _along(cotangents, k, varshape, new, ys[keys.index(k)])
                 for k, label in by_position[a].items()
                 if is_shared(label, y_shapes[k], varshape, part.fronts[k])
             }
             along = {k: slope for k, slope in along.items() if slope is not None}
             own = {k: label for k, label in by_position[a].items() if k not in along}
+            others = {k: shape for k, shape in y_shapes.items() if k not in along}
             of_df = mixed_axes({}, own, y_shapes, varshape)
             row_of = lambda y_shapes, axes, of=cotangents, dtype=new.dtype: _row(  # noqa: E731
                 of, dtype, part.fronts, y_shapes, varshape, axes, folds, scope
@@ -218,11 +219,11 @@ def differentiate_cut(
             both = tuple(sorted({*of_D, *of_df}))
             if neighbourhood is not None:
                 D = _blocks(cotangents, new.dtype, varshape, of_D, neighbourhood, scope)
-                out.append(_Row(D, row_of(y_shapes, of_df).df))
+                out.append(_Row(D, row_of(others, of_df).df))
             elif both in (of_D, of_df):
-                out.append(row_of(y_shapes, both))
+                out.append(row_of(others, both))
             else:  # one position at a time along all of these axes would be far more of them
-                out.append(_Row(row_of({}, of_D).D, row_of(y_shapes, of_df).df))
+                out.append(_Row(row_of({}, of_D).D, row_of(others, of_df).df))
             out[-1].df.update(along)
         nothing = [None] * len(slots)
         return [(nothing if whole else r.D, r.df) for r in out], list(values) if whole else []
@@ -345,20 +346,20 @@ def _cotangents(new, pull, component, slots, keys):
     def of(seed):
         full = seed if component is None else jnp.zeros_like(new).at[..., component].set(seed)
         old_bar, y_bar = pull(full)
-        return [_component(old_bar[b], c) for b, c in slots], [y_bar[i] for i in range(len(keys))]
+        return [_component(old_bar[b], c) for b, c in slots], dict(zip(keys, y_bar))
 
     return of
 
 
-def _along(cotangents, number, varshape, new, ys):
+def _along(cotangents, key, varshape, new, y):
     """The derivative of every position by the entry of an output that it shares with others: forward, in one pass.
 
     Forward is the transpose of the reverse pass, as some functions have a reverse rule alone. ``None`` where that is a
     loop of unknown length, which has no transpose.
     """
     try:
-        _, forward = jax.vjp(lambda seed: cotangents(seed)[1][number], jnp.zeros(varshape, new.dtype))
-        one = jnp.ones_like(ys[number])
+        _, forward = jax.vjp(lambda seed: cotangents(seed)[1][key], jnp.zeros(varshape, new.dtype))
+        one = jnp.ones_like(y)
         # What comes back for a complex entry is the real part of its product with the derivative.
         return forward(one)[0] + 1j * forward(-1j * one)[0] if jnp.iscomplexobj(one) else forward(one)[0]
     except ValueError:
@@ -385,7 +386,7 @@ def _row(cotangents, dtype, fronts, y_shapes, varshape, mixed, folds, scope) -> 
     ones = jnp.ones(varshape, dtype)
     if not mixed:
         D, df = cotangents(ones)
-        return _Row(D, dict(zip(y_shapes, df)))
+        return _Row(D, {k: df[k] for k in y_shapes})
 
     def read(seed, pick):
         def own_position(cotangent, shape, front=0):
@@ -396,9 +397,9 @@ def _row(cotangents, dtype, fronts, y_shapes, varshape, mixed, folds, scope) -> 
             return cotangent
 
         olds, ys = cotangents(seed)
-        return [None if o is None else own_position(o, varshape) for o in olds], [
-            y if k in folds else own_position(y, y_shapes[k], fronts[k]) for k, y in zip(y_shapes, ys)
-        ]
+        return [None if o is None else own_position(o, varshape) for o in olds], {
+            k: ys[k] if k in folds else own_position(ys[k], y_shapes[k], fronts[k]) for k in y_shapes
+        }
 
     def whole(stacked, front=0):
         sizes = [varshape[k] for k in mixed]
@@ -406,10 +407,10 @@ def _row(cotangents, dtype, fronts, y_shapes, varshape, mixed, folds, scope) -> 
         return jnp.moveaxis(stacked.reshape(*sizes, *stacked.shape[1:]), range(len(mixed)), axes)
 
     D, df = _by_position(read, dtype, varshape, mixed, scope)
-    found = {k: whole(y, fronts[k]) for k, y in zip(y_shapes, df)}
+    found = {k: whole(df[k], fronts[k]) for k in y_shapes}
     if folds:
         # Every entry acts on one position, so that one pass from all positions gives all of them.
-        found.update({k: y for k, y in zip(y_shapes, cotangents(ones)[1]) if k in folds})
+        found.update({k: y for k, y in cotangents(ones)[1].items() if k in folds and k in y_shapes})
     return _Row(jax.tree.map(whole, D), found)
 
 
