@@ -10,7 +10,7 @@ that decay as slowly as the current (D_RTRL), or backward through 1,100 steps (B
 cheaper and shorter.
 
     python examples/delayed_match_to_sample.py --rule d_rtrl --memory
-    python examples/delayed_match_to_sample.py --rule d_rtrl --tau-a 100    # fast adaptation: nothing to learn from
+    python examples/delayed_match_to_sample.py --rule d_rtrl --tau-a 100    # a current that forgets
 """
 
 import brainpy

@@ -42,21 +42,21 @@ def train(args):
     """What every process runs: the same program, on its part of every batch."""
     mesh = Mesh(np.array(jax.devices()), ("batch",))  # the devices of all processes
     brainstate.random.seed(args.seed)  # the same parameters in each
-    model = AddingNet(args.units)
+    model = AddingNet("gru", args.units, STEPS)
     learner = braintrace.compile(model, "d_rtrl", jnp.zeros((args.batch, 2)), batch_size=args.batch)
     optimizer = braintools.optim.Momentum(lr=0.02, momentum=0.9)
     optimizer.register_trainable_weights(learner.param_states)
     braintrace.shard(learner, mesh, batch="batch")
 
     @brainstate.transform.jit
-    def update(inputs, targets, mask):
+    def update(before, inputs, targets):
         brainstate.nn.reset_all_states(model, batch_size=args.batch)
         learner.reset_state()
+        learner.etrace_evolve(before)
         grads, loss = learner.etrace_grad(
             inputs,
             targets,
             step_fn=lambda x, y: squared_error(learner(x), y),
-            mask=mask,
             loss_output="scalar",
             return_value=True,
         )
@@ -72,7 +72,8 @@ def train(args):
     for step in range(start, args.updates):
         if step == args.die_at and start == 0 and args.number == args.processes - 1:
             os._exit(1)
-        loss = update(*map(spread, draw(np.random.default_rng((args.seed, step)), args.batch, STEPS)))
+        inputs, sums = draw(np.random.default_rng((args.seed, step)), args.batch, STEPS)
+        loss = update(*map(spread, (inputs[:-1], inputs[-1:], sums)))  # the last step has the answer
         if (step + 1) % args.every == 0 or step + 1 == args.updates:
             braintrace.save(args.checkpoint, learner, optimizer, step=step + 1)
             if args.number == 0:

@@ -162,7 +162,8 @@ def main():
         begin = time.perf_counter()
         now, lived = live(now, jax.random.split(key, steps // PIECES))
         totals, ends = map(np.asarray, lived)
-        returns.append(float(world.score(totals[ends].mean())) if ends.any() else np.nan)
+        ended = totals[ends] if ends.any() else totals[-1:]  # or what there is of an episode that goes on
+        returns.append(float(world.score(ended.mean())))
         seconds.append((time.perf_counter() - begin) / (steps // PIECES))
         progress.set_postfix(score=f"{returns[-1]:.3f}", refresh=False)
 
@@ -174,7 +175,7 @@ def main():
         save(args.out, draw, panels=1)
     name = f"memory chain of {args.length}" if args.task == "chain" else "pole balancing"
     memory = live.compile(*example).memory_analysis().temp_size_in_bytes / 2**20
-    score = float(np.nanmean(returns[-PIECES // 10 :]))
+    score = float(np.mean(returns[-PIECES // 10 :]))
     report(args, f"{name}, {args.cell.upper()}", world.score_name, score, steps, float(np.median(seconds)), memory)
 
 
