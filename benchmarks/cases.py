@@ -22,7 +22,7 @@ CORE = {
     "work": ["sequence", "step", "memory"],
 }
 MORE = {
-    "model": ["gif", "ei", "sparse", "conv", "rnn"],
+    "model": ["gif", "ei", "sparse", "conv", "rnn", "lru"],
     "size": [size for size in SIZES if size not in CORE["size"]],
     "mode": [],
     "rule": ["hybrid", "OSTLRecurrent", "SnAp-2", "UORO", "D_RTRL-bf16"],
@@ -30,7 +30,11 @@ MORE = {
 }
 # What the pattern `*` alone adds to the product of `CORE`.
 EXTRAS = [
-    *(f"{model}/S/batched/{rule}/sequence" for model in ["gif", "sparse", "conv"] for rule in ["pp_prop", "D_RTRL"]),
+    *(
+        f"{model}/S/batched/{rule}/sequence"
+        for model in ["gif", "sparse", "conv", "lru"]
+        for rule in ["pp_prop", "D_RTRL"]
+    ),
     *(f"ei/E/batched/{rule}/{work}" for rule in ["pp_prop", "D_RTRL"] for work in ["evolve", "late"]),
     *(f"gru/S128/batched/{rule}/{work}" for rule in ["pp_prop", "D_RTRL"] for work in ["sequence", "evolve"]),
     *(f"lif/S/batched/{rule}/sequence" for rule in ["hybrid", "OSTLRecurrent", "UORO"]),

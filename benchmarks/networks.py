@@ -110,7 +110,9 @@ class Gated(brainstate.nn.Module):
     def __init__(self, cell, inputs, units, outputs):
         super().__init__()
         self.cell = cell(inputs, units)
-        self.readout = braintrace.nn.LeakyRateReadout(units, outputs, tau=5.0 * u.ms)
+        # Linear recurrent units give back as many channels as they are given.
+        width = inputs if cell is braintrace.nn.LRUCell else units
+        self.readout = braintrace.nn.LeakyRateReadout(width, outputs, tau=5.0 * u.ms)
 
     def update(self, x):
         return self.readout(self.cell(x))
@@ -126,6 +128,7 @@ NETWORKS = {
     "gru": partial(Gated, braintrace.nn.GRUCell),
     "lstm": partial(Gated, braintrace.nn.LSTMCell),
     "rnn": partial(Gated, braintrace.nn.ValinaRNNCell),
+    "lru": partial(Gated, braintrace.nn.LRUCell),
 }
 
 
