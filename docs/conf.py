@@ -28,7 +28,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "links",
 ]
-exclude_patterns = ["_build", "jupyter_execute"]
+exclude_patterns = ["_build", "jupyter_execute", "results_tables.md"]  # the last is a part of results.md
 default_role = "py:obj"  # of `names` in docstrings
 intersphinx_mapping = inventories(Path(__file__).parent / "_build" / "inventories")
 html_theme = "furo"

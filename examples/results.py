@@ -5,7 +5,7 @@
     python examples/results.py --read results.jsonl                  # runs nothing
 
 Each run is a process of its own with one thread, the short ones first. Its line of JSON is added to the file as soon as
-it is there. The table goes to docs/results.md.
+it is there. The tables go to docs/results_tables.md.
 """
 
 import argparse
@@ -162,7 +162,6 @@ def natural(name):
 
 
 def page(runs):
-    yield "# Results"
     yield (
         "Written by `examples/results.py` from runs of the scripts in `examples/`: score on fresh or held-out trials "
         "(of a stream, its last tenth), mean ± standard deviation over seeds; the median time of an update, one thread "
@@ -188,7 +187,7 @@ def main():
     options.add_argument("--file", type=Path, default=Path("results.jsonl"), help="collects the lines of the runs")
     options.add_argument("--read", type=Path, help="run nothing, tabulate this file")
     options.add_argument("--quick", action="store_true", help="smoke runs")
-    options.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md")
+    options.add_argument("--out", type=Path, default=ROOT / "docs" / "results_tables.md")
     args = options.parse_args()
     if not args.read:
         run_all(args)
