@@ -24,7 +24,7 @@ from .module_info import ModuleInfo
 from .position_rules import combine
 from .positions import no_cut, propagate
 from .scope import DIAGONAL, Neighbourhood, Scope
-from .slices import Slice, evaluate_slice, is_displaced, is_mixed_output, is_shared, mixed_axes, slice_labels
+from .slices import Slice, displaced_axes, evaluate_slice, is_shared, mixed_axes, mixed_output_axes, slice_labels
 
 __all__ = ["Cut", "Cuts", "Entry", "Fold", "Transition", "differentiate_cut"]
 
@@ -252,7 +252,7 @@ def differentiate_cut(
         for k in keys
         if all(k not in by_position[a] or not bad(y_labels[a][k], y_shapes[k], varshape) for a, _ in slots)
     )
-    aligned, displaced = without(is_mixed_output), frozenset(keys) - without(is_displaced)
+    aligned, displaced = without(mixed_output_axes), frozenset(keys) - without(displaced_axes)
     return Cut(D, df, inputs, program, aligned, displaced, folds, tuple(values))
 
 
@@ -275,7 +275,7 @@ def _folds(eqns, part, varshape, slots, inexact, y_labels) -> dict[int, Fold]:
         if shape == varshape or not math.prod(shape) or not shape or not varshape:
             return False
         return math.prod(shape) == math.prod(varshape) or any(
-            k in labels and is_displaced(labels[k], shape, varshape) for labels in y_labels
+            k in labels and displaced_axes(labels[k], shape, varshape) for labels in y_labels
         )
 
     folds = {}

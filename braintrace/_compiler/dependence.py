@@ -20,7 +20,7 @@ _LINEAR = frozenset({
     "squeeze", "sub", "transpose",
 })  # fmt: skip
 # The operands that are moved, not the indices and conditions that say where.
-_DATA = {"gather": [0], "dynamic_slice": [0], "scatter-add": [0, 2], "select_n": range(1, 99), "pad": [0, 1]}
+_DATA = {"gather": slice(1), "dynamic_slice": slice(1), "scatter-add": slice(0, 3, 2), "select_n": slice(1, None)}
 
 
 class Dependence(NamedTuple):
@@ -105,8 +105,7 @@ def _outputs(eqn: Any, inputs: list[bool]) -> list[bool]:
         return after
     if body is not None:
         return _vanishes(body, inputs)
-    places = _DATA.get(name, range(len(inputs)))
-    data = [inputs[i] for i in places if i < len(inputs)]
+    data = inputs[_DATA.get(name, slice(None))]
     if name in _PRODUCTS:
         zero = any(inputs)
     elif name == "div":

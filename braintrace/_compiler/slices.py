@@ -19,7 +19,15 @@ from .labels import NONE, Label, own_label, unaligned_axes
 from .module_info import ModuleInfo, known_constants
 from .positions import propagate
 
-__all__ = ["Slice", "evaluate_slice", "is_displaced", "is_mixed_output", "mixed_axes", "slice_group", "slice_labels"]
+__all__ = [
+    "Slice",
+    "evaluate_slice",
+    "displaced_axes",
+    "mixed_output_axes",
+    "mixed_axes",
+    "slice_group",
+    "slice_labels",
+]
 
 
 class Slice(NamedTuple):
@@ -183,15 +191,15 @@ def slice_labels(eqns, part, varshape):
     return by_old, by_y
 
 
-def is_mixed_output(label: Label, y_shape: tuple[int, ...], varshape: tuple[int, ...]) -> tuple[int, ...]:
+def mixed_output_axes(label: Label, y_shape: tuple[int, ...], varshape: tuple[int, ...]) -> tuple[int, ...]:
     """Group axes along which a position depends on another entry of y, or shares its entry with other positions."""
     lead = len(varshape) - len(y_shape)
     if lead < 0 or varshape[lead:] != y_shape:
         return tuple(range(len(varshape)))
-    return (*range(lead), *is_displaced(label, y_shape, varshape))
+    return (*range(lead), *displaced_axes(label, y_shape, varshape))
 
 
-def is_displaced(label: Label, y_shape: tuple[int, ...], varshape: tuple[int, ...]) -> tuple[int, ...]:
+def displaced_axes(label: Label, y_shape: tuple[int, ...], varshape: tuple[int, ...]) -> tuple[int, ...]:
     """Group axes along which a position depends on another entry than the one that broadcasting gives it."""
     lead = len(varshape) - len(y_shape)
     if lead < 0 or any(n not in (1, size) for n, size in zip(y_shape, varshape[lead:])):
@@ -203,8 +211,7 @@ def is_displaced(label: Label, y_shape: tuple[int, ...], varshape: tuple[int, ..
 
 def is_shared(label: Label, y_shape: tuple[int, ...], varshape: tuple[int, ...], front: int) -> bool:
     """Whether positions share entries of y as broadcasting does, and depend on no others."""
-    shares = bool(is_mixed_output(label, y_shape, varshape))
-    return not front and shares and not is_displaced(label, y_shape, varshape)
+    return not front and y_shape != varshape and not displaced_axes(label, y_shape, varshape)
 
 
 def mixed_axes(old_labels, y_labels, y_shapes, varshape) -> tuple[int, ...]:
@@ -212,5 +219,5 @@ def mixed_axes(old_labels, y_labels, y_shapes, varshape) -> tuple[int, ...]:
     for label in old_labels.values():
         axes.update(unaligned_axes(label, varshape))
     for k, label in y_labels.items():
-        axes.update(is_mixed_output(label, y_shapes[k], varshape))
+        axes.update(mixed_output_axes(label, y_shapes[k], varshape))
     return tuple(sorted(axes))

@@ -20,8 +20,7 @@ import numpy as np
 
 from .._binding import Slots
 from .._precision import wide, widened
-from .instant import SlotTrace, instant_like, kept_like, outer, slot_of
-from .pieces import cut_like
+from .instant import SlotTrace, cut_slots, instant_like, kept_like, outer, slot_of
 from .record import add, placed, spread, unbroadcast, weighted_sum
 from .weight_trace import WeightTrace
 
@@ -142,7 +141,7 @@ def _chunk_terms(weight, trace, old, row, u, xs, operands, fixed, vmap_ndim):
             continue
         if b in weight.factorised:
             whole = outer(weight.layout, slot_of(trace, b), m, operands, vmap_ndim)
-            terms.append({k: cut_like(v, old[k]) for k, v in whole.items()})
+            terms.append(cut_slots(whole, old))
         else:
             terms.append(weight.layout.times(m, slot_of(trace, b), vmap_ndim))
     if u is not None:

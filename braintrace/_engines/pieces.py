@@ -80,12 +80,17 @@ def joined(value: Any) -> Any:
     return jnp.concatenate(value.arrays, value.axis) if is_pieces(value) else value
 
 
-def zeros_in_pieces(shape: tuple[int, ...], dtype: Any, axis: int, samples: int) -> Any:
-    """Zeros for each of that many mapped samples, in pieces along an axis where they are many on a CPU."""
+def zeros_in_pieces(shape: tuple[int, ...], dtype: Any, axis: int, samples: int | None) -> Any:
+    """Zeros for each of that many mapped samples, in pieces along an axis where they are many on a CPU.
+
+    Without a number of samples they are whole.
+    """
+    if samples is None or not runs_on_cpu():
+        return zeros(shape, dtype)
     size, n = samples * math.prod(shape) * jnp.dtype(dtype).itemsize, shape[axis]
     count = min(-(-size // _PIECE), _MOST, n)
     # Pieces of more than twice the size are not reused either.
-    if size <= _PIECE or size > 2 * _PIECE * count or not runs_on_cpu():
+    if size <= _PIECE or size > 2 * _PIECE * count:
         return zeros(shape, dtype)
     sizes = [n * (i + 1) // count - n * i // count for i in range(count)]
     pieces = [(*shape[: len(shape) + axis], m, *shape[len(shape) + axis + 1 :]) for m in sizes]

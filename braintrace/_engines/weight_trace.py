@@ -121,11 +121,7 @@ class WeightTrace(NamedTuple):
             cut = samples if layout.broadcasts and free > 0 and not (own or behind) else None
             axis = len(batch) - len(full)
             trace[k] = [
-                zeros(filtered, kept)
-                if a in self.factorised
-                else zeros((*full, *behind), kept)
-                if cut is None
-                else zeros_in_pieces(full, kept, axis, cut)
+                zeros(filtered, kept) if a in self.factorised else zeros_in_pieces((*full, *behind), kept, axis, cut)
                 for a in range(self.structure.width)
             ]
         return trace
