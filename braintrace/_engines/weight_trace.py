@@ -1,4 +1,4 @@
-"""The eligibility trace of one weight of D_RTRL: one entry per trained weight entry, sample and hidden variable.
+r"""The eligibility trace of one weight of D_RTRL: one entry per trained weight entry, sample and hidden variable.
 
 Pure functions of traces and records; arrays have no units. A trace is kept per *slot*, one array per hidden variable.
 A slot whose coefficients in D and df are numbers, the same at every position and step, is kept *factorised*: its trace
