@@ -67,6 +67,7 @@ def main():
         batch=4 if args.quick else units,
         updates=1000,
         learning_rate=5e-3 if args.cell == "gru" else 3e-2,
+        anneal=True,
     )
     run(task, args)
 

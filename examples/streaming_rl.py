@@ -111,7 +111,8 @@ class Stream:
         self.learner = braintrace.compile(agent, args.rule, jnp.zeros(world.n_in), **options)
         self.weights = agent.states(brainstate.ParamState)
         self.memory = [s for s in self.learner.states().values() if not isinstance(s, brainstate.ParamState)]
-        self.optimizer = OPTIMIZERS[args.optimizer](lr=args.lr or 1e-3)
+        scale, kind = OPTIMIZERS[args.optimizer]
+        self.optimizer = kind(lr=scale * (args.lr or 1e-3))
         self.optimizer.register_trainable_weights(self.weights)
 
     def begin(self, key):

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from tqdm import tqdm
 import braintrace
 
 RULES = ("immediate", "pp_prop", "hybrid", "d_rtrl", "bptt")
-OPTIMIZERS = {
-    "adam": braintools.optim.Adam,
-    "sgd": lambda lr, **options: braintools.optim.SGD(lr=10 * lr, momentum=0.9, **options),
-    "rmsprop": lambda lr, **options: braintools.optim.RMSprop(lr=0.3 * lr, alpha=0.9, **options),
+OPTIMIZERS = {  # and what their learning rate is to that of Adam
+    "adam": (1.0, braintools.optim.Adam),
+    "sgd": (10.0, partial(braintools.optim.SGD, momentum=0.9)),
+    "rmsprop": (0.3, partial(braintools.optim.RMSprop, alpha=0.9)),
 }
 MEMORY_STEPS = (200, 1000, 5000)
 TEST_BATCHES = 10
@@ -51,6 +52,7 @@ class Task:
     batch: int
     updates: int
     learning_rate: float  # of Adam
+    anneal: bool = False  # whether the learning rate falls to zero along a cosine
     rates: dict = field(default_factory=dict)  # by the name of a parameter: its part of the learning rate, if not all
     loss: Callable = cross_entropy
     score: Callable = accuracy
@@ -123,11 +125,16 @@ class Trainer:
         else:
             _, inputs, _ = self.draw(task.steps)
             self.gradient = online_gradient(task, self.model, args.rule, inputs[0])
-        self.optimizers = {}
+        self.updates = args.updates or (3 if args.quick else task.updates)
+        self.optimizers, self.schedules = {}, []
         weights = self.model.states(brainstate.ParamState)
+        scale, kind = OPTIMIZERS[args.optimizer]
         for factor in {1.0, *task.rates.values()}:
-            lr = factor * (args.lr or task.learning_rate)
-            optimizer = self.optimizers[factor] = OPTIMIZERS[args.optimizer](lr=lr, grad_clip_norm=1.0)
+            lr = scale * factor * (args.lr or task.learning_rate)
+            if task.anneal:
+                lr = braintools.optim.CosineAnnealingLR(lr, T_max=self.updates)
+                self.schedules.append(lr)
+            optimizer = self.optimizers[factor] = kind(lr=lr, grad_clip_norm=1.0)
             optimizer.register_trainable_weights(self.of_rate(factor, weights))
         self.losses, self.seconds = [], []
 
@@ -143,6 +150,8 @@ class Trainer:
         gradients, loss = self.gradient(*batch)
         for factor, optimizer in self.optimizers.items():
             optimizer.step(self.of_rate(factor, gradients))
+        for schedule in self.schedules:
+            schedule.step()
         return loss
 
     def of_rate(self, factor, values):
@@ -153,9 +162,9 @@ class Trainer:
         evolve(self.model, before)
         return self.task.score(brainstate.transform.for_loop(self.model, inputs), targets)
 
-    def train(self, updates):
+    def train(self):
         update = brainstate.transform.jit(self.update)
-        progress = tqdm(range(updates), desc=self.rule, ncols=100, mininterval=0.5)
+        progress = tqdm(range(self.updates), desc=self.rule, ncols=100, mininterval=0.5)
         for _ in progress:
             batch = self.draw(self.task.steps)
             start = time.perf_counter()
@@ -227,11 +236,10 @@ def report(args, task, score_name, score, updates, seconds, memory):
 
 def run(task, args):
     trainer = Trainer(task, args)
-    updates = args.updates or (3 if args.quick else task.updates)
-    trainer.train(updates)
+    trainer.train()
     for steps in MEMORY_STEPS if args.memory else ():
         print(f"{args.rule}: {trainer.memory(steps):.3g} MiB of temporary memory for {steps} steps")
     if args.out:
         trainer.picture(args.out)
     seconds = float(np.median(trainer.seconds))
-    report(args, task.name, task.score_name, trainer.test(), updates, seconds, trainer.memory(task.steps))
+    report(args, task.name, task.score_name, trainer.test(), trainer.updates, seconds, trainer.memory(task.steps))
