@@ -140,6 +140,7 @@ class _Records:
 
 _FEW_CALLS, _TINY_CALLS, _MANY_CALLS = 32, 100, 200  # fewer leave small products, more gain nothing
 _USUAL_CALLS = 1, 2, 5, 10, 20, 25, 50, 100, 200  # divide most sequences: memory is then the same for all of them
+_ABOUT = 1.25  # a little more memory rather than half of the calls
 _SMALL_BYTES, _TINY_BYTES = 2**26, 2**22
 
 
@@ -249,7 +250,7 @@ class _Chunked:
         if _TINY_CALLS * record * samples <= _TINY_BYTES:
             few = _TINY_CALLS  # one chunk in place of a loop over several compiles faster
         most = min(_MANY_CALLS, max(few, held // (record * samples)))
-        usual = max(k for k in _USUAL_CALLS if k <= most)
+        usual = max(k for k in _USUAL_CALLS if k <= _ABOUT * most)
         even = (k for k in (usual, *range(most, most // 2, -1)) if calls % k == 0)  # leaves no shorter chunk to compile
         return next(even, most)
 

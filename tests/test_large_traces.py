@@ -10,7 +10,7 @@ from models import CELLS, READOUTS, Problem
 from test_gradients import check
 
 import braintrace
-from braintrace._engines import pieces
+from braintrace._engines import pieces, samples
 from braintrace._engines.pieces import Pieces, is_pieces
 from braintrace._engines.samples import met, spread_over
 
@@ -21,6 +21,11 @@ T, BATCH = 5, 3
 
 def assert_close(ours, theirs, tol=1e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tol, atol=tol), ours, theirs)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_small(monkeypatch):
+    monkeypatch.setattr(samples, "_SMALL", 0)
 
 
 @pytest.fixture

@@ -21,11 +21,14 @@ from .pieces import Pieces, is_pieces
 __all__ = ["aligned", "met", "spread_over"]
 
 _UNROLLED = 4
+_SMALL = 2**15  # elements; where a plain sum is as fast, it compiles faster
 
 
 def met(signal: jax.Array, trace: Any, samples: int) -> jax.Array:
     """``sum over samples of signal * trace``; the first ``samples`` axes are those of samples."""
     signal, pieces, axis = _operands(signal, trace)
+    if samples and sum(p.size for p in pieces) < _SMALL:
+        return _met(signal, *pieces, samples=samples, axis=axis)
     return _met_p.bind(signal, *pieces, samples=samples, axis=axis)
 
 
@@ -55,7 +58,7 @@ def _met(signal, *pieces, samples, axis):
 def _met_on_one_cpu(signal, *pieces, samples, axis):
     """Additions of products of slices, which XLA fuses; its own sum over leading axes reads in large strides."""
     size = math.prod(signal.shape[:samples])
-    if size == 0:
+    if not size or sum(p.size for p in pieces) < _SMALL:
         return _met(signal, *pieces, samples=samples, axis=axis)
     one_axis = lambda x: x.reshape(size, *x.shape[samples:])  # noqa: E731
     signal, pieces = one_axis(aligned(signal, pieces[0], samples)), [one_axis(p) for p in pieces]
