@@ -345,6 +345,18 @@ def where_compiled(one_device: Callable[..., Any], otherwise: Callable[..., Any]
     return jax.tree.unflatten(out, _chosen_p.bind(*leaves, one_device=one_device, otherwise=otherwise, shapes=shapes))
 
 
+def traced_once(function: Callable[..., Any], static: tuple[Any, ...], *args: Any) -> Any:
+    """``function(*static, *args)``; calls that are alike in ``static`` and shapes are traced once."""
+    if hashed(static) is None:
+        return function(*static, *args)
+    return _inlined(function, len(static))(*static, *args)
+
+
+@functools.lru_cache
+def _inlined(function, static):
+    return jax.jit(function, static_argnums=tuple(range(static)), inline=True)
+
+
 @functools.lru_cache
 def _choice(one_device, otherwise, static, tree, like):
     """Both functions of flat arguments, and the shapes and structure of what they return."""

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._jax import traced_once
 from .._precision import wide, widened
 from .pieces import Pieces, cut_like, is_pieces
 from .record import add, spread, x_aval
@@ -36,6 +37,11 @@ def instant(layout, x, coefficient, operands, fixed, vmap_ndim: int = 0, time: b
     if layout.relation.x_var is None:
         return _instant_without_input(layout, coefficient, operands, fixed, vmap_ndim, time)
 
+    if layout.unshared is None and not fixed:  # layers of one kind and size are one program
+        relation = layout.relation
+        static = relation.primitive, tuple(sorted(relation.eqn_params.items())), layout.batch_ndim, vmap_ndim, time
+        return traced_once(_shared, static, x, coefficient, operands)
+
     def of_sample(x, coefficient, fixed):
         def apply(weights):
             one = lambda x, fixed: layout.apply(x, weights | layout.own(operands, fixed)[1], fixed)  # noqa: E731
@@ -51,6 +57,21 @@ def instant(layout, x, coefficient, operands, fixed, vmap_ndim: int = 0, time: b
     for _ in range(vmap_ndim):
         of_sample = jax.vmap(of_sample, in_axes=axis)
     return of_sample(x, coefficient, fixed)
+
+
+def _shared(primitive, params, batch_ndim, vmap_ndim, time, x, coefficient, weights):
+    def of_sample(x, coefficient):
+        def apply(weights):
+            one = lambda x: primitive.apply_sample(x, weights, dict(params), {})  # noqa: E731
+            return (jax.vmap(one) if time else one)(x)
+
+        y, pull = jax.vjp(apply, weights)
+        return pull(coefficient.astype(y.dtype))[0]
+
+    axis = int(time)
+    for _ in range(batch_ndim + vmap_ndim):
+        of_sample = jax.vmap(of_sample, in_axes=axis)
+    return of_sample(x, coefficient)
 
 
 def _first(value, vmap_ndim, time):

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from .._jax import Primitive, define_primitive, where_compiled
+from .._jax import Primitive, define_primitive, traced_once, where_compiled
 from .._types import CompilationWarning
 from .._warn import warn
 
@@ -234,7 +234,7 @@ class ETPPrimitive(Primitive):
         if whole is None or whole._sample_ndim(params) is None or self.rules.pp_x_repr is not None or fixed:
             return self._summed_apart(static, axes, *args)
         if axes + int(self.batched) == 1:  # time alone
-            return self._summed_merged(static, axes, *args)
+            return traced_once(ETPPrimitive._summed_merged, (self, static, axes), *args)
         # One axis of samples is faster; where one of the axes is spread over devices, merging them gathers it.
         return where_compiled(
             ETPPrimitive._summed_merged, ETPPrimitive._summed_apart, *args, static=(self, static, axes)
