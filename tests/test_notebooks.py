@@ -19,6 +19,8 @@ SMALL = {
     "from_snntorch_and_spyx": dict(TIME=4, N_HIDDEN=8, BATCH=100, EPOCHS=1),
     "from_the_published_package": dict(TIME=4, BATCH=2, UPDATES=2),
     "own_rule_and_operation": dict(TIME=6, N_IN=4, N=4, BATCH=2, UPDATES=6),
+    "reinforcement_learning": dict(N=2, LENGTH=4, STEPS=200, SEEDS=1, BATCH=4, CUE=2, WAIT=2, UPDATES=6),
+    "scaling_out": dict(TIME=6, N_IN=4, N=8, BATCH=4),
 }
 
 
