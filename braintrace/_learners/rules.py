@@ -171,7 +171,8 @@ class OSTLFeedforward(pp_prop):
 
     References
     ----------
-    .. [1] T. Bohnstingl et al., "Online spatio-temporal learning in deep neural networks", IEEE TNNLS, 2022.
+    .. [1] T. Bohnstingl et al., "Online spatio-temporal learning in deep neural networks", IEEE Transactions on Neural Networks
+       and Learning Systems 34, 2023.
 
     Examples
     --------
