@@ -13,8 +13,8 @@ from .._program import before, made_at
 from .._types import Path, path_str
 from .descent import holds_link
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
-from .flatten import is_marked
 from .flow import Flow, MarkedOp, Reach
+from .frame import is_marked
 from .groups import HiddenGroup
 from .influence import Influence
 from .module_info import ModuleInfo
@@ -37,120 +37,111 @@ def find_relations(
     Returns the relations, the operations with parameters that drive no group (the same record without groups), and
     the diagnostics.
     """
-    group_of = {p: g for g in groups for p in g.hidden_paths}
-    records: list[CompilationRecord] = []
-    relations: list[HiddenParamOpRelation] = []
-    plain: list[HiddenParamOpRelation] = []
-    calls: dict[Path, int] = {}
-    step = Step(info, flow)
+    finder = _Finder(Step(info, flow), reach, groups, influence)
     for op in flow.ops:
-        program, paths, why = step.operand_program(op)
+        finder.add(op)
+    return tuple(finder.relations), tuple(finder.plain), finder.records
+
+
+class _Finder:
+    """Takes one operation after the other into ``relations`` or ``plain``, and says why in ``records``."""
+
+    def __init__(self, step: Step, reach: Reach, groups: Sequence[HiddenGroup], influence: Influence):
+        self.step, self.flow, self.reach, self.groups, self.influence = step, step.flow, reach, groups, influence
+        self.group_of = {p: g for g in groups for p in g.hidden_paths}
+        self.records: list[CompilationRecord] = []
+        self.relations: list[HiddenParamOpRelation] = []
+        self.plain: list[HiddenParamOpRelation] = []
+        self.calls: dict[Path, int] = {}
+
+    def note(self, level: DiagnosticLevel, kind: DiagnosticKind, op: MarkedOp, text: str, **more: Any) -> None:
+        self.records.append(CompilationRecord(kind, level, text, primitive=op.primitive.name, **more))
+
+    def add(self, op: MarkedOp) -> None:
+        program, paths, why = self.step.operand_program(op)
         name = op.primitive.name
         if program is None:
-            records.append(
-                CompilationRecord(
-                    DiagnosticKind.RELATION_EXCLUDED_NO_PARAMSTATE,
-                    DiagnosticLevel.INFO if why == NO_PARAMETER else DiagnosticLevel.WARNING,
-                    f"{name} is not trained online: {why}. Its value and gradient are those of plain JAX.",
-                    primitive=name,
-                )
-            )
-            continue
+            level = DiagnosticLevel.INFO if why == NO_PARAMETER else DiagnosticLevel.WARNING
+            text = f"{name} is not trained online: {why}. Its value and gradient are those of plain JAX."
+            self.note(level, DiagnosticKind.RELATION_EXCLUDED_NO_PARAMSTATE, op, text)
+            return
         first = next(iter(paths.values()))
-        if len(op.eqn.outvars) > 1:
-            records.append(
-                CompilationRecord(
-                    DiagnosticKind.MULTI_OUTPUT_PRIMITIVE_DETECTED,
-                    DiagnosticLevel.INFO,
-                    f"{name} at {path_str(first)!r} has {len(op.eqn.outvars)} outputs; number {op.primitive.y_index} "
-                    "is traced.",
-                    primitive=name,
-                    weight_path=first,
-                )
-            )
-        for key in op.operands.keys() - paths.keys():
-            records.append(
-                CompilationRecord(
-                    DiagnosticKind.TRAINABLE_INVAR_NOT_PARAMSTATE,
-                    DiagnosticLevel.INFO,
-                    f"Operand {key!r} of {name} at {path_str(first)!r} comes from no parameter and is not trained.",
-                    primitive=name,
-                    weight_path=first,
-                )
-            )
-        direct = [p for p, labels in flow.into.items() if ("y", op.index) in labels]
-        fed = sorted({group_of[p].index for p in direct})
-        usable = [
-            i
-            for i in fed
-            if op.index in groups[i].cut.folds or _broadcastable(op.y.aval.shape[op.front :], groups[i].varshape)
-        ]
+        self._describe(op, first, paths)
+        fed, usable = self._driven(op, first)
+        used = tuple(self.groups[i] for i in usable)
+        opaque = [k for k in self.reach.ops(op.y) - {op.index} if not self.flow.ops[k].primitive.gradient_enabled]
+        others = [k for k in opaque if _direct_groups(self.flow, self.group_of, k) & set(usable)]
+        through = bool(others or self.reach.links(op.y))
+        relation = _relation(self.step, op, program, paths, used, self.calls.setdefault(first, 0), through)
+        if usable:
+            self.relations.append(relation)
+            self.calls[first] += 1
+            self._describe_relation(op, first, relation, used, through)
+            return
+        self.plain.append(relation)
+        if not fed:
+            self.records.append(_excluded(self.step, name, first, op, self.reach, self.influence))
+
+    def _driven(self, op: MarkedOp, first: Path) -> tuple[list[int], list[int]]:
+        """Numbers of the groups that the output drives, and of those whose shape lets it have a trace."""
+        direct = [p for p, labels in self.flow.into.items() if ("y", op.index) in labels]
+        fed = sorted({self.group_of[p].index for p in direct})
+        usable = []
         for i in fed:
-            if i not in usable:
-                records.append(
-                    CompilationRecord(
-                        DiagnosticKind.RELATION_EXCLUDED_SHAPE_MISMATCH,
-                        DiagnosticLevel.WARNING,
-                        f"The output of {name} at {path_str(first)!r} has shape {tuple(op.y.aval.shape)}, the hidden "
-                        f"states that it drives have {groups[i].varshape}: no trace is kept for this pair, and the "
-                        "parameter gets the gradient of the current step only. Give both one shape.",
-                        primitive=name,
-                        weight_path=first,
-                        hidden_paths=groups[i].hidden_paths,
-                    )
-                )
-        used = tuple(groups[i] for i in usable)
-        opaque = [k for k in reach.ops(op.y) - {op.index} if not flow.ops[k].primitive.gradient_enabled]
-        others = [k for k in opaque if _direct_groups(flow, group_of, k) & set(usable)]
-        through = bool(others or reach.links(op.y))
-        relation = _relation(step, op, program, paths, used, calls.setdefault(first, 0), through)
-        if not usable:
-            plain.append(relation)
-            if not fed:
-                records.append(_excluded(step, name, first, op, reach, influence))
-            continue
-        relations.append(relation)
-        calls[first] += 1
-        if through:
-            records.append(
-                CompilationRecord(
-                    DiagnosticKind.RELATION_PARTIAL_PATH,
-                    DiagnosticLevel.INFO,
-                    f"{name} at {path_str(first)!r} reaches its hidden states directly and through another operation. "
-                    "The current step is exact; the trace keeps the direct path.",
-                    primitive=name,
-                    weight_path=first,
-                    hidden_paths=relation.connected_hidden_paths,
-                )
+            group = self.groups[i]
+            if op.index in group.cut.folds or _broadcastable(op.y.aval.shape[op.front :], group.varshape):
+                usable.append(i)
+                continue
+            text = (
+                f"The output of {op.primitive.name} at {path_str(first)!r} has shape {tuple(op.y.aval.shape)}, the "
+                f"hidden states that it drives have {group.varshape}: no trace is kept for this pair, and the "
+                "parameter gets the gradient of the current step only. Give both one shape."
             )
+            kind = DiagnosticKind.RELATION_EXCLUDED_SHAPE_MISMATCH
+            self.note(DiagnosticLevel.WARNING, kind, op, text, weight_path=first, hidden_paths=group.hidden_paths)
+        return fed, usable
+
+    def _describe(self, op: MarkedOp, first: Path, paths: Mapping[str, Path]) -> None:
+        """Outputs without a trace, and operands that are not trained."""
+        name, info = op.primitive.name, DiagnosticLevel.INFO
+        if len(op.eqn.outvars) > 1:
+            text = (
+                f"{name} at {path_str(first)!r} has {len(op.eqn.outvars)} outputs; number {op.primitive.y_index} "
+                "is traced."
+            )
+            self.note(info, DiagnosticKind.MULTI_OUTPUT_PRIMITIVE_DETECTED, op, text, weight_path=first)
+        for key in op.operands.keys() - paths.keys():
+            text = f"Operand {key!r} of {name} at {path_str(first)!r} comes from no parameter and is not trained."
+            self.note(info, DiagnosticKind.TRAINABLE_INVAR_NOT_PARAMSTATE, op, text, weight_path=first)
+
+    def _describe_relation(
+        self, op: MarkedOp, first: Path, relation: HiddenParamOpRelation, used: Sequence[HiddenGroup], through: bool
+    ) -> None:
+        where = f"{op.primitive.name} at {path_str(first)!r}"
+        connected = relation.connected_hidden_paths
+        if through:
+            text = (
+                f"{where} reaches its hidden states directly and through another operation. The current step is exact; "
+                "the trace keeps the direct path."
+            )
+            kind = DiagnosticKind.RELATION_PARTIAL_PATH
+            self.note(DiagnosticLevel.INFO, kind, op, text, weight_path=first, hidden_paths=connected)
         mixed = [g for g in used if op.index in g.cut.displaced]
         if mixed:
-            records.append(
-                CompilationRecord(
-                    DiagnosticKind.TRANSITION_TAIL_BOUNDED,
-                    DiagnosticLevel.WARNING,
-                    f"The way from {name} at {path_str(first)!r} to {', '.join(g.name for g in mixed)} mixes "
-                    "positions. The current step is exact; the trace keeps what each output does at its own position.",
-                    primitive=name,
-                    weight_path=first,
-                    hidden_paths=tuple(p for g in mixed for p in g.hidden_paths),
-                )
+            text = (
+                f"The way from {where} to {', '.join(g.name for g in mixed)} mixes positions. The current step is "
+                "exact; the trace keeps what each output does at its own position."
             )
-        records.append(
-            CompilationRecord(
-                DiagnosticKind.RELATION_INCLUDED,
-                DiagnosticLevel.INFO,
-                f"{name} at {path_str(first)!r} is trained online through {', '.join(g.name for g in used)}.",
-                primitive=name,
-                weight_path=first,
-                hidden_paths=relation.connected_hidden_paths,
-                context={
-                    "hidden_group_indices": tuple(usable),
-                    "path_classification": dict(relation.path_classification),
-                },
-            )
-        )
-    return tuple(relations), tuple(plain), records
+            kind, paths = DiagnosticKind.TRANSITION_TAIL_BOUNDED, tuple(p for g in mixed for p in g.hidden_paths)
+            self.note(DiagnosticLevel.WARNING, kind, op, text, weight_path=first, hidden_paths=paths)
+        context = {
+            "hidden_group_indices": tuple(g.index for g in used),
+            "path_classification": dict(relation.path_classification),
+        }
+        text = f"{where} is trained online through {', '.join(g.name for g in used)}."
+        kind = DiagnosticKind.RELATION_INCLUDED
+        more = dict(weight_path=first, hidden_paths=connected, context=context)
+        self.note(DiagnosticLevel.INFO, kind, op, text, **more)
 
 
 def _relation(step, op, program, paths, used, call, mixed) -> HiddenParamOpRelation:

@@ -15,57 +15,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .._jax import (
-    Literal,
     at_source,
     bind_equation,
     call_body,
-    consts_of,
     is_jit,
     is_remat,
     is_tracer,
     open_jaxpr,
     prune,
     scan_operands,
-    source_line,
     structs,
 )
-from .._ops.primitive import ETPPrimitive
 from .._program import equations_within
-from .._types import CompilationError, Path, path_str
+from .._types import Path, path_str
 from .constants import Constants
 from .descent import Descent
-from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel, emit
+from .diagnostics import CompilationRecord
 from .forward_only import is_forward_only, with_reverse_rule
+from .frame import Frame, Origin, finite, gate, is_marked, origin_of
 from .labels import mixes
 from .policy import ControlFlowPolicy
 from .positions import dependence
+from .remarks import Remarks, at, weights_of
 
-__all__ = ["Origin", "equations_within", "flatten", "is_marked"]
+__all__ = ["LOOPS", "flatten"]
 
 LOOPS = frozenset(["cond", "scan", "while"])
-
-
-def is_marked(eqn: Any) -> bool:
-    return isinstance(eqn.primitive, ETPPrimitive)
-
-
-class Origin(NamedTuple):
-    """What a value is computed from."""
-
-    weights: frozenset = frozenset()  # paths of parameters, if of them and constants alone
-    data: bool = False  # of an argument or state that is no parameter
-    live: bool = False  # it carries credit to hidden states, operations or parameters
-    entry: bool = False  # it is a hidden state's old value itself
-
-    @classmethod
-    def of_weight(cls, path: Path) -> Origin:
-        return cls(weights=frozenset([path]), live=True)
 
 
 def flatten(
@@ -89,56 +70,17 @@ def flatten(
         return outs
 
     flat = jax.make_jaxpr(step)(*avals)
-    return prune(flat), flattener.records
-
-
-class _Frame:
-    """Values and origins of one jaxpr while it is evaluated."""
-
-    def __init__(self, closed, values, origins, hidden_out, taken, depth, constants):
-        jaxpr = open_jaxpr(closed)
-        self.constants = constants
-        self.env = dict(zip(jaxpr.constvars, ((c, Origin()) for c in consts_of(closed))))
-        self.env |= dict(zip(jaxpr.invars, zip(values, origins)))
-        self.hidden = {v for v, h in zip(jaxpr.outvars, hidden_out) if h and not isinstance(v, Literal)}
-        self.used = {v for e in jaxpr.eqns for v in e.invars if not isinstance(v, Literal)}
-        self.used |= {v for v in jaxpr.outvars if not isinstance(v, Literal)}
-        self.taken, self.depth = taken, depth
-        self.gates: dict[Any, Any] = {}
-
-    def waiting(self, var):
-        """As :meth:`read`; the value of a constant may not be known yet."""
-        return (var.val, Origin()) if isinstance(var, Literal) else self.env[var]
-
-    def read(self, var):
-        value, origin = self.waiting(var)
-        return self.constants.read([value])[0], origin
-
-    def inputs(self, eqn):
-        pairs = [self.read(v) for v in eqn.invars]
-        return [v for v, _ in pairs], [o for _, o in pairs]
-
-    def hidden_out(self, eqn):
-        return [v in self.hidden for v in eqn.outvars]
-
-    def gate(self, var, make):
-        """A gated value, the same for everybody who asks."""
-        if isinstance(var, Literal):
-            return var.val
-        key = (var, make)
-        if key not in self.gates:
-            self.gates[key] = make(self.taken, self.read(var)[0])
-        return self.gates[key]
+    return prune(flat), flattener.remarks.records
 
 
 class _Flattener:
     def __init__(self, policy: ControlFlowPolicy):
         self.policy = policy
-        self.records: list[CompilationRecord] = []
+        self.remarks = Remarks(policy)
         self.constants = Constants()
 
     def run(self, closed, values, origins, hidden_out, taken=None, depth=0):
-        frame = _Frame(closed, values, origins, hidden_out, taken, depth, self.constants)
+        frame = Frame(closed, values, origins, hidden_out, taken, depth, self.constants)
         jaxpr = open_jaxpr(closed)
         for eqn in jaxpr.eqns:
             outs, out_origins = self.equation(eqn, frame)
@@ -158,7 +100,7 @@ class _Flattener:
         if rule is not None and self.is_relevant(eqn, frame):
             return rule(eqn, frame)
         if rule is None:
-            self.check_operations(eqn, frame)
+            self.remarks.check_operations(eqn, frame)
         return self.whole(eqn, frame)
 
     def is_relevant(self, eqn, frame) -> bool:
@@ -170,7 +112,7 @@ class _Flattener:
 
     def whole(self, eqn, frame):
         values, origins = frame.inputs(eqn)
-        out_origins = [_origin_of(eqn, origins, v) for v in eqn.outvars]
+        out_origins = [origin_of(eqn, origins, v) for v in eqn.outvars]
         if frame.taken is None:
             outs = with_reverse_rule(eqn)(*values) if is_forward_only(eqn) else bind_equation(eqn, values)
             return outs, out_origins
@@ -179,16 +121,16 @@ class _Flattener:
                 return self.operation_in_branch(eqn, frame, values), out_origins
             if not all(o.weights for o in out_origins):
                 # Within a branch, parameters reach operations bare, so that they stay recognisable, all else gated.
-                values = [frame.gate(v, _gate) if o.weights else x for v, x, o in zip(eqn.invars, values, origins)]
+                values = [frame.gate(v, gate) if o.weights else x for v, x, o in zip(eqn.invars, values, origins)]
             outs = with_reverse_rule(eqn)(*values) if is_forward_only(eqn) else bind_equation(eqn, values)
         return outs, out_origins
 
     def operation_in_branch(self, eqn, frame, values):
         i, y = eqn.primitive.x_index, eqn.primitive.y_index
         if i is not None:
-            values[i] = frame.gate(eqn.invars[i], _finite)
+            values[i] = frame.gate(eqn.invars[i], finite)
         outs = bind_equation(eqn, values)
-        outs[y] = _gate(frame.taken, outs[y])
+        outs[y] = gate(frame.taken, outs[y])
         return outs
 
     # -- branches -------------------------------------------------------------------------------------------------
@@ -203,9 +145,10 @@ class _Flattener:
         if why is None:
             return self.every_branch(eqn, frame, index, operands, origins)
         if self.policy.cond == "convert":
-            self.note("COND_CONVERSION_SKIPPED", "WARNING", eqn, f"The branch{_at(eqn)} is kept as it is: {why}.")
+            text = f"The branch{at(eqn)} is kept as it is: {why}."
+            self.remarks.note("COND_CONVERSION_SKIPPED", "WARNING", eqn, text)
         knob = "ControlFlowPolicy(cond='convert')" if self.policy.cond == "opaque" else "jnp.where"
-        self.check_weights(eqn, frame, "WEIGHT_IN_CONTROL_FLOW", f"Take it out of the branch, or use {knob}.")
+        self.remarks.check_weights(eqn, frame, "WEIGHT_IN_CONTROL_FLOW", f"Take it out of the branch, or use {knob}.")
         return self.kept(eqn, frame)
 
     def cannot_convert(self, eqn) -> str | None:
@@ -215,23 +158,24 @@ class _Flattener:
             return "it has side effects"
         for inner in equations_within(eqn):
             if inner.primitive.name == "while":
-                return f"it holds a while loop{_at(inner)}, which might never end in a branch that is not taken"
+                return f"it holds a while loop{at(inner)}, which might never end in a branch that is not taken"
             if inner.primitive.name == "scan" and inner.params["length"] > self.policy.scan_unroll_limit:
                 return (
-                    f"it holds a scan{_at(inner)} of length {inner.params['length']}, beyond "
+                    f"it holds a scan{at(inner)} of length {inner.params['length']}, beyond "
                     f"scan_unroll_limit={self.policy.scan_unroll_limit}"
                 )
         return None
 
     def every_branch(self, eqn, frame, index, operands, origins):
-        self.enter(eqn, frame)
+        self.remarks.enter(eqn, frame)
         branches = eqn.params["branches"]
-        self.note("COND_IF_CONVERTED", "INFO", eqn, f"The branch{_at(eqn)} runs both ways, and its result is selected.")
+        text = f"The branch{at(eqn)} runs both ways, and its result is selected."
+        self.remarks.note("COND_IF_CONVERTED", "INFO", eqn, text)
         results = []
         for k, body in enumerate(branches):
             with at_source(eqn):
                 taken = index == k if frame.taken is None else jnp.logical_and(frame.taken, index == k)
-                inputs = [v if o.weights else _gate(taken, v) for v, o in zip(operands, origins[1:])]
+                inputs = [v if o.weights else gate(taken, v) for v, o in zip(operands, origins[1:])]
             hidden = frame.hidden_out(eqn)
             results.append(self.run(body, inputs, origins[1:], hidden, taken, frame.depth + 1))
         outs = []
@@ -240,7 +184,7 @@ class _Flattener:
                 same = all(c is choices[0] for c in choices)
                 outs.append(choices[0] if same else jax.lax.select_n(index, *map(jnp.asarray, choices)))
         joined = zip(eqn.outvars, zip(*(o for _, o in results)))
-        return outs, [_origin_of(eqn, [*os, origins[0]], v) for v, os in joined]
+        return outs, [origin_of(eqn, [*os, origins[0]], v) for v, os in joined]
 
     # -- loops ----------------------------------------------------------------------------------------------------
 
@@ -251,9 +195,9 @@ class _Flattener:
         sliced = frozenset[Path]().union(*(o.weights for o in origins[consts + carry :]))
         if sliced:
             path = min(sliced, key=path_str)
-            text = f"The scan{_at(eqn)} takes one slice of the parameter {path_str(path)!r} in every sub-step"
-            self.note("RELATION_EXCLUDED_SLICED_WEIGHT", "WARNING", eqn, f"{text}.", path)
-            self.refuse(
+            text = f"The scan{at(eqn)} takes one slice of the parameter {path_str(path)!r} in every sub-step"
+            self.remarks.note("RELATION_EXCLUDED_SLICED_WEIGHT", "WARNING", eqn, f"{text}.", path)
+            self.remarks.refuse(
                 "WEIGHT_IN_CONTROL_FLOW",
                 eqn,
                 f"{text}, where no trace can follow it. Write the loop in Python with one parameter per sub-step.",
@@ -262,47 +206,48 @@ class _Flattener:
         has_while = any(e.primitive.name == "while" for e in equations_within(eqn))
         blocked = "it has side effects" if eqn.effects else "it holds a while loop" if has_while else None
         if blocked is None and 1 <= length <= limit:
-            self.note("SCAN_UNROLLED", "INFO", eqn, f"The scan{_at(eqn)} of length {length} is unrolled.")
+            self.remarks.note("SCAN_UNROLLED", "INFO", eqn, f"The scan{at(eqn)} of length {length} is unrolled.")
             return self.unrolled(eqn, frame)
         if blocked is None and length == 0:
             return self.whole(eqn, frame)
         if blocked is None:
             return self.long_scan(eqn, frame)
-        self.note("SCAN_UNROLL_SKIPPED", "WARNING", eqn, f"The scan{_at(eqn)} is kept as it is: {blocked}.")
-        self.check_weights(eqn, frame, "WEIGHT_IN_CONTROL_FLOW", "Take it out of the loop.")
+        self.remarks.note("SCAN_UNROLL_SKIPPED", "WARNING", eqn, f"The scan{at(eqn)} is kept as it is: {blocked}.")
+        self.remarks.check_weights(eqn, frame, "WEIGHT_IN_CONTROL_FLOW", "Take it out of the loop.")
         return self.kept(eqn, frame)
 
     def long_scan(self, eqn, frame):
         length, limit = eqn.params["length"], self.policy.scan_unroll_limit
         auto = self.policy.scan_descent == "auto"
         remedy = f"Pass ControlFlowPolicy(scan_unroll_limit={length}) to unroll it."
-        self.note(
+        self.remarks.note(
             "SCAN_UNROLL_SKIPPED",
             "INFO" if auto else "WARNING",
             eqn,
-            f"The scan{_at(eqn)} of length {length} is not unrolled: scan_unroll_limit={limit}.",
+            f"The scan{at(eqn)} of length {length} is not unrolled: scan_unroll_limit={limit}.",
         )
-        weights = self.weights_of(eqn, frame)
+        weights = weights_of(eqn, frame)
         if not auto:
-            self.check_weights(eqn, frame, "WEIGHT_IN_CONTROL_FLOW", remedy)
+            self.remarks.check_weights(eqn, frame, "WEIGHT_IN_CONTROL_FLOW", remedy)
         elif weights and any(map(is_marked, equations_within(eqn))):
             why = self.cannot_descend(eqn, frame)
             if why is None:
                 descent = self.descent(eqn, frame)
                 why = descent.obstacle()
                 if why is None:
-                    text = f"The scan{_at(eqn)} of length {length} is followed in place."
-                    self.note("SCAN_DESCENT_APPLIED", "INFO", eqn, text)
+                    text = f"The scan{at(eqn)} of length {length} is followed in place."
+                    self.remarks.note("SCAN_DESCENT_APPLIED", "INFO", eqn, text)
                     return self.in_place(eqn, frame, descent)
-            self.note("SCAN_DESCENT_SKIPPED", "WARNING", eqn, f"The scan{_at(eqn)} cannot be followed: {why}.")
-            self.check_weights(eqn, frame, "WEIGHT_IN_CONTROL_FLOW", f"{why[0].upper()}{why[1:]}. {remedy}")
+            text = f"The scan{at(eqn)} cannot be followed: {why}."
+            self.remarks.note("SCAN_DESCENT_SKIPPED", "WARNING", eqn, text)
+            self.remarks.check_weights(eqn, frame, "WEIGHT_IN_CONTROL_FLOW", f"{why[0].upper()}{why[1:]}. {remedy}")
         elif weights:
             path = min(weights, key=path_str)
             text = (
-                f"The scan{_at(eqn)} reads the parameter {path_str(path)!r} without a marked operation: it gets the "
+                f"The scan{at(eqn)} reads the parameter {path_str(path)!r} without a marked operation: it gets the "
                 "exact gradient of the current step, without history."
             )
-            self.note("SCAN_DESCENT_NO_RELATIONS", "WARNING", eqn, text, path)
+            self.remarks.note("SCAN_DESCENT_NO_RELATIONS", "WARNING", eqn, text, path)
         return self.kept(eqn, frame)
 
     def cannot_descend(self, eqn, frame) -> str | None:
@@ -313,7 +258,7 @@ class _Flattener:
         if eqn.params["reverse"]:
             return "it runs backward"
         if nested:
-            return f"it holds a {nested[0].primitive.name}{_at(nested[0])}"
+            return f"it holds a {nested[0].primitive.name}{at(nested[0])}"
         if not any(o.entry for o in carried):
             return "it carries no hidden state from its value at the start of the step"
         if any(o.live and not o.entry for o in carried):
@@ -321,7 +266,7 @@ class _Flattener:
         return None
 
     def descent(self, eqn, frame) -> Descent:
-        self.enter(eqn, frame)
+        self.remarks.enter(eqn, frame)
         _, origins = frame.inputs(eqn)
         body, hidden = eqn.params["jaxpr"], frame.hidden_out(eqn)
 
@@ -336,10 +281,10 @@ class _Flattener:
             return self.unrolled(eqn, frame)
         values, origins = frame.inputs(eqn)
         every = [*origins, Origin(data=True, live=True)]
-        return descent.outputs(values), [_origin_of(eqn, every, v) for v in eqn.outvars]
+        return descent.outputs(values), [origin_of(eqn, every, v) for v in eqn.outvars]
 
     def unrolled(self, eqn, frame):
-        self.enter(eqn, frame)
+        self.remarks.enter(eqn, frame)
         values, origins = frame.inputs(eqn)
         params = eqn.params
         n, carried = scan_operands(eqn)
@@ -366,11 +311,11 @@ class _Flattener:
             stacked.reverse()
         with at_source(eqn):
             ys = [jnp.stack([jnp.asarray(y) for y in steps]) for steps in zip(*stacked)]
-        y_origins = [_origin_of(eqn, os, v) for v, os in zip(eqn.outvars[m - n :], zip(*joined))]
+        y_origins = [origin_of(eqn, os, v) for v, os in zip(eqn.outvars[m - n :], zip(*joined))]
         return [*carry, *ys], [*carry_origins, *y_origins]
 
     def while_loop(self, eqn, frame):
-        self.check_weights(
+        self.remarks.check_weights(
             eqn,
             frame,
             "WEIGHT_IN_WHILE",
@@ -381,111 +326,35 @@ class _Flattener:
 
     def kept(self, eqn, frame):
         """A relevant loop or branch that stays whole."""
-        self.check_operations(eqn, frame)
+        self.remarks.check_operations(eqn, frame)
         name, live = eqn.primitive.name, any(o.live for o in frame.inputs(eqn)[1])
         if not live:
             return self.whole(eqn, frame)
         if not is_forward_only(eqn):
-            text = f"The {name}{_at(eqn)} computes with hidden states and is kept as one operation."
-            self.note("CONTROL_FLOW_OPAQUE_FWD", "INFO", eqn, text)
+            text = f"The {name}{at(eqn)} computes with hidden states and is kept as one operation."
+            self.remarks.note("CONTROL_FLOW_OPAQUE_FWD", "INFO", eqn, text)
             return self.whole(eqn, frame)
         if self.policy.while_hidden == "error":
-            self.refuse(
+            self.remarks.refuse(
                 "CONTROL_FLOW_OPAQUE_FWD",
                 eqn,
-                f"The {name}{_at(eqn)} computes with hidden states or operations, and while_hidden='error' forbids it. "
+                f"The {name}{at(eqn)} computes with hidden states or operations, and while_hidden='error' forbids it. "
                 "Pass ControlFlowPolicy(while_hidden='opaque-fwd') to differentiate it in forward mode, or use a loop "
                 "of fixed length (brainstate.transform.for_loop or scan).",
             )
-        text = f"The {name}{_at(eqn)} computes with hidden states: it is differentiated in forward mode."
-        self.note("CONTROL_FLOW_OPAQUE_FWD", "INFO", eqn, text)
+        text = f"The {name}{at(eqn)} computes with hidden states: it is differentiated in forward mode."
+        self.remarks.note("CONTROL_FLOW_OPAQUE_FWD", "INFO", eqn, text)
         lives = {i for i, o in enumerate(frame.inputs(eqn)[1]) if o.live}
         mixed = [
             mixes(of[i]) for v, of in zip(eqn.outvars, dependence(eqn)) if v in frame.used for i in lives & set(of)
         ]
         if any(mixed):
             text = (
-                f"The {name}{_at(eqn)} mixes positions, and has no reverse-mode derivative: what one position gives to "
+                f"The {name}{at(eqn)} mixes positions, and has no reverse-mode derivative: what one position gives to "
                 "another in it gets no credit. Use a loop of fixed length (brainstate.transform.for_loop or scan)."
             )
-            self.note("CONTROL_FLOW_RECURRENT_MIXING", "WARNING", eqn, text)
+            self.remarks.note("CONTROL_FLOW_RECURRENT_MIXING", "WARNING", eqn, text)
         return self.whole(eqn, frame)
-
-    # -- what is said about it --------------------------------------------------------------------------------------
-
-    def enter(self, eqn, frame):
-        if frame.depth >= self.policy.fixpoint_iteration_limit:
-            raise CompilationError(
-                f"The {eqn.primitive.name}{_at(eqn)} stands inside {frame.depth} loops or branches that are opened "
-                f"too: fixpoint_iteration_limit={self.policy.fixpoint_iteration_limit}. Pass a larger one."
-            )
-
-    def weights_of(self, eqn, frame) -> frozenset[Path]:
-        return frozenset[Path]().union(*(o.weights for o in frame.inputs(eqn)[1]))
-
-    def check_weights(self, eqn, frame, kind, remedy):
-        weights = self.weights_of(eqn, frame)
-        if weights:
-            path = min(weights, key=path_str)
-            name = eqn.primitive.name
-            why = f"The parameter {path_str(path)!r} is used inside a {name}{_at(eqn)}, where no trace can follow it. "
-            self.refuse(kind, eqn, why + remedy, path)
-
-    def check_operations(self, eqn, frame):
-        """Marked operations that stay inside an equation are refused, or left to plain JAX."""
-        inner = sorted({e.primitive.name for e in equations_within(eqn) if is_marked(e)})
-        if not inner:
-            return
-        text = f"The marked operation {inner[0]!r} stands inside a {eqn.primitive.name!r}{_at(eqn)}, where no trace "
-        if self.policy.etp_in_control_flow == "error" or self.weights_of(eqn, frame):
-            self.refuse(
-                "PRIMITIVE_INSIDE_CONTROL_FLOW",
-                eqn,
-                f"{text}can follow it. Call it outside, use plain JAX inside, or, if its operand is no parameter, "
-                "pass ControlFlowPolicy(etp_in_control_flow='exclude').",
-                primitive=inner[0],
-            )
-        text += "follows it: it is plain JAX there."
-        self.note("PRIMITIVE_INSIDE_CONTROL_FLOW", "WARNING", eqn, text, primitive=inner[0])
-
-    def note(self, kind, level, eqn, message, weight_path=None, primitive=None):
-        record = CompilationRecord(
-            DiagnosticKind[kind],
-            DiagnosticLevel[level],
-            message,
-            primitive=primitive or eqn.primitive.name,
-            weight_path=weight_path,
-            context={"line": source_line(eqn)},
-        )
-        if record not in self.records:  # the sub-steps of a scan say the same
-            self.records.append(record)
-
-    def refuse(self, kind, eqn, message, weight_path=None, primitive=None):
-        self.note(kind, "ERROR", eqn, message, weight_path, primitive)
-        emit(self.records)
-        raise NotImplementedError(message)
-
-
-def _at(eqn) -> str:
-    line = source_line(eqn)
-    return f" at {line}" if line else ""
-
-
-def _is_inexact(x) -> bool:
-    return jnp.issubdtype(jnp.result_type(x) if not hasattr(x, "dtype") else x.dtype, jnp.inexact)
-
-
-def _gate(taken, value):
-    if not (is_tracer(value) and _is_inexact(value)):
-        return value
-    return jax.lax.select_n(taken, jax.lax.stop_gradient(value), value)
-
-
-def _finite(taken, value):
-    if not (is_tracer(value) and _is_inexact(value)):
-        return value
-    use = jnp.logical_or(taken, jax.lax.is_finite(jnp.abs(value)))
-    return jax.lax.select_n(use, jnp.zeros_like(value), value)
 
 
 def _item(xs, i):
@@ -496,13 +365,3 @@ def _foldable(eqn, values) -> bool:
     """Whether an equation computes a constant of moderate size: then D and df may be known before the first step."""
     sizes = [math.prod(v.aval.shape) for v in eqn.outvars]
     return not any(map(is_tracer, values)) and sum(sizes) <= 2**20 and not is_marked(eqn)
-
-
-def _origin_of(eqn, origins: Sequence[Origin], outvar) -> Origin:
-    data = any(o.data for o in origins)
-    weights: frozenset = frozenset().union(*(o.weights for o in origins))
-    if is_marked(eqn):
-        return Origin(data=True, live=True)
-    if not jnp.issubdtype(outvar.aval.dtype, jnp.inexact) or eqn.primitive.name == "stop_gradient":
-        return Origin(data=data or bool(weights))
-    return Origin(frozenset() if data else weights, data, any(o.live for o in origins))

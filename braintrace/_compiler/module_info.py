@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ from .._types import NotSupportedError, Path, path_str
 from .call import Call, call_of, convertible
 from .complex_states import Parts, before_cast, with_real_parts
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
-from .flatten import Origin, flatten
+from .flatten import flatten
+from .frame import Origin
 from .policy import ControlFlowPolicy
 
 __all__ = ["ModuleInfo", "extract_module_info"]
@@ -248,6 +250,73 @@ def info_of_call(model: brainstate.nn.Module, call: Call, control_flow: ControlF
         raise AssertionError(f"The model must be a brainstate.nn.Module, got {type(model).__name__}.")
     if not isinstance(control_flow, (ControlFlowPolicy, type(None))):
         raise TypeError(f"control_flow must be a ControlFlowPolicy or None, got {type(control_flow).__name__}.")
+    traced, args, numbers, fixed = _traced_with_numbers(model, call)
+    trace = traced.get_state_trace(*args)
+    states = tuple(trace.states)
+    out_shapes, new_shapes = traced.get_out_shapes(*args)
+    retrieved = FlattedDict(model.states())
+    paths, diagnostics = _name_states(states, retrieved)
+    _check_states(states, trace.been_writen, paths, new_shapes)
+
+    in_leaves, in_tree = jax.tree.flatten(call.given)
+    environment: Any
+    env_leaves, environment = jax.tree.flatten(numbers)
+    out_leaves, out_tree = jax.tree.flatten(out_shapes)
+    first_in, first_out = len(in_leaves) + len(env_leaves), len(out_leaves)
+    sizes = [len(jax.tree.leaves(s._value)) for s in states]
+    starts = itertools.accumulate(sizes, initial=0)
+    positions = tuple(tuple(range(a, b)) for a, b in itertools.pairwise(starts))
+
+    origins, hidden_out = [Origin(data=True)] * first_in, [False] * first_out
+    for state, path, size in zip(states, paths, sizes):
+        is_hidden = isinstance(state, brainstate.HiddenState)
+        data = Origin(data=True, live=is_hidden, entry=is_hidden)
+        origins += [Origin.of_weight(path) if isinstance(state, brainstate.ParamState) else data] * size
+        hidden_out += [is_hidden] * size
+    closed, records = flatten(
+        traced.get_jaxpr(*args), origins, first_out, hidden_out, control_flow or ControlFlowPolicy()
+    )
+    hidden = {i: positions[i][0] for i, s in enumerate(states) if isinstance(s, brainstate.HiddenState)}
+    complex_hidden = {}
+    for i, place in hidden.items():
+        aval = open_jaxpr(closed).invars[first_in + place].aval
+        if jax.numpy.issubdtype(aval.dtype, jax.numpy.complexfloating):
+            complex_hidden[i] = Parts(len(aval.shape) > len(states[i].varshape), aval.dtype)
+    if complex_hidden:
+        parts = {(first_in + hidden[i], first_out + hidden[i]): part for i, part in complex_hidden.items()}
+        closed = with_real_parts(closed, parts)
+    jaxpr = open_jaxpr(closed)
+    made = made_at(jaxpr.eqns)
+
+    def invars(i):
+        return [jaxpr.invars[first_in + p] for p in positions[i]]
+
+    weights = {paths[i]: invars(i) for i, s in enumerate(states) if isinstance(s, brainstate.ParamState)}
+    return ModuleInfo(
+        closed_jaxpr=closed,
+        compiled_model_states=states,
+        compiled_state_paths=paths,
+        retrieved_model_states=retrieved,
+        state_leaves=positions,
+        in_tree=in_tree,
+        out_tree=out_tree,
+        environment=environment,
+        fixed_numbers=fixed,
+        state_trees=tuple(jax.tree.structure(s._value) for s in states),
+        hidden_path_to_invar={paths[i]: invars(i)[0] for i in hidden},
+        hidden_path_to_outvar={
+            paths[i]: before_cast(jaxpr.outvars[first_out + place], jaxpr.eqns, made) for i, place in hidden.items()
+        },
+        complex_hidden={paths[i]: p for i, p in complex_hidden.items()},
+        weight_path_to_invars=weights,
+        invar_to_weight_path={v: p for p, vs in weights.items() for v in vs},
+        num_var_out=first_out,
+        diagnostics=tuple(diagnostics + records),
+    )
+
+
+def _traced_with_numbers(model, call):
+    """The traced step, what to ask it for, and numbers of the environment: those it reads, and names of fixed ones."""
     numbers = dict(call.inputs)
     fixed: tuple[str, ...] = ()
     try:
@@ -267,73 +336,7 @@ def info_of_call(model: brainstate.nn.Module, call: Call, control_flow: ControlF
     if len(read) < len(numbers):
         numbers = read
         traced, args = _traced(model, call, numbers)
-    trace = traced.get_state_trace(*args)
-    states = tuple(trace.states)
-    out_shapes, new_shapes = traced.get_out_shapes(*args)
-    retrieved = FlattedDict(model.states())
-    paths, diagnostics = _name_states(states, retrieved)
-    _check_states(states, trace.been_writen, paths, new_shapes)
-
-    in_leaves, in_tree = jax.tree.flatten(call.given)
-    environment: Any
-    env_leaves, environment = jax.tree.flatten(numbers)
-    out_leaves, out_tree = jax.tree.flatten(out_shapes)
-    old_leaves = [jax.tree.leaves(s._value) for s in states]
-    positions, start = [], 0
-    for leaves in old_leaves:
-        positions.append(tuple(range(start, start + len(leaves))))
-        start += len(leaves)
-
-    origins = [Origin(data=True)] * (len(in_leaves) + len(env_leaves))
-    hidden_out = [False] * len(out_leaves)
-    for state, path, leaves in zip(states, paths, old_leaves):
-        is_hidden = isinstance(state, brainstate.HiddenState)
-        data = Origin(data=True, live=is_hidden, entry=is_hidden)
-        origins += [Origin.of_weight(path) if isinstance(state, brainstate.ParamState) else data] * len(leaves)
-        hidden_out += [is_hidden] * len(leaves)
-    policy = control_flow or ControlFlowPolicy()
-    traced_step = traced.get_jaxpr(*args)
-    closed, records = flatten(traced_step, origins, len(out_leaves), hidden_out, policy)
-    diagnostics += records
-    first_in, first_out = len(in_leaves) + len(env_leaves), len(out_leaves)
-    hidden = [i for i, s in enumerate(states) if isinstance(s, brainstate.HiddenState)]
-    complex_hidden = {}
-    for i in hidden:
-        aval = open_jaxpr(closed).invars[first_in + positions[i][0]].aval
-        if jax.numpy.issubdtype(aval.dtype, jax.numpy.complexfloating):
-            complex_hidden[i] = Parts(len(aval.shape) > len(states[i].varshape), aval.dtype)
-    if complex_hidden:
-        places = {i: positions[i][0] for i in complex_hidden}
-        parts = {(first_in + n, first_out + n): complex_hidden[i] for i, n in places.items()}
-        closed = with_real_parts(closed, parts)
-    jaxpr = open_jaxpr(closed)
-    made = made_at(jaxpr.eqns)
-
-    def invars(i):
-        return [jaxpr.invars[first_in + p] for p in positions[i]]
-
-    weights = {paths[i]: invars(i) for i, s in enumerate(states) if isinstance(s, brainstate.ParamState)}
-    return ModuleInfo(
-        closed_jaxpr=closed,
-        compiled_model_states=states,
-        compiled_state_paths=paths,
-        retrieved_model_states=retrieved,
-        state_leaves=tuple(positions),
-        in_tree=in_tree,
-        out_tree=out_tree,
-        environment=environment,
-        fixed_numbers=fixed,
-        state_trees=tuple(jax.tree.structure(s._value) for s in states),
-        hidden_path_to_invar={paths[i]: invars(i)[0] for i in hidden},
-        hidden_path_to_outvar={
-            paths[i]: before_cast(jaxpr.outvars[first_out + positions[i][0]], jaxpr.eqns, made) for i in hidden
-        },
-        complex_hidden={paths[i]: p for i, p in complex_hidden.items()},
-        weight_path_to_invars=weights,
-        invar_to_weight_path={v: p for p, vs in weights.items() for v in vs},
-        num_var_out=len(out_leaves),
-        diagnostics=tuple(diagnostics),
-    )
+    return traced, args, numbers, fixed
 
 
 def _traced(model, call, numbers):

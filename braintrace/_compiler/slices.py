@@ -13,8 +13,8 @@ from .._jax import Literal, Var, hashed
 from .._program import before, made_at, read, variables
 from .._types import Path
 from .descent import bind_without_links
-from .flatten import is_marked
 from .flow import Flow, through_operation, y_label
+from .frame import is_marked
 from .labels import NONE, Label, own_label, unaligned_axes
 from .module_info import ModuleInfo, known_constants
 from .positions import propagate

@@ -25,8 +25,8 @@ from .._jax import Literal, bind_equation, consts_of, eval_jaxpr, prune, reads
 from .._program import read
 from .._types import Path
 from .descent import bind_without_links, holds_link, is_link
-from .flatten import is_marked
 from .flow import Flow, Reach
+from .frame import is_marked
 from .groups import HiddenGroup
 from .module_info import ModuleInfo
 from .relations import HiddenParamOpRelation

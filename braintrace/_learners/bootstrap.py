@@ -349,27 +349,11 @@ def train_synthetic_gradient(
                 "samples. Fit the synthesizer with an unmapped learner of the same model, compiled on a batch."
             )
     windows = jax.tree.map(lambda x: jnp.reshape(x, (-1, k, *jnp.shape(x)[1:])), inputs)
-    parameters = synthesizer.states_dict()
     loss_fn = loss_fn or (lambda out: sum((o**2).sum() for o in jax.tree.leaves(out)))
+    regression = _Regression(synthesizer, optimizer, lr)
 
     def window_loss(window):
         return loss_fn(learner(MultiStepData(window)))
-
-    def fit(hidden, target):
-        """One step of the regression; its error before the step."""
-
-        def error():
-            estimates = synthesizer.apply(synthesizer.param_values(), hidden)
-            total = sum(((estimates[i] - target[i]) ** 2).sum() for i in target)
-            return total / sum(t.size for t in target.values())
-
-        grads, value = brainstate.transform.grad(error, parameters, return_value=True)()
-        if optimizer is None:
-            for key, state in parameters.items():
-                state.value = state.value - lr * grads[key]
-        else:
-            optimizer.update(grads)
-        return value
 
     def present():
         return learner._packed({p: s.value for p, s in learner.hidden_states.items()})
@@ -381,7 +365,7 @@ def train_synthetic_gradient(
         still = {p: jax.tree.map(jnp.zeros_like, s.value) for p, s in learner.hidden_states.items()}
         bars = brainstate.transform.grad(window_loss, floating)(window)
         # The cotangent of a complex value is the conjugate of its parts' own.
-        return fit(entry, jax.lax.stop_gradient(learner._packed(jax.tree.map(jnp.conj, still | bars))))
+        return regression.step(entry, jax.lax.stop_gradient(learner._packed(jax.tree.map(jnp.conj, still | bars))))
 
     @brainstate.transform.jit
     def epoch(windows, start):
@@ -391,7 +375,7 @@ def train_synthetic_gradient(
             learner.reset_state()
         errors = brainstate.transform.for_loop(one_window, windows)
         last = present()
-        final = fit(last, jax.tree.map(jnp.zeros_like, last))
+        final = regression.step(last, jax.tree.map(jnp.zeros_like, last))
         return (errors.sum() + final) / (errors.size + 1)
 
     errors = []
@@ -399,6 +383,30 @@ def train_synthetic_gradient(
         start = _initial_values(learner, batch_size) if reset else {}
         errors.append(float(epoch(windows, start)))
     return errors
+
+
+class _Regression:
+    """Fits a synthesizer's estimates, by an optimiser or plain gradient descent."""
+
+    def __init__(self, synthesizer: Any, optimizer: Any, lr: float):
+        self.synthesizer, self.optimizer, self.lr = synthesizer, optimizer, lr
+        self.parameters = synthesizer.states_dict()
+
+    def step(self, hidden, target):
+        """One step; the error before it."""
+
+        def error():
+            estimates = self.synthesizer.apply(self.synthesizer.param_values(), hidden)
+            total = sum(((estimates[i] - target[i]) ** 2).sum() for i in target)
+            return total / sum(t.size for t in target.values())
+
+        grads, value = brainstate.transform.grad(error, self.parameters, return_value=True)()
+        if self.optimizer is None:
+            for key, state in self.parameters.items():
+                state.value = state.value - self.lr * grads[key]
+        else:
+            self.optimizer.update(grads)
+        return value
 
 
 def _initial_values(learner: DNI, batch_size: int | None) -> dict[Path, Any]:

@@ -171,8 +171,8 @@ class OSTLFeedforward(pp_prop):
 
     References
     ----------
-    .. [1] T. Bohnstingl et al., "Online spatio-temporal learning in deep neural networks", IEEE Transactions on Neural Networks
-       and Learning Systems 34, 2023.
+    .. [1] T. Bohnstingl et al., "Online spatio-temporal learning in deep neural networks", IEEE Transactions on
+       Neural Networks and Learning Systems 34, 2023.
 
     Examples
     --------

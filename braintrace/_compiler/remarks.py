@@ -1,0 +1,80 @@
+"""What flattening says about loops, branches and what they hold, and refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .._jax import source_line
+from .._program import equations_within
+from .._types import CompilationError, Path, path_str
+from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel, emit
+from .frame import Frame, is_marked
+from .policy import ControlFlowPolicy
+
+__all__ = ["Remarks", "at", "weights_of"]
+
+
+def at(eqn: Any) -> str:
+    line = source_line(eqn)
+    return f" at {line}" if line else ""
+
+
+def weights_of(eqn: Any, frame: Frame) -> frozenset[Path]:
+    return frozenset[Path]().union(*(o.weights for o in frame.inputs(eqn)[1]))
+
+
+class Remarks:
+    """Diagnostics of a step, by the policy; an equation's place is part of each."""
+
+    def __init__(self, policy: ControlFlowPolicy):
+        self.policy = policy
+        self.records: list[CompilationRecord] = []
+
+    def enter(self, eqn, frame):
+        if frame.depth >= self.policy.fixpoint_iteration_limit:
+            raise CompilationError(
+                f"The {eqn.primitive.name}{at(eqn)} stands inside {frame.depth} loops or branches that are opened "
+                f"too: fixpoint_iteration_limit={self.policy.fixpoint_iteration_limit}. Pass a larger one."
+            )
+
+    def check_weights(self, eqn, frame, kind, remedy):
+        weights = weights_of(eqn, frame)
+        if weights:
+            path = min(weights, key=path_str)
+            name = eqn.primitive.name
+            why = f"The parameter {path_str(path)!r} is used inside a {name}{at(eqn)}, where no trace can follow it. "
+            self.refuse(kind, eqn, why + remedy, path)
+
+    def check_operations(self, eqn, frame):
+        """Marked operations that stay inside an equation are refused, or left to plain JAX."""
+        inner = sorted({e.primitive.name for e in equations_within(eqn) if is_marked(e)})
+        if not inner:
+            return
+        text = f"The marked operation {inner[0]!r} stands inside a {eqn.primitive.name!r}{at(eqn)}, where no trace "
+        if self.policy.etp_in_control_flow == "error" or weights_of(eqn, frame):
+            self.refuse(
+                "PRIMITIVE_INSIDE_CONTROL_FLOW",
+                eqn,
+                f"{text}can follow it. Call it outside, use plain JAX inside, or, if its operand is no parameter, "
+                "pass ControlFlowPolicy(etp_in_control_flow='exclude').",
+                primitive=inner[0],
+            )
+        text += "follows it: it is plain JAX there."
+        self.note("PRIMITIVE_INSIDE_CONTROL_FLOW", "WARNING", eqn, text, primitive=inner[0])
+
+    def note(self, kind, level, eqn, message, weight_path=None, primitive=None):
+        record = CompilationRecord(
+            DiagnosticKind[kind],
+            DiagnosticLevel[level],
+            message,
+            primitive=primitive or eqn.primitive.name,
+            weight_path=weight_path,
+            context={"line": source_line(eqn)},
+        )
+        if record not in self.records:  # the sub-steps of a scan say the same
+            self.records.append(record)
+
+    def refuse(self, kind, eqn, message, weight_path=None, primitive=None):
+        self.note(kind, "ERROR", eqn, message, weight_path, primitive)
+        emit(self.records)
+        raise NotImplementedError(message)

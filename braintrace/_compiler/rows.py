@@ -1,0 +1,281 @@
+"""The rows of D and df of a group: reverse passes of F, repeated for one position at a time where F mixes positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._jax import consts_of, is_tracer, open_jaxpr
+from .labels import MANY, NONE, Label, own_label
+from .position_rules import combine
+from .positions import no_cut, propagate
+from .scope import Neighbourhood, Scope
+from .slices import Slice, displaced_axes, evaluate_slice, is_shared, mixed_axes, slice_labels
+
+__all__ = ["Fold", "Rows"]
+
+
+class Fold(NamedTuple):
+    """Where the entries of an operation's output act, if each acts on one position of a group of another shape.
+
+    Of an operation with sub-steps, those of one sub-step.
+
+    ``positions`` holds the position of every entry, one integer array per axis of the group; ``tiles`` is their number
+    where they are equal slices of the last axis, ``whole`` the group's shape where they are its entries in order.
+    """
+
+    positions: tuple[np.ndarray, ...]
+    tiles: int | None
+    whole: tuple[int, ...] | None
+
+    def place(self, value: Any) -> Any:
+        """The value of every entry's position; axes in front of those of the group stay."""
+        if value is None or jnp.ndim(value) == 0:
+            return value
+        if self.whole is not None:
+            return value.reshape(*value.shape[: value.ndim - len(self.whole)], *self.positions[0].shape)
+        if self.tiles is not None:
+            return jnp.concatenate([value] * self.tiles, -1)
+        return value[(..., *self.positions)]
+
+
+def _y_shapes(part: Slice) -> dict[int, tuple[int, ...]]:
+    """The shape of every operation's output, of one sub-step."""
+    return {k: v.aval.shape[part.fronts[k] :] for k, v in part.ys.items()}
+
+
+def _folds(eqns, part, varshape, slots, inexact, y_labels) -> dict[int, Fold]:
+    """Outputs of another shape of which every entry acts on one position: labels of F's reverse pass tell."""
+    y_shapes = _y_shapes(part)
+
+    def is_candidate(k):
+        """Whether broadcasting does not say where the entries of an output act."""
+        shape = y_shapes[k]
+        if shape == varshape or not math.prod(shape) or not shape or not varshape:
+            return False
+        return math.prod(shape) == math.prod(varshape) or any(
+            k in labels and displaced_axes(labels[k], shape, varshape) for labels in y_labels
+        )
+
+    folds = {}
+    for k, var in part.ys.items():
+        if not is_candidate(k):
+            continue
+        label: Label | None = None
+        for a in sorted({a for a, _ in slots if inexact[a]}):
+
+            def reverse(seed, y, olds, others, externals, a=a, k=k):
+                def new_value(y):
+                    return evaluate_slice(eqns, part, olds, others | {k: y}, externals)[a]
+
+                return jax.vjp(new_value, y)[1](seed)[0]
+
+            of = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)  # noqa: E731
+            others = {j: of(v) for j, v in part.ys.items() if j != k}
+            values = of(var), [of(v) for v in part.olds], others, [of(v) for v in part.externals]
+            closed = jax.make_jaxpr(reverse)(of(part.news[a]), *values)
+            jaxpr = open_jaxpr(closed)
+            known = {v: c for v, c in zip(jaxpr.constvars, consts_of(closed)) if not is_tracer(c)}
+            env = {jaxpr.invars[0]: {("new", 0): own_label(part.news[a].aval.shape, len(varshape))}}
+            propagate(jaxpr.eqns, env, no_cut, known)
+            found = env.get(jaxpr.outvars[0], {}).get(("new", 0))
+            label = found if label is None else label if found is None else tuple(map(combine, label, found))
+        if label is None or any(np.any(ids == MANY) for ids in label[1:]):
+            continue
+        index = tuple(np.where(ids == NONE, 0, ids) for ids in label[1:])
+        if part.fronts[k]:
+            if any(np.any(ids != ids[:1]) for ids in index):
+                continue
+            index = tuple(ids[0] for ids in index)
+        folds[k] = Fold(index, _tiles(index, y_shapes[k], varshape), _in_order(index, varshape))
+    return folds
+
+
+def _in_order(index, varshape) -> tuple[int, ...] | None:
+    """The group's shape if the entries are its positions one after the other."""
+    flat = np.ravel_multi_index(index, varshape).ravel()
+    return varshape if np.array_equal(flat, np.arange(math.prod(varshape))) else None
+
+
+def _tiles(index, y_shape, varshape) -> int | None:
+    """How many equal slices of the last axis the entries are, if they are."""
+    if y_shape[:-1] != varshape[:-1] or y_shape[-1] % varshape[-1]:
+        return None
+    number = y_shape[-1] // varshape[-1]
+    own = own_label(varshape, len(varshape))[1:]
+    same = all(np.array_equal(i, np.concatenate([o] * number, -1)) for i, o in zip(index, own))
+    return number if same else None
+
+
+def _component(cotangent, c):
+    """Of one hidden variable; ``None`` for a state that has no derivative."""
+    if cotangent.dtype == jax.dtypes.float0:
+        return None
+    return cotangent if c is None else cotangent[..., c]
+
+
+class _Row(NamedTuple):
+    D: list[Any]
+    df: dict[int, Any]
+
+
+class Rows:
+    """The rows of D and df, by reverse passes of F: one for every hidden variable of a new value."""
+
+    def __init__(
+        self,
+        eqns: Sequence[Any],
+        part: Slice,
+        varshape: tuple[int, ...],
+        slots: Sequence[tuple[int, int | None]],
+        scope: Scope,
+        neighbourhood: Neighbourhood | None,
+    ):
+        self.eqns, self.part, self.varshape, self.slots = eqns, part, varshape, slots
+        self.scope, self.neighbourhood, self.whole = scope, neighbourhood, scope.kind == "full"
+        self.labels, self.y_labels = slice_labels(eqns, part, varshape)
+        self.keys, self.y_shapes = list(part.ys), _y_shapes(part)
+        self.inexact = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in part.news]
+        self.folds = _folds(eqns, part, varshape, slots, self.inexact, self.y_labels)
+        self.by_position = [{k: lab for k, lab in of.items() if k not in self.folds} for of in self.y_labels]
+
+    def all(self, *values):
+        num_old, num_y = len(self.part.olds), len(self.part.ys)
+        olds, ys, ext = values[:num_old], values[num_old : num_old + num_y], values[num_old + num_y :]
+        rows = [self.of_slot(a, component, olds, ys, ext) for a, component in self.slots]
+        nothing = [None] * len(self.slots)
+        return [(nothing if self.whole else r.D, r.df) for r in rows], list(values) if self.whole else []
+
+    def of_slot(self, a, component, olds, ys, ext) -> _Row:
+        if not self.inexact[a]:
+            return _Row([None] * len(self.slots), {})
+        part, varshape, y_shapes, scope = self.part, self.varshape, self.y_shapes, self.scope
+
+        def new_value(olds, ys):
+            return evaluate_slice(self.eqns, part, olds, dict(zip(self.keys, ys)), ext)[a]
+
+        new, pull = jax.vjp(new_value, list(olds), list(ys))
+        cotangents = _cotangents(new, pull, component, self.slots, self.keys)
+        of_D = mixed_axes({} if self.whole else self.labels[a], {}, y_shapes, varshape)
+        along = {
+            k: _along(cotangents, k, varshape, new, ys[self.keys.index(k)])
+            for k, label in self.by_position[a].items()
+            if is_shared(label, y_shapes[k], varshape, part.fronts[k])
+        }
+        along = {k: slope for k, slope in along.items() if slope is not None}
+        own = {k: label for k, label in self.by_position[a].items() if k not in along}
+        others = {k: shape for k, shape in y_shapes.items() if k not in along}
+        of_df = mixed_axes({}, own, y_shapes, varshape)
+
+        def row_of(y_shapes, axes):
+            return _row(cotangents, new.dtype, part.fronts, y_shapes, varshape, axes, self.folds, scope)
+
+        both = tuple(sorted({*of_D, *of_df}))
+        if self.neighbourhood is not None:
+            D = _blocks(cotangents, new.dtype, varshape, of_D, self.neighbourhood, scope)
+            row = _Row(D, row_of(others, of_df).df)
+        elif both in (of_D, of_df):
+            row = row_of(others, both)
+        else:  # one position at a time along all of these axes would be far more of them
+            row = _Row(row_of({}, of_D).D, row_of(others, of_df).df)
+        return _Row(row.D, {**row.df, **along})
+
+    def without(self, bad: Callable[..., Any]) -> frozenset[int]:
+        """Outputs of operations on whose way to any hidden variable there are no ``bad`` axes."""
+
+        def is_fine(k, a):
+            return k not in self.by_position[a] or not bad(self.y_labels[a][k], self.y_shapes[k], self.varshape)
+
+        return frozenset(k for k in self.keys if all(is_fine(k, a) for a, _ in self.slots))
+
+
+def _cotangents(new, pull, component, slots, keys):
+    """Seed over positions -> cotangents of every old hidden variable and every y."""
+
+    def of(seed):
+        full = seed if component is None else jnp.zeros_like(new).at[..., component].set(seed)
+        old_bar, y_bar = pull(full)
+        return [_component(old_bar[b], c) for b, c in slots], dict(zip(keys, y_bar))
+
+    return of
+
+
+def _along(cotangents, key, varshape, new, y):
+    """The derivative of every position by the entry of an output that it shares with others: forward, in one pass.
+
+    Forward is the transpose of the reverse pass, as some functions have a reverse rule alone. ``None`` where that is a
+    loop of unknown length, which has no transpose.
+    """
+    try:
+        _, forward = jax.vjp(lambda seed: cotangents(seed)[1][key], jnp.zeros(varshape, new.dtype))
+        one = jnp.ones_like(y)
+        # What comes back for a complex entry is the real part of its product with the derivative.
+        return forward(one)[0] + 1j * forward(-1j * one)[0] if jnp.iscomplexobj(one) else forward(one)[0]
+    except ValueError:
+        return None
+
+
+def _by_position(read, dtype, varshape, axes, scope):
+    """``read(seed, pick)`` for one position at a time along some axes, stacked."""
+    grids = jnp.meshgrid(*(jnp.arange(varshape[k]) for k in axes), indexing="ij")
+    picks = jnp.stack([g.ravel() for g in grids], axis=-1)
+
+    def at(pick):
+        seed = jnp.ones(varshape, dtype)
+        for k, i in zip(axes, pick):
+            seed = seed * (jax.lax.broadcasted_iota(jnp.int32, varshape, k) == i).astype(dtype)
+        return read(seed, pick)
+
+    # As many positions at once as the cotangents of all of them stay below the ceiling.
+    at_once = max(1, scope.ceiling // max(1, math.prod(varshape)))
+    return jax.vmap(at)(picks) if len(picks) <= at_once else jax.lax.map(at, picks, batch_size=at_once)
+
+
+def _row(cotangents, dtype, fronts, y_shapes, varshape, mixed, folds, scope) -> _Row:
+    ones = jnp.ones(varshape, dtype)
+    if not mixed:
+        D, df = cotangents(ones)
+        return _Row(D, {k: df[k] for k in y_shapes})
+
+    def read(seed, pick):
+        def own_position(cotangent, shape, front=0):
+            lead = len(varshape) - len(shape)
+            for k, i in sorted(zip(mixed, pick), key=lambda ki: -ki[0]):
+                if k >= lead:
+                    cotangent = jax.lax.dynamic_index_in_dim(cotangent, i, front + k - lead, keepdims=False)
+            return cotangent
+
+        olds, ys = cotangents(seed)
+        return [None if o is None else own_position(o, varshape) for o in olds], {
+            k: ys[k] if k in folds else own_position(ys[k], y_shapes[k], fronts[k]) for k in y_shapes
+        }
+
+    def whole(stacked, front=0):
+        sizes = [varshape[k] for k in mixed]
+        axes = [front + k for k in mixed]
+        return jnp.moveaxis(stacked.reshape(*sizes, *stacked.shape[1:]), range(len(mixed)), axes)
+
+    D, df = _by_position(read, dtype, varshape, mixed, scope)
+    found = {k: whole(df[k], fronts[k]) for k in y_shapes}
+    if folds:
+        # Every entry acts on one position, so that one pass from all positions gives all of them.
+        found.update({k: y for k, y in cotangents(ones)[1].items() if k in folds and k in y_shapes})
+    return _Row(jax.tree.map(whole, D), found)
+
+
+def _blocks(cotangents, dtype, varshape, mixed, neighbourhood, scope) -> list[Any]:
+    """A row of D between neighbours."""
+    if not mixed:
+        return jax.tree.map(neighbourhood.each_its_own, cotangents(jnp.ones(varshape, dtype))[0])
+
+    def read(seed, pick):
+        number = jnp.ravel_multi_index(tuple(pick), tuple(varshape[k] for k in neighbourhood.axes), mode="clip")
+        return jax.tree.map(lambda old: neighbourhood.columns(old, number), cotangents(seed)[0])
+
+    rows = _by_position(read, dtype, varshape, neighbourhood.axes, scope)
+    return jax.tree.map(neighbourhood.blocks, rows)
