@@ -7,6 +7,7 @@ waits until a value is asked for; then one program computes all that has been wa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,9 +33,10 @@ from .._jax import (
     sub_jaxprs,
 )
 from .._program import behind, environment, read, run
+from .frame import is_marked
 from .movement import MOVES, moved
 
-__all__ = ["Constants", "known_outputs"]
+__all__ = ["Constants", "foldable", "known_outputs"]
 
 
 class _Later:
@@ -208,3 +210,9 @@ OTHERS: Mapping[str, Callable[..., Any]] = {
     "integer_pow": lambda x, eqn: x ** eqn.params["y"],
     "iota": _iota,
 }
+
+
+def foldable(eqn, values) -> bool:
+    """Whether an equation computes a constant of moderate size: then D and df may be known before the first step."""
+    sizes = [math.prod(v.aval.shape) for v in eqn.outvars]
+    return not any(map(is_tracer, values)) and sum(sizes) <= 2**20 and not is_marked(eqn)

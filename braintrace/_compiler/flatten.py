@@ -13,7 +13,6 @@ of a branch that was not taken become zeros.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +33,7 @@ from .._jax import (
 )
 from .._program import equations_within
 from .._types import Path, path_str
-from .constants import Constants
+from .constants import Constants, foldable
 from .descent import Descent
 from .diagnostics import CompilationRecord
 from .forward_only import is_forward_only, with_reverse_rule
@@ -90,7 +89,7 @@ class _Flattener:
 
     def equation(self, eqn, frame):
         known = [frame.waiting(v)[0] for v in eqn.invars]
-        if not eqn.effects and _foldable(eqn, known):
+        if not eqn.effects and foldable(eqn, known):
             return self.constants.outputs(eqn, known), [Origin()] * len(eqn.outvars)
         values, origins = frame.inputs(eqn)
         body = call_body(eqn) if is_jit(eqn) or is_remat(eqn) else None
@@ -359,9 +358,3 @@ class _Flattener:
 
 def _item(xs, i):
     return jax.lax.index_in_dim(xs, i, keepdims=False) if is_tracer(xs) else xs[i]
-
-
-def _foldable(eqn, values) -> bool:
-    """Whether an equation computes a constant of moderate size: then D and df may be known before the first step."""
-    sizes = [math.prod(v.aval.shape) for v in eqn.outvars]
-    return not any(map(is_tracer, values)) and sum(sizes) <= 2**20 and not is_marked(eqn)

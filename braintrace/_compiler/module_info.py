@@ -277,14 +277,10 @@ def info_of_call(model: brainstate.nn.Module, call: Call, control_flow: ControlF
         traced.get_jaxpr(*args), origins, first_out, hidden_out, control_flow or ControlFlowPolicy()
     )
     hidden = {i: positions[i][0] for i, s in enumerate(states) if isinstance(s, brainstate.HiddenState)}
-    complex_hidden = {}
-    for i, place in hidden.items():
-        aval = open_jaxpr(closed).invars[first_in + place].aval
-        if jax.numpy.issubdtype(aval.dtype, jax.numpy.complexfloating):
-            complex_hidden[i] = Parts(len(aval.shape) > len(states[i].varshape), aval.dtype)
+    ends = {paths[i]: (first_in + place, first_out + place) for i, place in hidden.items()}
+    complex_hidden = _complex_parts(closed, {paths[i]: states[i] for i in hidden}, ends)
     if complex_hidden:
-        parts = {(first_in + hidden[i], first_out + hidden[i]): part for i, part in complex_hidden.items()}
-        closed = with_real_parts(closed, parts)
+        closed = with_real_parts(closed, {ends[p]: part for p, part in complex_hidden.items()})
     jaxpr = open_jaxpr(closed)
     made = made_at(jaxpr.eqns)
 
@@ -307,12 +303,22 @@ def info_of_call(model: brainstate.nn.Module, call: Call, control_flow: ControlF
         hidden_path_to_outvar={
             paths[i]: before_cast(jaxpr.outvars[first_out + place], jaxpr.eqns, made) for i, place in hidden.items()
         },
-        complex_hidden={paths[i]: p for i, p in complex_hidden.items()},
+        complex_hidden=complex_hidden,
         weight_path_to_invars=weights,
         invar_to_weight_path={v: p for p, vs in weights.items() for v in vs},
         num_var_out=first_out,
         diagnostics=tuple(diagnostics + records),
     )
+
+
+def _complex_parts(closed, states, ends) -> dict[Path, Parts]:
+    """How complex hidden states are kept as two real parts, by path."""
+    avals = {p: open_jaxpr(closed).invars[old].aval for p, (old, _) in ends.items()}
+    return {
+        p: Parts(len(aval.shape) > len(states[p].varshape), aval.dtype)
+        for p, aval in avals.items()
+        if jax.numpy.issubdtype(aval.dtype, jax.numpy.complexfloating)
+    }
 
 
 def _traced_with_numbers(model, call):
