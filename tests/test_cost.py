@@ -105,6 +105,60 @@ def test_no_pairs_of_samples(cell, rule, options):
     assert not [shape for shape in shapes(jaxpr.jaxpr) if shape.count(B) > 1]
 
 
+# -- what depends on parameters alone is the same for all samples, and is recorded once for them
+
+
+class Decaying(brainstate.nn.Module):
+    """Every unit with its own decay, or all with one; two inputs, one of them added to what the other one left."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.decay = ParamState(0.5 * jnp.ones(shape))
+        self.w, self.v = (ParamState(brainstate.random.randn(N_IN, N)) for _ in range(2))
+
+    def init_state(self, batch_size=None, **_):
+        batch = () if batch_size is None else (batch_size,)
+        self.h, self.g = (brainstate.HiddenState(jnp.zeros((*batch, N))) for _ in range(2))
+
+    def update(self, x):
+        decay = jax.nn.sigmoid(braintrace.element_wise(self.decay.value))
+        self.g.value = (1 - decay) * self.g.value + braintrace.matmul(x, self.v.value)
+        self.h.value = decay * self.h.value + 0.3 * self.g.value + braintrace.matmul(x, self.w.value)
+        return self.h.value
+
+
+def loss_by_hand(weights, xs):
+    h = g = jnp.zeros((B, N))
+    total, decay = 0.0, jax.nn.sigmoid(weights["decay"])
+    for x in xs:
+        g = (1 - decay) * g + x @ weights["v"]
+        h = decay * h + 0.3 * g + x @ weights["w"]
+        total += (jnp.sin(h) ** 2).sum()
+    return total
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("chunk", [2, 7])
+@pytest.mark.parametrize("shape", [(), (1,), (N,)])
+def test_decays_that_samples_share(shape, chunk, mapped):
+    net = Decaying(shape)
+    learner = braintrace.compile(net, "d_rtrl", jnp.zeros((B, N_IN)), batch_size=B, vmap=mapped)
+    xs = brainstate.random.randn(7, B, N_IN)
+    found = learner.etrace_grad(
+        xs, step_fn=lambda x: (jnp.sin(learner(x)) ** 2).sum(), reduction="sum", trace_chunk=chunk
+    )
+    expected = jax.grad(loss_by_hand)({p: getattr(net, p).value for p in ("decay", "w", "v")}, xs)
+    assert_close(found, {(name,): value for name, value in expected.items()}, tol=2e-5)
+
+
+@pytest.mark.parametrize("cell, shared", [(braintrace.nn.LRUCell, True), (braintrace.nn.GRUCell, False)])
+def test_records_of_transitions_that_samples_share(cell, shared):
+    learner = braintrace.compile(cell(N_IN, N), "d_rtrl", jnp.zeros((B, N_IN)), batch_size=B)
+    drive = lambda xs: learner.etrace_evolve(xs)  # noqa: E731
+    jaxpr, _ = brainstate.transform.make_jaxpr(drive)(jnp.ones((T, B, N_IN)))
+    assert ((T, 1, 1, N) in shapes(jaxpr.jaxpr)) == shared
+
+
 @pytest.mark.parametrize("model", ["gru", "lif-cuba"])
 def test_a_model_that_maps_itself(model):
     """`brainstate.nn.Map` around the network: the gradients of a batch."""

@@ -28,7 +28,8 @@ def instant(layout, x, coefficient, operands, fixed, vmap_ndim: int = 0, time: b
     """``coefficient`` times the derivative of the output with respect to the weights, per sample.
 
     ``vmap_ndim`` axes of mapped samples stand in front of the batch axes of the operation; with ``time`` another one
-    in front of these is summed over, as are sub-steps, whose axis stands between mapped samples and batch.
+    in front of these is summed over, as are sub-steps, whose axis stands between mapped samples and batch. Of a plain
+    layout the coefficient may have axes of samples of length one.
     """
     x, coefficient, operands, fixed = widened((x, coefficient, dict(operands), dict(fixed)))
     if layout.sub_steps is not None:
@@ -37,10 +38,10 @@ def instant(layout, x, coefficient, operands, fixed, vmap_ndim: int = 0, time: b
     if layout.relation.x_var is None:
         return _instant_without_input(layout, coefficient, operands, fixed, vmap_ndim, time)
 
-    if layout.unshared is None and not fixed:  # layers of one kind and size are one program
+    if layout.is_plain:
         relation = layout.relation
-        static = relation.primitive, tuple(sorted(relation.eqn_params.items())), layout.batch_ndim, vmap_ndim, time
-        return traced_once(_shared, static, x, coefficient, operands)
+        static = relation.primitive, tuple(sorted(relation.eqn_params.items())), layout.batch_ndim + vmap_ndim, time
+        return traced_once(_plain, static, x, coefficient, operands)  # one program for layers of one kind and size
 
     def of_sample(x, coefficient, fixed):
         def apply(weights):
@@ -59,7 +60,7 @@ def instant(layout, x, coefficient, operands, fixed, vmap_ndim: int = 0, time: b
     return of_sample(x, coefficient, fixed)
 
 
-def _shared(primitive, params, batch_ndim, vmap_ndim, time, x, coefficient, weights):
+def _plain(primitive, params, samples, time, x, coefficient, weights):
     def of_sample(x, coefficient):
         def apply(weights):
             one = lambda x: primitive.apply_sample(x, weights, dict(params), {})  # noqa: E731
@@ -69,8 +70,11 @@ def _shared(primitive, params, batch_ndim, vmap_ndim, time, x, coefficient, weig
         return pull(coefficient.astype(y.dtype))[0]
 
     axis = int(time)
-    for _ in range(batch_ndim + vmap_ndim):
-        of_sample = jax.vmap(of_sample, in_axes=axis)
+    sizes = zip(x.shape[axis:], coefficient.shape[axis:][:samples])
+    repeated = [n == 1 < own for own, n in sizes]  # then one product for all samples
+    coefficient = coefficient.squeeze(tuple(axis + k for k, same in enumerate(repeated) if same))
+    for same in reversed(repeated):
+        of_sample = jax.vmap(of_sample, in_axes=(axis, None if same else axis))
     return of_sample(x, coefficient)
 
 

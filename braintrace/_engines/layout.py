@@ -46,6 +46,11 @@ class TraceLayout(NamedTuple):
         return {k: own[k] for k in operands}, {k: w for k, w in own.items() if k not in operands}
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the operation has an input, and nothing else but its own trained operands."""
+        return self.relation.x_var is not None and self.unshared is None and not self.relation.fixed_vars
+
+    @property
     def broadcasts(self) -> bool:
         """Whether the position of every trace entry is that of its last axes."""
         return self.relation.primitive.rules.dt_to_t is None and all(a is None for a in self.anchors.values())

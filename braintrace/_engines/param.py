@@ -14,6 +14,8 @@ import numpy as np
 from .._binding import Binding, Signals
 from .._compiler.groups import HiddenGroup
 from .._compiler.relations import HiddenParamOpRelation
+from .._compiler.steady import steady_axes
+from .._jax import open_jaxpr
 from .._precision import wide, widened
 from .._types import path_str
 from .engine import Cotangents, Emitted, Engine, bytes_of
@@ -140,7 +142,16 @@ class ParamEngine(Engine):
         return ()
 
     def chunk_step(self, carry, index, record, operands, cotangents: Cotangents):
-        return carry, (record.varying, cotangents.new, cotangents.old), set(self.numbers)
+        varying = [
+            [v if steady is None else v[steady] for v, steady in zip(values, of_group)]
+            for values, of_group in zip(record.varying, self._steady)
+        ]
+        return carry, (varying, cotangents.new, cotangents.old), set(self.numbers)
+
+    @functools.cached_property
+    def _steady(self) -> list[list[Any]]:
+        """Per group and varying entry, the slices that leave one of what broadcasting repeats, or ``None``."""
+        return [_slices(g.cut.program) for g in self.binding.graph.hidden_groups]
 
     def chunk_end(self, traces, carry, emitted: Emitted, operands, vmap_shape, length):
         varying, new, old = emitted.engine
@@ -179,6 +190,14 @@ class ParamEngine(Engine):
             out_axes = [ChunkCoefficients(1, 1, 0, 0)] * len(of_groups)  # type: ignore[arg-type]
             of_sample = jax.vmap(of_sample, in_axes=1, out_axes=out_axes, axis_size=vmap_shape[0])
         return of_sample(varying, signals)
+
+
+def _slices(program: Any) -> list[Any]:
+    found: list[Any] = []
+    for var, axes in zip(open_jaxpr(program).outvars, steady_axes(program)):
+        short = [k in axes and n > 1 for k, n in enumerate(var.aval.shape)]
+        found.append(tuple(slice(1) if s else slice(None) for s in short) if any(short) else None)
+    return found
 
 
 def check_anchors(relations: Iterable[HiddenParamOpRelation]) -> None:

@@ -59,6 +59,7 @@ class _Backward:
     def __init__(self, read: Any, varying: Any, weights: Sequence[WeightTrace], signals: Slots):
         self.read, self.group = read, weights[0].group
         self.relations = {p.number: p.relation for p in weights}
+        self.layouts = {p.number: p.layout for p in weights}
         self.dtype = wide(weights[0].relation.y_var.aval.dtype)
         structure = read(jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), varying))
         self.width = n = structure.width
@@ -68,9 +69,13 @@ class _Backward:
         self.backward = {b for b in range(n) if any(has[a][b] for a in self.felt)}
         self.reach = {a: _closure({a}, has) for a in self.kept}
         nothing = jnp.zeros(self.group.varshape, self.dtype)
+        # Products of D have the axes of its entries: of those that depend on parameters alone, none of samples.
+        entries = [getattr(e, "shape", ()) for row in structure.D for e in row]
+        self.shape = np.broadcast_shapes((1,) * nothing.ndim, *entries)
+        one = jnp.zeros(self.shape, self.dtype)
         self.start = (
             {b: nothing for b in self.backward},
-            {a: {b: nothing + float(a == b) for b in self.reach[a]} for a in self.kept},
+            {a: {b: one + float(a == b) for b in self.reach[a]} for a in self.kept},
         )
 
     def step(self, carry, item):
@@ -83,19 +88,38 @@ class _Backward:
             df = recursion.df[i]
             c = weighted_sum([(df[a], r.place(group, total[a])) for a in felt])
             y[i] = None if c is None else unbroadcast(c, r.y_var.aval.shape).astype(wide(r.y_var.aval.dtype))
-            rows = {a: placed(r, group, [M[a][b] for b in reach[a]]) for a in self.kept}
+            whole = r.fold(group) is not None  # places are those of an array of the group's shape
+            rows = {a: placed(r, group, [self.spread(M[a][b], whole) for b in reach[a]]) for a in self.kept}
             u[i] = [
                 weighted_sum(list(zip(rows[a], [df[b] for b in reach[a]]))) if a in self.kept else None
                 for a in range(self.width)
             ]
         back = {b: weighted_sum([(recursion.D[a][b], total[a]) for a in felt]) for b in self.backward}
         product = lambda a, c: weighted_sum([(M[a][b], recursion.D[b][c]) for b in reach[a]])  # noqa: E731
-        M = {a: {c: spread(product(a, c), group.varshape, self.dtype) for c in reach[a]} for a in self.kept}
+        M = {a: {c: spread(product(a, c), self.shape, self.dtype) for c in reach[a]} for a in self.kept}
         return ({b: v.astype(self.dtype) for b, v in back.items()}, M), (y, u)
+
+    def spread(self, value, whole=True):
+        """With the axes of the group, and what is in front of them."""
+        shape = np.broadcast_shapes(value.shape, self.group.varshape)
+        return jnp.broadcast_to(value, shape) if whole else value
+
+    def spread_positions(self, value, layout):
+        """The same, but for axes of samples where :func:`instant` leaves them apart."""
+        if not layout.is_plain or layout.sub_steps is not None:
+            return self.spread(value)
+        samples, whole = layout.batch_ndim, self.group.varshape
+        return jnp.broadcast_to(value, (*value.shape[: 1 + samples], *whole[samples:]))
 
     def result(self, carry, outs) -> ChunkCoefficients:
         (future, M), (y, u) = carry, outs
-        rows = [[M[a].get(b) if a in self.kept else None for b in range(self.width)] for a in range(self.width)]
+        rows = [
+            [self.spread(M[a][b]) if a in self.kept and b in M[a] else None for b in range(self.width)]
+            for a in range(self.width)
+        ]
+        for i, r in self.relations.items():
+            if r.fold(self.group) is None:
+                u[i] = [None if v is None else self.spread_positions(v, self.layouts[i]) for v in u[i]]
         return ChunkCoefficients(y, u, [future.get(b) for b in range(self.width)], rows)
 
 
