@@ -149,7 +149,7 @@ def table(runs):
             np.array([r[name] for r in group]) for name in ("score", "seconds_per_update", "temporary_mib")
         )
         digits = 1 if scores.max() > 10 else 4 if measure == "squared error" else 3
-        score = f"{scores.mean():.{digits}f} ± {scores.std():.{digits}f}"
+        score = f"{scores.mean():.{digits}f}" + f" ± {scores.std():.{digits}f}" * (len(group) > 1)
         yield (
             f"| {task} | {rule} | {optimizer} | {score} | {len(group)} "
             f"| {1e3 * np.median(seconds):.3g} | {np.median(memory):.3g} |"
@@ -165,7 +165,8 @@ def page(runs):
     yield (
         "Written by `examples/results.py` from runs of the scripts in `examples/`: score on fresh or held-out trials "
         "(of a stream, its last tenth), mean ± standard deviation over seeds; the median time of an update, one thread "
-        "per run, many runs side by side; and the temporary memory that XLA plans for an update. "
+        "per run, many runs side by side and not all on one machine, so that only its order of magnitude can be "
+        "compared; and the temporary memory that XLA plans for an update. "
         "An update is one batch of trials, in a stream one step. How each task is made is told in its script."
     )
     for start, text in SECTIONS.items():
