@@ -9,6 +9,7 @@ import brainstate
 import brainunit as u
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ._compiler.call import Call
 from ._compiler.graph import ETraceGraph
@@ -154,7 +155,7 @@ def _kind(state: brainstate.State) -> int:
     return 0 if isinstance(state, brainstate.ParamState) else 1 if isinstance(state, brainstate.HiddenState) else 2
 
 
-def _as(value: Any, dtype: Any) -> Any:
+def _as(value: Any, dtype: DTypeLike) -> Any:
     if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
         return value
     same = jnp.result_type(value) == dtype and hasattr(value, "dtype")

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
+from jax.typing import DTypeLike
 
 __all__ = [
-    'ClosedJaxpr', 'Jaxpr', 'Literal', 'Primitive', 'Var', 'any_rank', 'at_source', 'bind_equation', 'call_body',
-    'close', 'consts_of', 'define_bilinear', 'define_primitive', 'eval_jaxpr', 'has_custom_rule', 'hashed',
+    'ClosedJaxpr', 'Jaxpr', 'JaxprEqn', 'Literal', 'Primitive', 'Var', 'any_rank', 'at_source', 'bind_equation',
+    'call_body', 'close', 'consts_of', 'define_bilinear', 'define_primitive', 'eval_jaxpr', 'has_custom_rule', 'hashed',
     'is_builtin', 'is_jit', 'is_on_one_device', 'is_outside', 'is_remat', 'is_tracer', 'open_jaxpr', 'placed',
     'primitive_body', 'prune', 'reads', 'refuses', 'scan_operands', 'source_line', 'structs', 'sub_jaxprs',
     'trace_context', 'where_compiled', 'zeros',
@@ -32,7 +33,7 @@ JIT_NAMES = frozenset("jit pjit closed_call core_call core_closed_call custom_li
 REMAT_NAMES = frozenset({"checkpoint", "remat", "remat2", "remat_call"})
 
 
-def open_jaxpr(jaxpr: Any) -> Any:
+def open_jaxpr(jaxpr: Jaxpr) -> Any:
     """The object that has ``eqns``, ``invars`` and ``outvars`` (the jaxpr itself where JAX has only one class)."""
     return jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr
 
@@ -48,21 +49,21 @@ def any_rank(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def consts_of(jaxpr: Any) -> Sequence[Any]:
+def consts_of(jaxpr: Jaxpr) -> Sequence[Any]:
     return tuple(getattr(jaxpr, "consts", ()))
 
 
-def structs(variables: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+def structs(variables: Sequence[Var]) -> list[jax.ShapeDtypeStruct]:
     """Shapes and dtypes of variables."""
     return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables]
 
 
-def eval_jaxpr(jaxpr: Any, *args: Any) -> list[Any]:
+def eval_jaxpr(jaxpr: Jaxpr, *args: Any) -> list[Any]:
     """Evaluate a closed jaxpr."""
     return jax.core.eval_jaxpr(open_jaxpr(jaxpr), consts_of(jaxpr), *args)
 
 
-def close(jaxpr: Any, consts: Sequence[Any]) -> Any:
+def close(jaxpr: Jaxpr, consts: Sequence[Any]) -> Any:
     return ClosedJaxpr(jaxpr, list(consts))
 
 
@@ -70,7 +71,7 @@ def is_tracer(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
-def zeros(shape: Sequence[int], dtype: Any) -> jax.Array:
+def zeros(shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
     """Zeros that no kernel is compiled for; where a program is being traced, of that program."""
     value = jax.device_put(np.zeros(shape, dtype))
     return jnp.zeros(shape, dtype) if is_tracer(value) else value
@@ -121,20 +122,20 @@ def is_outside() -> bool:
     return trace_context() == _OUTSIDE
 
 
-def is_jit(eqn: Any) -> bool:
+def is_jit(eqn: JaxprEqn) -> bool:
     return eqn.primitive.name in JIT_NAMES
 
 
-def is_remat(eqn: Any) -> bool:
+def is_remat(eqn: JaxprEqn) -> bool:
     return eqn.primitive.name in REMAT_NAMES
 
 
-def has_custom_rule(eqn: Any) -> bool:
+def has_custom_rule(eqn: JaxprEqn) -> bool:
     """Whether a call-like equation has a derivative of its own (``custom_jvp``, ``custom_vjp``)."""
     return any(name in eqn.params for name in ("jvp_jaxpr_fun", "jvp_jaxpr_thunk", "bwd"))
 
 
-def call_body(eqn: Any) -> Any | None:
+def call_body(eqn: JaxprEqn) -> Any | None:
     """The one jaxpr that a call-like equation (jit, custom_jvp, custom_vjp, checkpoint, ...) runs on its operands."""
 
     def shapes(variables):
@@ -150,7 +151,7 @@ def call_body(eqn: Any) -> Any | None:
     return None
 
 
-def scan_operands(eqn: Any) -> tuple[int, int]:
+def scan_operands(eqn: JaxprEqn) -> tuple[int, int]:
     """How many operands of a scan are the same in every sub-step, and how many it carries; the others it slices."""
     params = eqn.params
     if "num_carry" in params:
@@ -159,14 +160,14 @@ def scan_operands(eqn: Any) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def is_builtin(eqn: Any) -> bool:
+def is_builtin(eqn: JaxprEqn) -> bool:
     """Whether JAX itself defines what the primitive of an equation computes, and not another library by a function."""
     impl = getattr(eqn.primitive, "impl", None)
     module = getattr(getattr(impl, "func", impl), "__module__", None) or ""
     return module.split(".")[0] in ("", "jax", "jaxlib")
 
 
-def primitive_body(eqn: Any) -> Any | None:
+def primitive_body(eqn: JaxprEqn) -> Any | None:
     """The function behind a primitive that is not built in, as a closed jaxpr, if it is made of other primitives."""
     primitive = eqn.primitive
     try:
@@ -182,7 +183,7 @@ def primitive_body(eqn: Any) -> Any | None:
     return body
 
 
-def sub_jaxprs(eqn: Any) -> Iterator[Any]:
+def sub_jaxprs(eqn: JaxprEqn) -> Iterator[Any]:
     """Every jaxpr found in the parameters of an equation."""
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
@@ -199,13 +200,13 @@ def hashed(*items: Any) -> Any | None:
     return items
 
 
-def at_source(eqn: Any) -> AbstractContextManager[Any]:
+def at_source(eqn: JaxprEqn) -> AbstractContextManager[Any]:
     """What is traced within says that it was made where the equation was."""
     info = eqn.source_info
     return source_info_util.user_context(info.traceback, name_stack=info.name_stack)
 
 
-def bind_equation(eqn: Any, values: Sequence[Any]) -> list[Any]:
+def bind_equation(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """Apply one equation to values; always returns a list."""
     primitive, params = eqn.primitive, eqn.params
     functions: Sequence[Any] = ()
@@ -218,19 +219,19 @@ def bind_equation(eqn: Any, values: Sequence[Any]) -> list[Any]:
     return list(out) if primitive.multiple_results else [out]
 
 
-def prune(closed: Any, used_outputs: Sequence[bool] | None = None) -> Any:
+def prune(closed: ClosedJaxpr, used_outputs: Sequence[bool] | None = None) -> Any:
     """The closed jaxpr, still with all of its inputs, without the outputs not asked for and what only they need."""
     jaxpr = open_jaxpr(closed)
     used = [True] * len(jaxpr.outvars) if used_outputs is None else list(used_outputs)
     return close(pe.dce_jaxpr(jaxpr, used, instantiate=True)[0], consts_of(closed))
 
 
-def reads(closed: Any, used_outputs: Sequence[bool]) -> list[bool]:
+def reads(closed: ClosedJaxpr, used_outputs: Sequence[bool]) -> list[bool]:
     """Which inputs the outputs asked for need."""
     return list(pe.dce_jaxpr(open_jaxpr(closed), list(used_outputs), instantiate=False)[1])
 
 
-def source_line(eqn: Any) -> str:
+def source_line(eqn: JaxprEqn) -> str:
     """``file:line (function)`` of the user's code that made the equation, or an empty string."""
     frames = getattr(getattr(eqn.source_info, "traceback", None), "frames", ())
     for frame in frames:

@@ -7,14 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from ._jax import Literal, bind_equation, call_body, is_jit, is_remat, sub_jaxprs
+from ._jax import ClosedJaxpr, JaxprEqn, Literal, bind_equation, call_body, is_jit, is_remat, sub_jaxprs
 from ._program import run_program
 
 __all__ = ["eval_widened", "wide", "widened"]
 
 
-def wide(dtype: Any) -> Any:
+def wide(dtype: DTypeLike) -> Any:
     """The dtype of sums over time of values of ``dtype``: in half precision they stop growing, or overflow."""
     narrow = jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits < 32
     return jnp.dtype(jnp.float32) if narrow else dtype
@@ -25,12 +26,12 @@ def widened(tree: Any) -> Any:
     return jax.tree.map(lambda v: v.astype(wide(v.dtype)) if hasattr(v, "dtype") else v, tree)
 
 
-def eval_widened(closed: Any, *args: Any) -> list[Any]:
+def eval_widened(closed: ClosedJaxpr, *args: Any) -> list[Any]:
     """Evaluate a closed jaxpr in the dtype of sums over time, but for loops and functions with their own derivative."""
     return list(map(widened, run_program(closed, args, _widely)))
 
 
-def _widely(eqn: Any, values: list[Any]) -> list[Any]:
+def _widely(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     pairs = list(zip(eqn.invars, values))
     values = [widened(jnp.asarray(x, v.aval.dtype) if isinstance(v, Literal) else x) for v, x in pairs]
     if is_jit(eqn) or is_remat(eqn):

@@ -10,48 +10,48 @@ from typing import Any
 
 import jax
 
-from ._jax import Literal, bind_equation, consts_of, open_jaxpr, structs, sub_jaxprs
+from ._jax import ClosedJaxpr, JaxprEqn, Literal, Var, bind_equation, consts_of, open_jaxpr, structs, sub_jaxprs
 
 __all__ = [
     "before", "behind", "environment", "equations_within", "made_at", "outputs", "read", "run", "run_program",
     "sub_program", "variables",
 ]  # fmt: skip
 
-Rule = Callable[[Any, list[Any]], Sequence[Any]]  # (equation, values of its operands) -> values of its outputs
+Rule = Callable[[JaxprEqn, list[Any]], Sequence[Any]]  # (equation, values of its operands) -> values of its outputs
 
 
-def read(env: Mapping[Any, Any], var: Any) -> Any:
+def read(env: Mapping[Var, Any], var: Var) -> Any:
     return var.val if isinstance(var, Literal) else env[var]
 
 
-def variables(operands: Iterable[Any]) -> list[Any]:
+def variables(operands: Iterable[Any]) -> list[Var]:
     """Those that are no literals."""
     return [v for v in operands if not isinstance(v, Literal)]
 
 
-def environment(closed: Any, args: Sequence[Any] = ()) -> dict[Any, Any]:
+def environment(closed: ClosedJaxpr, args: Sequence[Any] = ()) -> dict[Var, Any]:
     """Values of a closed jaxpr's constants and inputs, by variable."""
     jaxpr = open_jaxpr(closed)
     return dict(zip(jaxpr.constvars, consts_of(closed))) | dict(zip(jaxpr.invars, args))
 
 
-def run(eqns: Iterable[Any], env: dict[Any, Any], rule: Rule = bind_equation) -> dict[Any, Any]:
+def run(eqns: Iterable[JaxprEqn], env: dict[Var, Any], rule: Rule = bind_equation) -> dict[Var, Any]:
     """Evaluate equations in order, into ``env``."""
     for eqn in eqns:
         env.update(zip(eqn.outvars, rule(eqn, [read(env, v) for v in eqn.invars])))
     return env
 
 
-def outputs(closed: Any, env: Mapping[Any, Any]) -> list[Any]:
+def outputs(closed: ClosedJaxpr, env: Mapping[Var, Any]) -> list[Any]:
     return [read(env, v) for v in open_jaxpr(closed).outvars]
 
 
-def run_program(closed: Any, args: Sequence[Any], rule: Rule = bind_equation) -> list[Any]:
+def run_program(closed: ClosedJaxpr, args: Sequence[Any], rule: Rule = bind_equation) -> list[Any]:
     """Evaluate a closed jaxpr."""
     return outputs(closed, run(open_jaxpr(closed).eqns, environment(closed, args), rule))
 
 
-def sub_program(closed: Any, invars: Sequence[Any], outvars: Sequence[Any], eqns: Sequence[Any]) -> Any:
+def sub_program(closed: ClosedJaxpr, invars: Sequence[Var], outvars: Sequence[Var], eqns: Sequence[JaxprEqn]) -> Any:
     """A closed jaxpr that runs some equations of another one; what it reads beside its inputs must be a constant."""
 
     def of_values(*values):
@@ -64,12 +64,12 @@ def sub_program(closed: Any, invars: Sequence[Any], outvars: Sequence[Any], eqns
 # -- reading
 
 
-def made_at(eqns: Sequence[Any]) -> dict[Any, int]:
+def made_at(eqns: Sequence[JaxprEqn]) -> dict[Var, int]:
     """Variable -> number of the equation that makes it."""
     return {v: i for i, e in enumerate(eqns) for v in e.outvars}
 
 
-def behind(eqns: Sequence[Any], ends: Iterable[Any]) -> tuple[list[Any], set[Any]]:
+def behind(eqns: Sequence[JaxprEqn], ends: Iterable[Any]) -> tuple[list[Any], set[Any]]:
     """The equations that lead to some variables, in order, and every variable on the way, ends included."""
     needed = set(variables(ends))
     found = []
@@ -81,8 +81,11 @@ def behind(eqns: Sequence[Any], ends: Iterable[Any]) -> tuple[list[Any], set[Any
 
 
 def before(
-    eqns: Sequence[Any], made: Mapping[Any, int], ends: Iterable[Any], enters: Callable[[Any], bool] = lambda v: True
-) -> Iterator[Any]:
+    eqns: Sequence[JaxprEqn],
+    made: Mapping[Var, int],
+    ends: Iterable[Any],
+    enters: Callable[[Any], bool] = lambda v: True,
+) -> Iterator[Var]:
     """Every variable that some variables are computed from, these included.
 
     What lies behind a variable is looked at if ``enters`` says so, and an equation makes it.
@@ -98,7 +101,7 @@ def before(
             pending.extend(variables(eqns[made[var]].invars))
 
 
-def equations_within(eqn: Any) -> Iterator[Any]:
+def equations_within(eqn: JaxprEqn) -> Iterator[JaxprEqn]:
     """Every equation in the bodies of an equation, at any depth."""
     for body in sub_jaxprs(eqn):
         for inner in open_jaxpr(body).eqns:

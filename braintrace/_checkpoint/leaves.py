@@ -10,6 +10,7 @@ import brainunit as u
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from .._engines.pieces import is_pieces, joined
 from .._jax import is_tracer, placed
@@ -103,7 +104,7 @@ def decoded(array: Any, record: Mapping[str, Any], like: Any = None) -> Any:
     return value
 
 
-def _zero(dtype: Any) -> Any:
+def _zero(dtype: DTypeLike) -> Any:
     """Of the Python type that makes a weak array of this dtype."""
     return np.zeros((), dtype).item()
 

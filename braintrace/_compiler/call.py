@@ -9,6 +9,7 @@ import brainstate
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from .._jax import is_tracer
 from .._types import MultiStepData, SingleStepData, head
@@ -103,7 +104,7 @@ def equal(a: Any, b: Any) -> bool:
         return False
 
 
-def convertible(dtype: Any, wanted: Any) -> bool:
+def convertible(dtype: DTypeLike, wanted: Any) -> bool:
     """Whether every value of a kind of number is one of another kind."""
     kinds: list[Any] = [jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating]
     found, limit = (next((i for i, k in enumerate(kinds) if jnp.issubdtype(d, k)), None) for d in (dtype, wanted))

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from .._jax import Literal, bind_equation, open_jaxpr, structs
+from .._jax import ClosedJaxpr, JaxprEqn, Literal, Var, bind_equation, open_jaxpr, structs
 from .._program import environment, made_at, read, run
 
 __all__ = ["Parts", "before_cast", "with_real_parts"]
@@ -24,7 +25,7 @@ class Parts(NamedTuple):
     """A complex value as reals: the parts are a last axis, or twice as long a one if there is one already."""
 
     grouped: bool
-    dtype: Any
+    dtype: DTypeLike
 
     def split(self, value: Any) -> Any:
         parts = [jnp.real(value), jnp.imag(value)]
@@ -40,7 +41,7 @@ class Parts(NamedTuple):
         return (*shape[:-1], shape[-1] // 2) if self.grouped else shape[:-1]
 
 
-def with_real_parts(closed: Any, parts: Mapping[tuple[int, int], Parts]) -> Any:
+def with_real_parts(closed: ClosedJaxpr, parts: Mapping[tuple[int, int], Parts]) -> Any:
     """The program with some inputs and outputs as reals; ``parts`` has their (input, output) numbers.
 
     Everything that reads one of these outputs within the program reads it by way of its reals.
@@ -89,7 +90,7 @@ def with_real_parts(closed: Any, parts: Mapping[tuple[int, int], Parts]) -> Any:
     return jax.make_jaxpr(step)(*inputs)
 
 
-def before_cast(var: Any, eqns: Sequence[Any], made: Mapping[Any, int]) -> Any:
+def before_cast(var: Var, eqns: Sequence[JaxprEqn], made: Mapping[Any, int]) -> Any:
     """The variable that a variable is but for its precision."""
     while not isinstance(var, Literal) and var in made:
         eqn = eqns[made[var]]

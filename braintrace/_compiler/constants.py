@@ -14,8 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from .._jax import (
+    ClosedJaxpr,
+    JaxprEqn,
     Literal,
     bind_equation,
     call_body,
@@ -52,7 +55,7 @@ class Constants:
         self._waiting: list[tuple[Any, list[Any], list[_Later]]] = []
         self._bodies: dict[Any, Any] = {}
 
-    def outputs(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    def outputs(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
         """The outputs of an equation, for :meth:`read`, or as operands here."""
         values = [v.value if isinstance(v, _Later) and v.value is not None else v for v in values]
         body = self._body(eqn)
@@ -65,7 +68,7 @@ class Constants:
             return list(later)
         return outs
 
-    def _body(self, eqn: Any) -> Any | None:
+    def _body(self, eqn: JaxprEqn) -> Any | None:
         """What a call, or a primitive that is a JAX function itself, runs on its operands."""
         if is_jit(eqn) or is_remat(eqn) or has_custom_rule(eqn):
             return call_body(eqn)
@@ -79,7 +82,7 @@ class Constants:
             self._bodies[key] = primitive_body(eqn)
         return self._bodies[key]
 
-    def run(self, closed: Any, values: Sequence[Any], wanted: Sequence[int] | None = None) -> list[Any]:
+    def run(self, closed: ClosedJaxpr, values: Sequence[Any], wanted: Sequence[int] | None = None) -> list[Any]:
         """The outputs of a closed jaxpr, or the ``wanted`` ones, of inputs that these need, as :meth:`outputs`."""
         jaxpr = open_jaxpr(closed)
         outvars = jaxpr.outvars if wanted is None else [jaxpr.outvars[i] for i in wanted]
@@ -109,7 +112,7 @@ class Constants:
             later.value = out
 
 
-def known_outputs(closed: Any, look_inside: bool = True) -> dict[int, np.ndarray]:
+def known_outputs(closed: ClosedJaxpr, look_inside: bool = True) -> dict[int, np.ndarray]:
     """The outputs of a closed jaxpr that do not depend on its inputs, by number.
 
     ``look_inside``: find those too of which only the body of a loop or call tells.
@@ -135,7 +138,7 @@ def known_outputs(closed: Any, look_inside: bool = True) -> dict[int, np.ndarray
     return {i: np.asarray(v, jaxpr.outvars[i].aval.dtype) for i, v in read}
 
 
-def _by_numpy(eqn: Any, values: Sequence[Any]) -> list[np.ndarray] | None:
+def _by_numpy(eqn: JaxprEqn, values: Sequence[Any]) -> list[np.ndarray] | None:
     """The outputs of an equation that is in the tables, for a dtype, mode and values that NumPy knows as JAX does."""
     name = eqn.primitive.name
     if not any(name in table for table in (MOVES, ELEMENTWISE, REDUCTIONS, OTHERS)):
@@ -157,7 +160,7 @@ def _by_numpy(eqn: Any, values: Sequence[Any]) -> list[np.ndarray] | None:
         return None
 
 
-def _wide(dtype: Any) -> Any:
+def _wide(dtype: DTypeLike) -> Any:
     for kind, wide in ((jnp.complexfloating, np.complex128), (jnp.floating, np.float64), (jnp.integer, np.int64)):
         if jnp.issubdtype(dtype, kind) and dtype != np.uint64:
             return wide

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .._jax import Literal, call_body, open_jaxpr, reads, scan_operands
+from .._jax import ClosedJaxpr, JaxprEqn, Literal, Var, call_body, open_jaxpr, reads, scan_operands
 from .._ops.primitive import ETPPrimitive
 
 __all__ = ["Dependence", "dependence"]
@@ -75,11 +75,11 @@ def dependence(
     return Dependence(offset, affine, linear)
 
 
-def _struct(var: Any) -> jax.ShapeDtypeStruct:
+def _struct(var: Var) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
 
 
-def _vanishes(closed: Any, inputs: Sequence[bool]) -> list[bool]:
+def _vanishes(closed: ClosedJaxpr, inputs: Sequence[bool]) -> list[bool]:
     """Which outputs are known to be zero where the marked inputs are."""
     jaxpr = open_jaxpr(closed)
     zeros = {v for v, zero in zip(jaxpr.invars, inputs) if zero}
@@ -92,7 +92,7 @@ def _vanishes(closed: Any, inputs: Sequence[bool]) -> list[bool]:
     return [is_zero(v) for v in jaxpr.outvars]
 
 
-def _outputs(eqn: Any, inputs: list[bool]) -> list[bool]:
+def _outputs(eqn: JaxprEqn, inputs: list[bool]) -> list[bool]:
     name, body = eqn.primitive.name, call_body(eqn)
     if name == "scan":
         consts, number = scan_operands(eqn)

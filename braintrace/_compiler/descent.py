@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from .._jax import (
+    JaxprEqn,
     Literal,
     Primitive,
     at_source,
@@ -74,15 +75,15 @@ class _Link(Primitive):
 link = _Link()
 
 
-def is_link(eqn: Any) -> bool:
+def is_link(eqn: JaxprEqn) -> bool:
     return eqn.primitive is link
 
 
-def holds_link(eqn: Any) -> bool:
+def holds_link(eqn: JaxprEqn) -> bool:
     return is_link(eqn) or any(map(is_link, equations_within(eqn)))
 
 
-def bind_without_links(eqn: Any, values: Sequence[Any]) -> list[Any]:
+def bind_without_links(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """Apply one equation, with zeros instead of links."""
     if is_link(eqn):
         aval = eqn.outvars[0].aval
@@ -122,7 +123,7 @@ class Descent:
     ``live`` tells which operands of the scan carry credit, ``trained`` which come from parameters alone.
     """
 
-    def __init__(self, eqn: Any, body: Any, live: Sequence[bool], trained: Sequence[bool]):
+    def __init__(self, eqn: JaxprEqn, body: Any, live: Sequence[bool], trained: Sequence[bool]):
         self.eqn, self.body = eqn, open_jaxpr(body)
         self.consts, self.carry = scan_operands(eqn)
         self.bound = environment(body)

@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .._jax import Literal
+from .._jax import Literal, Var
 from .._types import path_str
 from .flow import Flow, analyse_flow
 from .graph import ETraceGraph
@@ -138,7 +138,7 @@ def _direct_sources(graph: ETraceGraph, flow: Flow) -> dict[Any, frozenset[Sourc
     of |= {v: frozenset([("old", p)]) for p, v in info.hidden_path_to_invar.items()}
     op_at = {op.position: op for op in flow.ops}
 
-    def read(variables: Sequence[Any]) -> frozenset[Source]:
+    def read(variables: Sequence[Var]) -> frozenset[Source]:
         return frozenset[Source]().union(*(of.get(v, ()) for v in variables if not isinstance(v, Literal)))
 
     for position, eqn in enumerate(info.jaxpr.eqns):

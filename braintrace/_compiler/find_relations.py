@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._jax import any_rank, source_line
+from .._jax import Var, any_rank, source_line
 from .._program import before, made_at
 from .._types import Path, path_str
 from .descent import holds_link
@@ -189,7 +189,7 @@ def _fixed_vars(op: MarkedOp, trained) -> Mapping[int, Any]:
     return {i: v for i, v in enumerate(op.eqn.invars) if i not in taken}
 
 
-def _is_constant(info: ModuleInfo, var: Any) -> bool:
+def _is_constant(info: ModuleInfo, var: Var) -> bool:
     """Whether a variable depends on no input of the step."""
     eqns, inputs = info.jaxpr.eqns, set(info.jaxpr.invars)
     return inputs.isdisjoint(before(eqns, made_at(eqns), [var]))

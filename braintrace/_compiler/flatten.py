@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from .._jax import (
+    ClosedJaxpr,
     at_source,
     bind_equation,
     call_body,
@@ -49,7 +50,7 @@ LOOPS = frozenset(["cond", "scan", "while"])
 
 
 def flatten(
-    closed: Any, origins: Sequence[Origin], num_out: int, hidden_out: Sequence[bool], policy: ControlFlowPolicy
+    closed: ClosedJaxpr, origins: Sequence[Origin], num_out: int, hidden_out: Sequence[bool], policy: ControlFlowPolicy
 ) -> tuple[Any, list[CompilationRecord]]:
     """Flatten the step; the outputs from ``num_out`` on are new state leaves and keep the dtype of the old ones.
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import brainstate
 import numpy as np
 
-from .._jax import Literal, Var, source_line
+from .._jax import JaxprEqn, Literal, Var, source_line
 from .._ops.primitive import ETPPrimitive
 from .._ops.stacked import StackedPrimitive
 from .._program import behind, equations_within, variables
@@ -32,7 +32,7 @@ class MarkedOp(NamedTuple):
 
     index: int  # type: ignore[assignment]  # among the marked operations
     position: int  # of its equation in the step
-    eqn: Any
+    eqn: JaxprEqn
 
     @property
     def primitive(self) -> ETPPrimitive:
@@ -72,7 +72,7 @@ def y_label(shape: tuple[int, ...], front: int) -> Label:
     return tuple(np.broadcast_to(ids, shape) for ids in own_label(shape[front:], len(shape) - front))
 
 
-def through_operation(eqn: Any, inputs: list[Labels], constants: Mapping[Any, Any]) -> Labels:
+def through_operation(eqn: JaxprEqn, inputs: list[Labels], constants: Mapping[Any, Any]) -> Labels:
     """Labels of an operation's output by what reaches its operands; its samples stay apart."""
     p, y = eqn.primitive, eqn.outvars[eqn.primitive.y_index]
     labels = transfer(eqn, inputs, constants)[p.y_index]
@@ -198,7 +198,7 @@ def _links(info, flow: Flow, cut, constants) -> dict[Path, frozenset[Path]]:
     return {p: frozenset(s for t, s in found if t == p) for p in shapes}
 
 
-def is_product(eqn: Any) -> bool:
+def is_product(eqn: JaxprEqn) -> bool:
     """Whether an equation is a product that sums over positions."""
     if eqn.primitive.name == "dot_general":
         ((contracted, _), _) = eqn.params["dimension_numbers"]
@@ -223,19 +223,19 @@ class Reach(NamedTuple):
 
     of: dict[Any, frozenset]  # variable -> sinks: ('op', index), ('links', position), ('group', index), ('out', None)
 
-    def groups(self, var: Any) -> frozenset:
+    def groups(self, var: Var) -> frozenset:
         return frozenset(i for kind, i in self.of.get(var, ()) if kind == "group")
 
-    def ops(self, var: Any) -> frozenset:
+    def ops(self, var: Var) -> frozenset:
         return frozenset(i for kind, i in self.of.get(var, ()) if kind == "op")
 
-    def links(self, var: Any) -> frozenset:
+    def links(self, var: Var) -> frozenset:
         """Equations with links (see :mod:`.descent`), by position."""
         return frozenset(i for kind, i in self.of.get(var, ()) if kind == "links")
 
 
 def analyse_reach(
-    eqns: Sequence[Any], outvars: Sequence[Any], group_of_member: dict[Var, set[int]], ops: Sequence[MarkedOp]
+    eqns: Sequence[JaxprEqn], outvars: Sequence[Var], group_of_member: dict[Var, set[int]], ops: Sequence[MarkedOp]
 ) -> Reach:
     of: dict[Any, frozenset] = {}
     op_at = {op.position: op.index for op in ops}

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._jax import Literal, bind_equation, open_jaxpr, sub_jaxprs
+from .._jax import JaxprEqn, Literal, bind_equation, open_jaxpr, sub_jaxprs
 from .labels import Label
 from .positions import dependence
 
 __all__ = ["is_forward_only", "with_reverse_rule"]
 
 
-def is_forward_only(eqn: Any) -> bool:
+def is_forward_only(eqn: JaxprEqn) -> bool:
     """Whether an equation is a ``while`` loop or holds one, and computes with real numbers."""
     return _holds_while(eqn) and any(_is_inexact(v) for v in eqn.invars) and any(_is_inexact(v) for v in eqn.outvars)
 
@@ -37,7 +37,7 @@ def _is_inexact(var) -> bool:
     return jnp.issubdtype(var.aval.dtype, jnp.inexact)
 
 
-def with_reverse_rule(eqn: Any) -> Callable[..., list[Any]]:
+def with_reverse_rule(eqn: JaxprEqn) -> Callable[..., list[Any]]:
     """The equation as a function of its inputs with a reverse rule."""
     labels = dependence(eqn)
     active = [i for i, v in enumerate(eqn.invars) if not isinstance(v, Literal) and _is_inexact(v)]

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._jax import Literal, consts_of, is_tracer, open_jaxpr
+from .._jax import JaxprEqn, Literal, consts_of, is_tracer, open_jaxpr
 from .._ops.primitive import ETPPrimitive
 from .._types import Path
 
 __all__ = ["Frame", "Origin", "finite", "gate", "is_marked", "origin_of"]
 
 
-def is_marked(eqn: Any) -> bool:
+def is_marked(eqn: JaxprEqn) -> bool:
     return isinstance(eqn.primitive, ETPPrimitive)
 
 

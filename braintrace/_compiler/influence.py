@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .._jax import Literal, sub_jaxprs
+from .._jax import JaxprEqn, Literal, sub_jaxprs
 from .._types import Path
 from .flow import Flow, is_product
 from .module_info import ModuleInfo
@@ -58,7 +58,7 @@ def differentiable(atoms: Sequence[Any]) -> list[Any]:
     return [v for v in variables(atoms) if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
 
 
-def _ways(eqn: Any) -> list[tuple[Any, list[Any]]]:
+def _ways(eqn: JaxprEqn) -> list[tuple[Any, list[Any]]]:
     """Every output with the inputs that change it."""
     outs, inputs = differentiable(eqn.outvars), differentiable(eqn.invars)
     if not outs or not inputs or eqn.primitive.name == "stop_gradient":

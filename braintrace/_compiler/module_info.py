@@ -13,7 +13,7 @@ import brainunit as u
 import jax
 from brainstate.util import FlattedDict
 
-from .._jax import Literal, Var, consts_of, is_tracer, open_jaxpr
+from .._jax import ClosedJaxpr, Literal, Var, consts_of, is_tracer, open_jaxpr
 from .._program import made_at
 from .._types import NotSupportedError, Path, path_str
 from .call import Call, call_of, convertible
@@ -67,7 +67,7 @@ class ModuleInfo(NamedTuple):
     diagnostics : tuple of CompilationRecord
     """
 
-    closed_jaxpr: Any
+    closed_jaxpr: ClosedJaxpr
     compiled_model_states: tuple[brainstate.State, ...]
     compiled_state_paths: tuple[Path, ...]
     retrieved_model_states: Mapping[Path, brainstate.State]

@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from .._jax import JaxprEqn
+
 __all__ = ["MOVES", "moved", "scatter_hits"]
 
 Mode = jax.lax.GatherScatterMode
 
 
-def moved(eqn: Any, operands: Sequence[np.ndarray], **replaced: Any) -> list[np.ndarray]:
+def moved(eqn: JaxprEqn, operands: Sequence[np.ndarray], **replaced: Any) -> list[np.ndarray]:
     """The outputs of an equation whose primitive is in :data:`MOVES`, with some of its parameters replaced."""
     params = {**eqn.params, **replaced, "out_shape": eqn.outvars[0].aval.shape}
     out = MOVES[eqn.primitive.name](*operands, **params)

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from .._jax import (
+    JaxprEqn,
     Literal,
     bind_equation,
     call_body,
@@ -32,7 +33,7 @@ from .position_rules import ENDS, combine, reduce, rule_for
 __all__ = ["dependence", "moves", "no_cut", "propagate", "transfer"]
 
 
-def dependence(eqn: Any) -> list[dict[int, Label]]:
+def dependence(eqn: JaxprEqn) -> list[dict[int, Label]]:
     """For every output of an equation, its labels with each of the inputs, by number, as a source."""
     inputs: list[Labels] = [
         {("input", i): own_label(v.aval.shape, v.aval.ndim)} if _differentiable(v.aval) else {}
@@ -46,7 +47,7 @@ def dependence(eqn: Any) -> list[dict[int, Label]]:
 
 
 def propagate(
-    eqns: Iterable[Any],
+    eqns: Iterable[JaxprEqn],
     env: dict[Any, Labels],
     outputs_of: Callable[[Any, list[Labels]], list[Labels] | None],
     constants: Mapping[Any, Any] | None = None,
@@ -68,12 +69,12 @@ def propagate(
                 env[var] = {s: lab for s, lab in labels.items() if not np.all(lab[0] == NONE)}
 
 
-def transfer(eqn: Any, inputs: list[Labels], constants: Mapping[Any, Any]) -> list[Labels]:
+def transfer(eqn: JaxprEqn, inputs: list[Labels], constants: Mapping[Any, Any]) -> list[Labels]:
     """Labels of the outputs of one equation."""
     return _transfer(eqn, inputs, constants, _How())
 
 
-def moves(eqn: Any, inputs: list[Labels], constants: Mapping[Any, Any]) -> list[Labels]:
+def moves(eqn: JaxprEqn, inputs: list[Labels], constants: Mapping[Any, Any]) -> list[Labels]:
     """As :func:`transfer`, following each way by which single positions move on its own, without those that mix them.
 
     So that a sum of a value and its mean, or of a value and its neighbour, still holds the value itself. Sources are
@@ -105,7 +106,7 @@ class _How(NamedTuple):
         return self._replace(depth=self.depth + 1)
 
 
-def no_cut(eqn: Any, inputs: list[Labels]) -> None:
+def no_cut(eqn: JaxprEqn, inputs: list[Labels]) -> None:
     del eqn, inputs
 
 

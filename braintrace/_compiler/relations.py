@@ -26,7 +26,7 @@ class _SubStep(NamedTuple):
     aval: jax.ShapeDtypeStruct
 
     @classmethod
-    def of(cls, var: Any) -> _SubStep:
+    def of(cls, var: Var) -> _SubStep:
         return cls(jax.ShapeDtypeStruct(var.aval.shape[1:], var.aval.dtype))
 
 
@@ -71,7 +71,7 @@ class HiddenParamOpRelation(NamedTuple):
 
     key: tuple[Path, int]
     primitive: ETPPrimitive
-    x_var: Any | None
+    x_var: Var | None
     y_var: Var | _SubStep
     hidden_groups: tuple[HiddenGroup, ...]
     connected_hidden_paths: tuple[Path, ...]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from .._jax import source_line
+from .._jax import JaxprEqn, source_line
 from .._program import equations_within
 from .._types import CompilationError, Path, path_str
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel, emit
@@ -14,12 +12,12 @@ from .policy import ControlFlowPolicy
 __all__ = ["Remarks", "at", "weights_of"]
 
 
-def at(eqn: Any) -> str:
+def at(eqn: JaxprEqn) -> str:
     line = source_line(eqn)
     return f" at {line}" if line else ""
 
 
-def weights_of(eqn: Any, frame: Frame) -> frozenset[Path]:
+def weights_of(eqn: JaxprEqn, frame: Frame) -> frozenset[Path]:
     return frozenset[Path]().union(*(o.weights for o in frame.inputs(eqn)[1]))
 
 

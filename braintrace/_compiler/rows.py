@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._jax import consts_of, is_tracer, open_jaxpr
+from .._jax import JaxprEqn, consts_of, is_tracer, open_jaxpr
 from .labels import MANY, NONE, Label, own_label
 from .position_rules import combine
 from .positions import no_cut, propagate
@@ -129,7 +129,7 @@ class Rows:
 
     def __init__(
         self,
-        eqns: Sequence[Any],
+        eqns: Sequence[JaxprEqn],
         part: Slice,
         varshape: tuple[int, ...],
         slots: Sequence[tuple[int, int | None]],

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._jax import Literal, Var, hashed
+from .._jax import JaxprEqn, Literal, Var, hashed
 from .._program import before, made_at, read, variables
 from .._types import Path
 from .descent import bind_without_links
@@ -50,7 +50,7 @@ class Slice(NamedTuple):
     def inputs(self) -> tuple[Any, ...]:
         return (*self.olds, *self.ys.values(), *self.externals)
 
-    def form(self, eqns: Sequence[Any]) -> Any | None:
+    def form(self, eqns: Sequence[JaxprEqn]) -> Any | None:
         """Equal for two slices that differ in nothing but their variables; ``None`` where that cannot be told."""
         number = {v: i for i, v in enumerate((*self.inputs, *self.constants))}
         kind = lambda v: (v.aval.shape, v.aval.dtype)  # noqa: E731
@@ -129,7 +129,7 @@ def slice_group(info: ModuleInfo, flow: Flow, paths: Sequence[Path], mixing: boo
     )
 
 
-def evaluate_slice(eqns: Sequence[Any], part: Slice, olds, ys, externals) -> list[Any]:
+def evaluate_slice(eqns: Sequence[JaxprEqn], part: Slice, olds, ys, externals) -> list[Any]:
     """New values of F; operations inside F add their held-fixed value's perturbation, links are cut."""
     env = part.constants | dict(zip(part.externals, externals)) | dict(zip(part.olds, olds))
     env |= {part.ys[k]: y for k, y in ys.items()}

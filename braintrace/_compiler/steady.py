@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .._jax import call_body, open_jaxpr
+from .._jax import ClosedJaxpr, JaxprEqn, Var, call_body, open_jaxpr
 from .._program import run_program
 from .flatten import LOOPS
 from .position_rules import ELEMENTWISE
@@ -17,7 +17,7 @@ __all__ = ["steady_axes"]
 Axes = frozenset[int]
 
 
-def steady_axes(closed: Any, of_inputs: Sequence[Axes] | None = None) -> list[Axes]:
+def steady_axes(closed: ClosedJaxpr, of_inputs: Sequence[Axes] | None = None) -> list[Axes]:
     """Per output, axes that broadcasting made: those of samples, say, of what depends on parameters alone.
 
     Axes of length one are among them.
@@ -26,7 +26,7 @@ def steady_axes(closed: Any, of_inputs: Sequence[Axes] | None = None) -> list[Ax
     return [_axes(v) for v in run_program(closed, inputs, _rule)]
 
 
-def _rule(eqn: Any, values: Sequence[Any]) -> Sequence[Axes]:
+def _rule(eqn: JaxprEqn, values: Sequence[Any]) -> Sequence[Axes]:
     name, shape, axes = eqn.primitive.name, eqn.outvars[0].aval.shape, [_axes(v) for v in values]
     body = None if name in LOOPS else call_body(eqn)
     if body is not None:
@@ -42,7 +42,7 @@ def _rule(eqn: Any, values: Sequence[Any]) -> Sequence[Axes]:
     return [_short(v) for v in eqn.outvars]
 
 
-def _short(var: Any) -> Axes:
+def _short(var: Var) -> Axes:
     return frozenset(k for k, n in enumerate(var.aval.shape) if n == 1)
 
 

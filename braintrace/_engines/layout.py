@@ -15,7 +15,7 @@ import numpy as np
 from .._compiler.labels import MANY, NONE, is_aligned, own_label
 from .._compiler.positions import no_cut, propagate
 from .._compiler.relations import HiddenParamOpRelation
-from .._jax import Literal, open_jaxpr
+from .._jax import Literal, Var, open_jaxpr
 from .._types import path_str
 from .samples import aligned
 
@@ -155,7 +155,7 @@ def _find_anchors(layout, x, y, weights, fixed, where) -> dict[str, Any]:
     return anchors
 
 
-def _struct(var: Any) -> jax.ShapeDtypeStruct:
+def _struct(var: Var) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
 
 

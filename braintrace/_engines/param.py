@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from .._binding import Binding, Signals
 from .._compiler.groups import HiddenGroup
@@ -53,7 +54,7 @@ class ParamEngine(Engine):
     numbers: tuple[int, ...]
     weights: tuple[WeightTrace, ...]  # see :meth:`plan`
     recursion: ParamRecursion
-    dtype: Any = None  # of the stored traces
+    dtype: DTypeLike | None = None  # of the stored traces
     samples: int | None = None  # mapped ones, where large traces are cut
 
     @classmethod

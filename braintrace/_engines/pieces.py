@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from .._jax import runs_on_cpu, zeros
 
@@ -80,7 +81,7 @@ def joined(value: Any) -> Any:
     return jnp.concatenate(value.arrays, value.axis) if is_pieces(value) else value
 
 
-def zeros_in_pieces(shape: tuple[int, ...], dtype: Any, axis: int, samples: int | None) -> Any:
+def zeros_in_pieces(shape: tuple[int, ...], dtype: DTypeLike, axis: int, samples: int | None) -> Any:
     """Zeros for each of that many mapped samples, in pieces along an axis where they are many on a CPU.
 
     Without a number of samples they are whole.

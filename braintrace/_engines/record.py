@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from .._binding import Signals
 from .._compiler.cut import Entry
@@ -18,7 +19,7 @@ from .._compiler.graph import ETraceGraph
 from .._compiler.groups import HiddenGroup
 from .._compiler.relations import HiddenParamOpRelation
 from .._compiler.step import StepRecord
-from .._jax import where_compiled
+from .._jax import Var, where_compiled
 from .._precision import widened
 from .._types import path_str
 
@@ -35,7 +36,7 @@ class Jacobian(NamedTuple):
 
     entries: tuple[tuple[Any, ...], ...]
 
-    def dense(self, varshape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def dense(self, varshape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
         """The array of shape ``V + (S, S)``."""
         rows = [jnp.stack([spread(e, varshape, dtype) for e in row], -1) for row in self.entries]
         return jnp.stack(rows, -2)
@@ -47,7 +48,7 @@ class Sensitivity(NamedTuple):
     entries: tuple[Any, ...]
 
 
-def spread(entry: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def spread(entry: Any, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     return jnp.zeros(shape, dtype) if entry is None else jnp.broadcast_to(jnp.asarray(entry, dtype), shape)
 
 
@@ -87,7 +88,7 @@ def x_keys(graph: ETraceGraph, filters: Mapping[int, Any]) -> dict[int, str]:
 def x_aval(relation: HiddenParamOpRelation) -> jax.ShapeDtypeStruct:
     """Shape and dtype of the linear representation of a relation's input."""
     weights = {k: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for k, v in relation.trainable_vars.items()}
-    var: Any = relation.x_var
+    var: Var = relation.x_var
     x = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
     if relation.primitive.rules.pp_x_repr is None and jnp.issubdtype(x.dtype, jnp.inexact):
         return x  # the input itself

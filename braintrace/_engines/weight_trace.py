@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from .._binding import Slots
 from .._compiler.groups import HiddenGroup
@@ -100,7 +101,7 @@ class WeightTrace(NamedTuple):
         (name, *_), one = trace, jax.eval_shape(lambda: self.init(None))
         return trace[name][0].shape[: trace[name][0].ndim - one[name][0].ndim]
 
-    def init(self, dtype: Any, samples: int | None = None) -> SlotTrace:
+    def init(self, dtype: DTypeLike | None, samples: int | None = None) -> SlotTrace:
         """Zero traces, in ``dtype`` or in that of sums over time; whole without the number of mapped ``samples``."""
         layout, group, relation = self.layout, self.group, self.layout.relation
         custom = relation.primitive.rules.init_drtrl
@@ -109,7 +110,7 @@ class WeightTrace(NamedTuple):
         batch = whole[: layout.batch_ndim]
         trace: SlotTrace = {}
         for k, v in relation.trainable_vars.items():
-            kept = jnp.result_type(v.aval.dtype, y.dtype)
+            kept: DTypeLike = jnp.result_type(v.aval.dtype, y.dtype)
             full = whole if relation.x_var is None else (*batch, *layout.shapes[k])
             if own:
                 full, kept = own[k].shape[:-1], own[k].dtype

@@ -10,6 +10,7 @@ import brainstate
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from .._binding import Binding
 from .._compiler.policy import ControlFlowPolicy
@@ -212,7 +213,7 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
         return found
 
     def _draw_projection(
-        self, key: jax.Array, step: jax.Array, group_index: int, shape: tuple[int, ...], dtype: Any
+        self, key: jax.Array, step: jax.Array, group_index: int, shape: tuple[int, ...], dtype: DTypeLike
     ) -> jax.Array:
         """Random signs for one group at one step."""
         return jax.random.rademacher(jax.random.fold_in(jax.random.fold_in(key, step), group_index), shape, dtype)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from .._compiler.groups import HiddenGroup
 
@@ -26,7 +27,7 @@ def random_feedback(signal: jax.Array, matrix: jax.Array) -> jax.Array:
     return jnp.einsum("...la,lk->...ka", unit, matrix.astype(signal.dtype)).reshape(shape)
 
 
-def expand_modulator(modulator: Any, group: HiddenGroup, dtype: Any) -> jax.Array:
+def expand_modulator(modulator: Any, group: HiddenGroup, dtype: DTypeLike) -> jax.Array:
     """A third factor as a signal of shape ``V + (S,)``: a scalar, an array of shape V, or one that broadcasts."""
     if isinstance(modulator, (list, tuple)):
         raise TypeError(f"The modulator must be a scalar or an array, got a {type(modulator).__name__}.")

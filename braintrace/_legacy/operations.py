@@ -15,7 +15,7 @@ import brainunit as u
 import jax
 import jax.numpy as jnp
 
-from .._jax import bind_equation, call_body, is_jit
+from .._jax import JaxprEqn, bind_equation, call_body, is_jit
 from .._ops import conv, element_wise, lora_matmul, matmul, pattern_of, sparse_matmul
 from .._ops.primitive import ETPPrimitive
 from .._program import run_program
@@ -52,7 +52,7 @@ def _unmarked(function: Callable[..., Any], *args: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(out), values)
 
 
-def _unmarked_rule(eqn: Any, values: list[Any]) -> Sequence[Any]:
+def _unmarked_rule(eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     body = call_body(eqn) if is_jit(eqn) else None
     if isinstance(eqn.primitive, ETPPrimitive):
         return eqn.primitive.outputs(values, eqn.params)
