@@ -621,3 +621,62 @@ def test_states_that_are_missing_in_a_container():
     model = brainstate.nn.Sequential(braintrace.nn.GRUCell(2, 3), braintrace.nn.Linear(3, 1))
     with pytest.raises(AttributeError, match=r"'GRUCell'.*'h'.*init_all_states.*braintrace.compile"):
         braintrace.D_RTRL(model).compile_graph(jnp.zeros(2))
+
+
+class Packed(brainstate.nn.Module):
+    """Without a batch, a state of two axes that one flat operation drives, and a gain for each of its columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = ParamState(jnp.linspace(-1.0, 1.0, 12).reshape(2, 6))
+        self.gain = ParamState(jnp.array([0.5, -0.5]))
+
+    def init_state(self, **_):
+        self.h = HiddenState(jnp.zeros((3, 2)))
+
+    def update(self, x):
+        y = braintrace.matmul(x, self.w.value).reshape(3, 2)
+        self.h.value = jnp.tanh(0.8 * self.h.value + y + braintrace.element_wise(self.gain.value))
+        return self.h.value
+
+
+class SharedState(brainstate.nn.Module):
+    """A batch, and in front of its state one that all samples share."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = ParamState(jnp.linspace(-1.0, 1.0, 8).reshape(2, 4))
+
+    def init_state(self, batch_size=None, **_):
+        self.a_threshold = HiddenState(jnp.zeros(3))
+        self.h = HiddenState(jnp.zeros((batch_size or 2, 4)))
+
+    def update(self, x):
+        self.a_threshold.value = 0.9 * self.a_threshold.value + 0.1
+        self.h.value = jnp.tanh(0.8 * self.h.value + braintrace.matmul(x, self.w.value))
+        return self.h.value - self.a_threshold.value[0]
+
+
+@pytest.mark.parametrize("rule, options", [("pp_prop", {"decay_or_rank": 0.9}), ("d_rtrl", {}), ("uoro", {})])
+@pytest.mark.parametrize("model, x", [(Packed, X), (SharedState, BATCHED[0, :2])])
+def test_a_reset_learner_is_a_new_one(model, x, rule, options):
+    net = model()
+    learner = braintrace.compile(net, rule, x, **options)
+    xs = jnp.stack([x, 2 * x, -x])
+    step_fn = lambda x: (learner(x) ** 2).sum()  # noqa: E731
+    first = learner.etrace_grad(xs, step_fn=step_fn)
+    brainstate.nn.init_all_states(net)
+    learner.reset_state()
+    assert_close(learner.etrace_grad(xs, step_fn=step_fn), first)
+
+
+def test_traces_follow_a_batch_that_not_all_states_have():
+    net = SharedState()
+    learner = braintrace.compile(net, "d_rtrl", BATCHED[0, :2])
+    brainstate.nn.init_all_states(net, batch_size=3)
+    learner.reset_state()
+    found = learner.etrace_grad(BATCHED, step_fn=lambda x: (learner(x) ** 2).sum())
+    brainstate.nn.init_all_states(net, batch_size=3)
+    new = braintrace.D_RTRL(net)
+    new.compile_graph(BATCHED[0])
+    assert_close(found, new.etrace_grad(BATCHED, step_fn=lambda x: (new(x) ** 2).sum()))

@@ -88,8 +88,10 @@ class WeightTrace(NamedTuple):
     @property
     def batch_axis(self) -> int | None:
         """Which axis of the trace's arrays is the batch."""
-        batched = self.layout.batch_ndim > 0 or len(self.group.varshape) > self.layout.relation.y_var.aval.ndim
-        return 0 if batched else None
+        relation = self.layout.relation
+        # Without an input the trace is as large as the hidden state, which may have an axis of samples on its own.
+        wider = len(relation.shape_in(self.group)) > relation.y_var.aval.ndim and relation.x_var is None
+        return 0 if self.layout.batch_ndim > 0 or wider else None
 
     @property
     def unit_axis(self) -> int:

@@ -152,6 +152,27 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             New size of the batch axis of those traces that have one; by default that of the hidden states.
         """
         del kwargs
+        if batch_size is None and self._is_as_compiled():
+            shapes = jax.eval_shape(self._engine.init)
+            self._assign_etrace_data(jax.tree.map(lambda e: jnp.zeros(e.shape, e.dtype), shapes))
+        else:
+            self._resize(batch_size)
+        self.running_index.value = jnp.zeros_like(self.running_index.value)
+        if not is_tracer(self.running_index.value):
+            self._lay_out()
+
+    def _is_as_compiled(self) -> bool:
+        """Whether the hidden states have the shapes, and the traces are those, of the compiled step."""
+        if not self.is_compiled or self._overrides("init_etrace_state", "_get_etrace_data", "_assign_etrace_data"):
+            return False
+        info = self.graph.module_info
+        return all(
+            [jnp.shape(v) for v in jax.tree.leaves(s.value)] == [a.shape for a in info.state_avals(p)]
+            for p, s in self.hidden_states.items()
+        )
+
+    def _resize(self, batch_size: int | None) -> None:
+        """Zero traces for a batch of another size, by default that of the hidden states."""
         size, mapped = self._leading_size()
         size = size if batch_size is None else batch_size
         for state, axis in self._trace_states():
@@ -164,16 +185,20 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
                 return jnp.zeros(shape, e.dtype)
 
             state.value = jax.tree.map(zeros, state.value)
-        self.running_index.value = jnp.zeros_like(self.running_index.value)
-        if not is_tracer(self.running_index.value):
-            self._lay_out()
 
     def _leading_size(self) -> tuple[int | None, bool]:
-        """Size of the first axis of the hidden states as they are now, and whether it is a mapped one."""
+        """Size of the first axis of the hidden states as they are now, and whether it is a mapped one.
+
+        Where some states have another size than the step was compiled for, theirs is that of the batch.
+        """
+        found: int | None = None
         for path, state in self.hidden_states.items() if self.is_compiled else ():
-            aval, shape = self.graph.module_info.state_avals(path)[0], jnp.shape(jax.tree.leaves(state.value)[0])
-            return (shape[0] if shape else None), len(shape) > len(aval.shape)
-        return None, False
+            old = self.graph.module_info.state_avals(path)[0].shape
+            shape = jnp.shape(jax.tree.leaves(state.value)[0])
+            if len(shape) > len(old) or shape[:1] != old[:1]:
+                return (shape[0] if shape else None), len(shape) > len(old)
+            found = shape[0] if shape and found is None else found
+        return found, False
 
     def _plan(self, name: str, make: Callable[[], Any]) -> Any:
         """What an engine finds out once for each compiled step; no attribute, whose states would be the learner's."""
