@@ -703,6 +703,25 @@ def test_a_warning_of_compile_points_at_its_caller(vmap):
     assert {w.filename for w in shown} == {__file__} and len(shown) == 2
 
 
+def driven_through(tail):
+    def step(m, x):
+        m.h.value = jnp.tanh(tail(matmul(x, m.w.value)) + matmul(m.h.value, m.q.value))
+
+    return step
+
+
+@pytest.mark.filterwarnings("ignore:.*snap_pattern")
+@pytest.mark.parametrize("tail, warned", [(jnp.tanh, []), (lambda y: jnp.roll(y, 1), [("w",)])], ids=["tanh", "roll"])
+@pytest.mark.parametrize("rule", ["pp_prop", "d_rtrl", braintrace.SnAp])
+def test_every_rule_warns_of_a_way_into_the_state_that_mixes_positions(rule, tail, warned, recwarn):
+    options = dict(decay_or_rank=0.9) if rule == "pp_prop" else {}
+    model = Model(driven_through(tail), q=ParamState(jnp.eye(N)))
+    graph = braintrace.compile(model, rule, X, **options).graph
+    kind = DiagnosticKind.TRANSITION_TAIL_BOUNDED
+    assert [r.weight_path for r in graph.explain(kind=kind)] == warned
+    assert any(kind.value in str(w.message) for w in recwarn) == bool(warned)
+
+
 @pytest.mark.parametrize("scope", ["coupled", "diagonal"])
 def test_a_rule_that_sees_the_mixing_needs_no_warning(scope):
     graph = braintrace.compile_etrace_graph(
