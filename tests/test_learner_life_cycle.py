@@ -140,27 +140,6 @@ def test_classes():
     assert issubclass(braintrace.EligibilityTrace, brainstate.ShortTermState)
 
 
-def test_positional_arguments_of_older_scripts():
-    for cls in (pp_prop, braintrace.ES_D_RTRL, braintrace.IODimVjpAlgorithm):
-        learner = cls(net(), 19, "name", "multi-step", False)
-        assert (learner.decay, learner.name, learner.vjp_method, learner.fast_solve) == (
-            0.9,
-            "name",
-            "multi-step",
-            False,
-        )
-    assert braintrace.IODimVjpAlgorithm(net(), decay_or_rank=3).decay == 0.5
-
-
-def test_the_old_mode_argument_warns_and_does_nothing():
-    with pytest.warns(DeprecationWarning, match="mode"):
-        learner = pp_prop(net(), 0.9, mode=brainstate.mixin.Batching())
-    learner.compile_graph(X)
-    assert_close(dict(step_gradient(learner, X)), dict(step_gradient(learner_of(), X)))
-    with pytest.raises(TypeError, match="modus"):
-        pp_prop(net(), 0.9, modus=1)
-
-
 @pytest.mark.parametrize("examples", [(0, X), (0, jax.ShapeDtypeStruct((N_IN,), jnp.float32)), (jnp.asarray(0), X)])
 def test_integer_arguments(examples):
     class Counting(brainstate.nn.Module):

@@ -984,33 +984,11 @@ def test_layers_are_brainstate_layers(name):
     assert issubclass(getattr(bnn, name), same_name)
 
 
-DEPRECATED = [name for name in dir(bnn) if name not in bnn.__all__]
-BRAINPY = set("IF LIF ALIF Expon Alpha DualExpon STP STD".split())
-
-
 def test_names():
     assert dir(bnn) == sorted(dir(bnn)) and set(bnn.__all__) < set(dir(bnn))
     assert set(SIGNATURES) == set(bnn.__all__) and len(dir(bnn)) == 84
-    assert len(DEPRECATED) == 62 and BRAINPY < set(DEPRECATED)
     with pytest.raises(AttributeError, match="no attribute 'NoSuchLayer'"):
         bnn.NoSuchLayer
-
-
-@pytest.mark.parametrize("name", DEPRECATED)
-def test_deprecated_names_warn_at_every_access(name):
-    home = "brainpy.state" if name in BRAINPY else "brainstate.nn"
-    module = pytest.importorskip(home)
-    for _ in range(2):
-        with pytest.warns(DeprecationWarning, match=f"use {home}.{name}") as record:
-            assert getattr(bnn, name) is getattr(module, name)
-        assert record[0].filename == __file__
-
-
-def test_deprecated_name_without_its_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "brainpy.state", None)
-    hint = r"pip install 'brainpy>=2\.9'`, on Python 3\.11 with `pip install 'brainpy\.state<0\.2'"
-    with pytest.warns(DeprecationWarning), pytest.raises(ImportError, match=hint):
-        bnn.LIF
 
 
 def test_import_is_light():
