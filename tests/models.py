@@ -89,6 +89,19 @@ class Stage(Module):
         return self.output(self.transition(x))
 
 
+class Plain(Module):
+    """What a user writes, without a twin: `step(m, *args)`, states and parameters as given."""
+
+    def __init__(self, step, **states):
+        super().__init__()
+        self._step = step
+        for name, state in states.items():
+            setattr(self, name, state)
+
+    def update(self, *args):
+        return self._step(self, *args)
+
+
 class Linear(Module):
     def __init__(self, n_in, n_out, bias=True, unit=None):
         super().__init__()

@@ -215,6 +215,17 @@ def checkpointed_by_hand(m, x):
     return m.h.value
 
 
+def checkpointed_operation(m, x):
+    y = jax.checkpoint(lambda x, w: jnp.tanh(matmul(x, w)))(x, m.w.value)
+    m.h.value = 0.5 * m.h.value + y + matmul(m.h.value, m.r.value)
+    return m.h.value
+
+
+def checkpointed_operation_by_hand(m, x):
+    m.h.value = 0.5 * m.h.value + jnp.tanh(drive(m, x)) + matmul(m.h.value, m.r.value)
+    return m.h.value
+
+
 def long_loop(m, x):
     def body(h, k):
         h = jnp.tanh(0.6 * h + k * drive(m, x))
@@ -285,6 +296,7 @@ CASES = {  # with control flow, by hand, kinds of the records, policy
     "loop in branch": (loop_in_branch, loop_in_branch_by_hand, ["cond_if_converted", "scan_unrolled"], {}),
     "branch in branch": (branch_in_branch, branch_in_branch_by_hand, ["cond_if_converted"] * 2, {}),
     "checkpoint": (checkpointed, checkpointed_by_hand, ["scan_unrolled"], {}),
+    "checkpoint of an operation": (checkpointed_operation, checkpointed_operation_by_hand, [], {}),
     "long": (
         long_loop,
         long_loop_by_hand,

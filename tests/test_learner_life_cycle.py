@@ -123,33 +123,21 @@ def test_attributes():
             f()
 
 
+NUMBERS = [(np.float32(0.5), 0.5), (np.int64(19), 0.9), (np.float64(0.0), 0.0), (1, 0.0), ([3, 3], 0.5)]
+
+
+@pytest.mark.parametrize("decay_or_rank, decay", NUMBERS, ids=repr)
+def test_numpy_numbers_are_numbers(decay_or_rank, decay):
+    learner = pp_prop(net(), decay_or_rank)
+    assert learner.decay == pytest.approx(decay, abs=1e-7) and type(learner.decay) is float
+
+
 def test_classes():
     assert braintrace.ES_D_RTRL is pp_prop and issubclass(pp_prop, braintrace.IODimVjpAlgorithm)
     assert issubclass(braintrace.IODimVjpAlgorithm, braintrace.ETraceVjpAlgorithm)
     assert issubclass(braintrace.ETraceVjpAlgorithm, braintrace.ETraceAlgorithm)
     assert issubclass(braintrace.ETraceAlgorithm, (braintrace.SequenceDriverMixin, brainstate.nn.Module))
     assert issubclass(braintrace.EligibilityTrace, brainstate.ShortTermState)
-
-
-def test_positional_arguments_of_older_scripts():
-    for cls in (pp_prop, braintrace.ES_D_RTRL, braintrace.IODimVjpAlgorithm):
-        learner = cls(net(), 19, "name", "multi-step", False)
-        assert (learner.decay, learner.name, learner.vjp_method, learner.fast_solve) == (
-            0.9,
-            "name",
-            "multi-step",
-            False,
-        )
-    assert braintrace.IODimVjpAlgorithm(net(), decay_or_rank=3).decay == 0.5
-
-
-def test_the_old_mode_argument_warns_and_does_nothing():
-    with pytest.warns(DeprecationWarning, match="mode"):
-        learner = pp_prop(net(), 0.9, mode=brainstate.mixin.Batching())
-    learner.compile_graph(X)
-    assert_close(dict(step_gradient(learner, X)), dict(step_gradient(learner_of(), X)))
-    with pytest.raises(TypeError, match="modus"):
-        pp_prop(net(), 0.9, modus=1)
 
 
 @pytest.mark.parametrize("examples", [(0, X), (0, jax.ShapeDtypeStruct((N_IN,), jnp.float32)), (jnp.asarray(0), X)])
@@ -215,6 +203,22 @@ def test_get_etrace_of_takes_states_and_paths():
         assert len(xs) == len(dfs) == 1 and set(xs) < set(learner.etrace_xs) and set(dfs) < set(learner.etrace_dfs)
 
 
+def own_bias_and_leak(m, x):
+    m.h.value = braintrace.element_wise(m.leak.value) * m.h.value + braintrace.matmul(x, m.w.value, m.b.value)
+    return m.h.value
+
+
+@pytest.mark.parametrize("name, xs_shapes", [("w", [(N_IN,)]), ("b", [(N_IN,)]), ("leak", [])])
+def test_every_trained_parameter_shows_its_trace(name, xs_shapes):
+    shapes = dict(w=(N_IN, N), b=(N,), leak=(N,))
+    params = {k: ParamState(jnp.zeros(shape)) for k, shape in shapes.items()}
+    learner = learner_of(models.Plain(own_bias_and_leak, h=HiddenState(jnp.zeros(N)), **params))
+    for weight in (params[name], (name,)):
+        xs, dfs = learner.get_etrace_of(weight)
+        assert [x.shape for x in xs.values()] == xs_shapes
+        assert [f.shape for f in dfs.values()] == [(N, 1)]
+
+
 def test_new_traces_are_new_states():
     learner = learner_of()
     learner(X)
@@ -235,6 +239,24 @@ def test_reset_keeps_the_objects_and_the_model():
     np.testing.assert_array_equal(learner.model4compile.layers[0].h.value, h)
     brainstate.nn.reset_all_states(learner.model4compile)
     assert_close(dict(step_gradient(learner, X)), dict(first))
+
+
+def leaky(m, x):
+    m.h.value = jnp.tanh(0.5 * m.h.value + braintrace.matmul(x, m.w.value))
+    return m.h.value
+
+
+@pytest.mark.parametrize("lead, x_shape, f_shape", [((), (N_IN,), (N, 1)), ((2,), (5, N_IN), (5, N, 1))])
+def test_only_a_batch_axis_is_replaced_on_reset(lead, x_shape, f_shape):
+    x = jnp.ones((*lead, N_IN))
+    model = models.Plain(leaky, w=ParamState(jnp.zeros((N_IN, N))), h=HiddenState(jnp.zeros((*lead, N))))
+    learner = learner_of(model, x)
+    learner(x)
+    learner.reset_state(batch_size=5)
+    assert [s.value.shape for s in learner.etrace_xs.values()] == [x_shape]
+    assert [s.value.shape for s in learner.etrace_dfs.values()] == [f_shape]
+    assert learner.running_index.value == 0
+    assert all((s.value == 0).all() for s in traces(learner))
 
 
 def test_keys_of_all_states_are_stable():
@@ -272,6 +294,23 @@ def test_the_counter_counts_calls_without_gradient():
         assert learner.running_index.value == n
     step_gradient(learner, X)
     assert learner.running_index.value == 4
+
+
+def test_constants_among_the_outputs():
+    def step(m, x):
+        out = leaky(m, x)
+        return {"o": out, "n": 3, "f": 0.5, "x": x, "z": jnp.zeros(2), "nothing": None, "w": m.w.value}
+
+    w, x = jnp.array([[0.2, -0.1, 0.4]]), jnp.ones(1)
+    model = models.Plain(step, w=ParamState(w), h=HiddenState(jnp.zeros(N)))
+    learner = learner_of(model, x)
+    out = learner(x)
+    assert (out["n"], out["f"], out["nothing"]) == (3, 0.5, None)
+    np.testing.assert_array_equal(out["z"], [0.0, 0.0])
+    model.h.value = jnp.zeros(N)
+    learner.reset_state()
+    gradient = jit(grad(lambda: learner(x)["o"].sum(), learner.param_states))()
+    np.testing.assert_allclose(gradient["w",], 1 - jnp.tanh(w) ** 2, rtol=1e-5)
 
 
 def test_mixed_inputs_repeat_their_single_steps():
@@ -368,6 +407,29 @@ def test_hessian_of_the_input():
     learner, model = learner_of(), net()
     ours = hessian(lambda x: loss(learner(x)), argnums=0)(X)
     np.testing.assert_allclose(ours, hessian(lambda x: loss(model(x)), argnums=0)(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("vjp_method", ["single-step", "multi-step"])
+def test_second_derivatives_of_parameters_are_right_or_refused(vjp_method):
+    problem = models.Problem(models.SMALL["ModelA"], steps=1)
+    learner = problem.learner(0.9, vjp_method=vjp_method)
+    (x, target), params = problem.sequence[0], learner.param_states
+
+    def norm():
+        grads = grad(lambda: problem.loss(problem.net, learner, x, target), params)()
+        return sum((g**2).sum() for g in jax.tree.leaves(grads))
+
+    def truth(w):
+        inner = jax.grad(lambda w: ((jnp.tanh(x @ w["weight"] + w["bias"]) - target) ** 2).sum())(w)
+        return sum((g**2).sum() for g in jax.tree.leaves(inner))
+
+    if vjp_method == "single-step":
+        with pytest.raises(NotImplementedError, match="no second derivatives.*multi-step"):
+            grad(norm, params)()
+    else:
+        expected = jax.grad(truth)(problem.net.layers[0].W.weight.value)
+        (ours,) = grad(norm, params)().values()
+        assert_close({"w": ours}, {"w": expected})
 
 
 def test_traces_are_constants_of_the_gradient():

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from brainstate import HiddenState, ParamState
+from helpers import assert_close
+from models import Plain
 
 import braintrace
 from braintrace._ops.conv import _samples_last, etp_conv_p, etp_conv_v_p
@@ -623,3 +625,109 @@ def test_spikes_through_a_sparse_matrix_are_linear(dtype, n):
     learner = braintrace.compile(SparseIntegrator(dtype, n), "pp_prop", jnp.ones(n), decay_or_rank=0.9)
     (relation,) = learner.graph.hidden_param_op_relations
     assert relation.affine_keys == ()
+
+
+# -- an offset is a weight whose input is 1
+
+ONE_ENTRY = brainevent.CSR((jnp.ones(1), jnp.array([0]), jnp.array([0, 1])), shape=(1, 1))
+AFFINE = braintrace.register_primitive(
+    "affine_gain", lambda x, b, g: g * (x.sum() + b), trainable_invars_fn=lambda params: {"b": 1, "g": 2}
+)
+OFFSETS = {  # operations of an input [0] with the parameter b of shape (1,), which is 1
+    "matmul": lambda x, b: braintrace.matmul(x, jnp.ones((1, 1)), b),
+    "matmul, hook": lambda x, b: braintrace.matmul(x, jnp.ones((1, 1)), b, bias_fn=jnp.sin) / jnp.cos(1.0),
+    "grouped": lambda x, b: braintrace.grouped_matmul(x[None], jnp.ones((1, 1, 1)), b[None]),
+    "lora": lambda x, b: braintrace.lora_matmul(x, jnp.ones((1, 1)), jnp.ones((1, 1)), bias=b),
+    "conv": lambda x, b: braintrace.conv(x[None], jnp.ones((1, 1, 1)), b),
+    "sparse": lambda x, b: braintrace.sparse_matmul(x, jnp.ones(1), sparse_mat=ONE_ENTRY, bias=b),
+    "element_wise": lambda x, b: braintrace.element_wise(b),
+    "own": lambda x, b: AFFINE.bind(x, b, jnp.ones(1)),
+    "own, of another form": lambda x, b: AFFINE.bind(x, jnp.ones(1), b),
+    "twice, halved": lambda x, b: sum(braintrace.matmul(x, jnp.ones((1, 1)), b / 2) for _ in range(2)),
+    "a row of the weight": lambda x, b: braintrace.matmul(x + 1, b[:, None]),
+}
+
+
+class Offset(brainstate.nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.operation, self.b = OFFSETS[name], ParamState(jnp.ones(1))
+
+    def init_state(self, batch_size=None, **_):
+        self.h = HiddenState(jnp.zeros_like(self.operation(jnp.zeros(1), self.b.value)))
+
+    def update(self, x):
+        self.h.value = 0.95 * self.h.value + self.operation(x, self.b.value)
+        return self.h.value
+
+
+@pytest.mark.filterwarnings("ignore:.*trainable_invar")
+@pytest.mark.parametrize("drive", ["steps", "chunks", "mapped"])
+@pytest.mark.parametrize("name", OFFSETS)
+def test_an_offset_is_a_weight_whose_input_is_one(name, drive):
+    x, f, expected = 0.0, 0.0, 0.0
+    for n in range(200):
+        x, f = 0.98 * x + 1, 0.98 * 0.95 * f + 0.02
+        expected += x * f / (1 - 0.98 ** (n + 1))
+    assert abs(expected - 2703) < 0.1
+    lead = (2,) if drive == "mapped" else ()
+    xs = jnp.zeros((200, *lead, 1))
+    options = dict(vmap=True, batch_size=2) if lead else {}
+    learner = braintrace.compile(Offset(name), "pp_prop", xs[0], decay_or_rank=0.98, **options)
+    if drive == "steps":
+        step = brainstate.transform.grad(lambda x: learner(x).sum(), learner.param_states)
+        found = brainstate.transform.for_loop(step, xs)["b",].sum()
+    else:
+        found = learner.etrace_grad(xs, step_fn=lambda x: learner(x).mean(), reduction="sum")["b",]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+# -- the first step of D_RTRL and pp_prop is back-propagation
+
+
+def first_step(model, learner_class, x, cost):
+    """The gradient by the learner, and that of the model itself."""
+    hidden = model.h.value
+    learner = learner_class(model, *([DECAY] if learner_class is braintrace.pp_prop else []))
+    learner.compile_graph(x)
+    parameters = model.states(ParamState)
+    ours = brainstate.transform.grad(lambda: (learner(x) * cost).sum(), parameters)()
+    model.h.value = hidden
+    return dict(ours), dict(brainstate.transform.grad(lambda: (model(x) * cost).sum(), parameters)())
+
+
+@pytest.mark.parametrize("rule", [braintrace.pp_prop, braintrace.D_RTRL])
+@pytest.mark.parametrize("shape", [(), (1,), (3,)])
+def test_a_shared_element_wise_parameter_gets_its_gradient(shape, rule):
+    def step(m, x):
+        m.h.value = jnp.tanh(braintrace.element_wise(m.leak.value) * m.h.value + braintrace.matmul(x, m.w.value))
+        return m.h.value
+
+    ramp, w = jnp.arange(1.0, 4.0), jnp.array([[0.2, -0.1, 0.4]])
+    model = Plain(step, w=ParamState(w), leak=ParamState(jnp.full(shape, 0.7)), h=HiddenState(ramp))
+    assert_close(*first_step(model, rule, jnp.ones(1), ramp))
+
+
+@pytest.mark.parametrize("rule", [braintrace.pp_prop, braintrace.D_RTRL])
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("layout, size", [("NCH", (3, 4)), ("NCH", (3, 3)), ("NHC", (4, 3))])
+def test_a_vector_as_the_bias_of_a_convolution(layout, size, batch, rule):
+    """One entry per channel, also where there are as many positions."""
+    shape = {"NCH": (3, 3, 2), "NHC": (2, 3, 3)}[layout]
+    numbers = (layout, {"NCH": "OIH", "NHC": "HIO"}[layout], layout)
+    kernel, b = draw(*shape, seed=1), draw(3, seed=2)
+    x, cost = draw(*batch, *size, seed=3), draw(*batch, *size, seed=4)
+
+    def plain(kernel, b):
+        y = jax.lax.conv_general_dilated(x.reshape(-1, *size), kernel, (1,), "SAME", dimension_numbers=numbers)
+        y = (y + (b[:, None] if layout == "NCH" else b)).reshape(cost.shape)
+        return (jnp.tanh(y) * cost).sum()
+
+    def step(m, x):
+        m.h.value = jnp.tanh(0.5 * m.h.value + braintrace.conv(x, m.k.value, m.b.value, dimension_numbers=numbers))
+        return m.h.value
+
+    model = Plain(step, k=ParamState(kernel), b=ParamState(b), h=HiddenState(jnp.zeros(cost.shape)))
+    ours, _ = first_step(model, rule, x, cost)
+    by_k, by_b = jax.grad(plain, (0, 1))(kernel, b)
+    assert_close(ours, {("k",): by_k, ("b",): by_b})

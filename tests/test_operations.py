@@ -832,6 +832,21 @@ def test_a_hand_written_embedding(batch):
     np.testing.assert_allclose(ours[("w",)], expected, rtol=1e-5)
 
 
+def test_two_tables_read_by_the_same_indices_keep_their_own_inputs():
+    table = braintrace.register_primitive("table", lambda i, w: w[i])
+    table.register_etp_rules(pp_x_repr=one_hot, xy_to_dw=row_rule)
+    sizes, indices = dict(w=5, v=7), jnp.array([2, 4])
+    params = {name: jnp.zeros((size, 3)) for name, size in sizes.items()}
+    model = Leaky(lambda m, i: table.bind(i, m.w.value) + table.bind(i, m.v.value), **params)
+    learner = braintrace.pp_prop(model, DECAY)
+    learner.compile_graph(indices[0])
+    assert sorted(x.value.shape for x in learner.etrace_xs.values()) == [(5,), (7,)]
+    learner(indices[0])
+    ours = grad(lambda: (learner(indices[1]) * RAMP).sum(), learner.param_states)()
+    for name, size in sizes.items():
+        np.testing.assert_allclose(ours[(name,)], two_steps_truth(np.eye(size)[indices]), rtol=1e-5)
+
+
 def test_an_operation_without_input():
     p = braintrace.register_primitive(
         "softplus_of", jax.nn.softplus, trainable_invars_fn=lambda params: {"weight": 0}, x_invar_index=None

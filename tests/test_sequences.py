@@ -11,7 +11,7 @@ import models
 import numpy as np
 import pytest
 from brainstate import HiddenState
-from helpers import PPProp, assert_close, total
+from helpers import PRECISIONS, PPProp, assert_close, total
 from models import CELLS, LOSSES, READOUTS, SMALL, SPIKING, STACKED, Problem
 
 import braintrace
@@ -122,6 +122,28 @@ def test_ways_to_drive(model, readout):
         assert int(learner.running_index.value) == len(problem.sequence), way.__name__
         assert_close(dict(problem.step(learner)(*last)[0]), one_more, what=f"{way.__name__}, one more step")
         assert_close(hidden(problem.net), {path: after[path] for path in hidden(problem.net)}, what=way.__name__)
+
+
+@pytest.mark.parametrize("way", [by_loop, by_scan, by_driver])
+@pytest.mark.parametrize("dtype", ["bool", "int32", "uint8"])
+@pytest.mark.parametrize("batch", [None, 2])
+def test_integer_spikes_leave_float_traces(dtype, way, batch):
+    problem = problem_of("ModelA", None, batch, kind=dtype)
+    floats = [(x.astype(jnp.float32), target) for x, target in problem.sequence]
+    learner = problem.learner(0.9)
+    assert all(x.value.dtype == jnp.float32 for x in learner.etrace_xs.values())
+    assert_close(dict(way(problem, learner)), total(problem.oracle().online(PPProp(0.9), floats)[0]))
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16", "float32-x64", "float64"])
+@pytest.mark.parametrize("way", [by_loop, by_driver])
+def test_a_model_is_trained_in_its_own_dtype(precision, way):
+    p = PRECISIONS[precision]
+    with p():
+        problem = problem_of("ModelB", None, steps=p.steps, dtype=p.dtype)
+        ours = dict(way(problem, problem.learner(0.9)))
+        assert {x.dtype for x in jax.tree.leaves([ours, hidden(problem.net)])} == {jnp.dtype(p.dtype)}
+        assert_close(ours, total(problem.oracle().online(PPProp(0.9), problem.sequence)[0]), p.tol)
 
 
 @pytest.mark.parametrize("model, readout", [("gru", "linear"), ("alif-coba", "leaky"), ("Beside", None)])
@@ -240,23 +262,26 @@ def test_weights(reference):
 
 def window_fn(learner):
     def f(xs, targets):
-        return ((learner(braintrace.MultiStepData(xs)) - targets) ** 2).sum((1, 2))
+        errors = (learner(braintrace.MultiStepData(xs)) - targets) ** 2
+        return errors.sum(range(1, errors.ndim))
 
     return f
 
 
 WINDOWS = [
-    ("gru", "linear", 2),
-    ("gru", "linear", 6),
-    *(("ModelB", None, k) for k in (1, 2, 3, 6)),
-    ("alif-coba", "leaky", 3),
+    ("gru", "linear", 2, 2),
+    ("gru", "linear", 2, 6),
+    *(("ModelB", None, 2, k) for k in (1, 2, 3, 6)),
+    ("alif-coba", "leaky", 2, 3),
+    ("ModelA", None, None, 2),
 ]
 
 
-@pytest.mark.parametrize("model, readout, k", WINDOWS)
-def test_windows(model, readout, k):
+@pytest.mark.parametrize("model, readout, batch, k", WINDOWS)
+def test_windows(model, readout, batch, k):
     """Back-propagation inside a window, the trace at its entry for what was before; one window is BPTT."""
-    problem = problem_of(model, readout, steps=6)
+    problem = problem_of(model, readout, batch, steps=6)
+    tol = 1e-5 if batch is None else 2e-5
     learner = problem.learner(0.9, vjp_method="multi-step")
     f = window_fn(learner) if k > 1 else step_fn(problem, learner)
     mask = jnp.array([1.0, 1.0, 0.5, 1.0, 0.0, 2.0]) if k > 1 else None
@@ -264,19 +289,19 @@ def test_windows(model, readout, k):
         *problem.sequences(), step_fn=f, chunk_size=k, reduction="sum", return_value=True
     )
     steps, after = problem.oracle().windows(PPProp(0.9), problem.sequence, k)
-    assert_close(dict(grads), total(steps), 2e-5)
+    assert_close(dict(grads), total(steps), tol)
     np.testing.assert_allclose(losses, np.concatenate([np.atleast_1d(loss) for loss, _ in steps]), rtol=1e-5)
     assert_close(hidden(problem.net), {path: after[path] for path in hidden(problem.net)})
     assert int(learner.running_index.value) == 6
     if k == 6:
-        assert_close(dict(grads), problem.oracle().bptt(problem.sequence)[1], 2e-5)
+        assert_close(dict(grads), problem.oracle().bptt(problem.sequence)[1], tol)
     if mask is not None:
-        brainstate.nn.reset_all_states(problem.net, 2)
+        brainstate.nn.reset_all_states(problem.net, batch)
         learner.reset_state()
         problem.sequence = [(*args, m) for args, m in zip(problem.sequence, mask)]
         problem.loss = lambda net, call, x, target, m: m * models.squares(net, call, x, target)
         grads = learner.etrace_grad(*problem.sequences()[:2], step_fn=f, chunk_size=k, mask=mask, reduction="sum")
-        assert_close(dict(grads), total(problem.oracle().windows(PPProp(0.9), problem.sequence, k)[0]), 2e-5)
+        assert_close(dict(grads), total(problem.oracle().windows(PPProp(0.9), problem.sequence, k)[0]), tol)
 
 
 # -- etrace_evolve

@@ -57,6 +57,14 @@ def test_positional_order(rule):
     assert names == ["model", *SIGNATURES[rule]]
 
 
+@pytest.mark.parametrize("rule", [pp_prop, ES_D_RTRL, IODimVjpAlgorithm])
+def test_positional_arguments(rule):
+    learner = rule(Net(), 19, "name", "multi-step", False)
+    found = learner.decay, learner.name, learner.vjp_method, learner.fast_solve
+    assert found == (0.9, "name", "multi-step", False)
+    assert rule(Net(), decay_or_rank=3).decay == 0.5
+
+
 class Net(brainstate.nn.Module):
     def __init__(self):
         super().__init__()
