@@ -206,7 +206,7 @@ class _Chunked:
             # Sliced chunk by chunk: a sequence cut to the whole chunks would be a copy of it.
             body = lambda total, i: self._chunk(total, _part(items, i * size, size))  # noqa: E731
             total, out = brainstate.transform.scan(body, total, jnp.arange(whole // size))
-            results.append(jax.tree.map(lambda v: v.reshape((-1, *v.shape[2:])), out))
+            results.append(jax.tree.map(_merged, out))
         if whole < calls:
             total, out = self._chunk(total, _part(items, whole, calls - whole))
             results.append(out)
@@ -232,7 +232,7 @@ class _Chunked:
         (plain, engine), (emitted, result) = brainstate.transform.scan(
             body, (plain, records.engine.chunk_start(traces)), items
         )
-        emitted = jax.tree.map(lambda v: v.reshape((-1, *v.shape[2:])), emitted)
+        emitted = jax.tree.map(_merged, emitted)
         length = jax.tree.leaves(items)[0].shape[0] * (self.length or 1)
         traces, found = records.end(traces, engine, emitted, self.operands, self.vmap_shape, length)
         learner._assign_etrace_data(traces)
@@ -354,6 +354,11 @@ no_gradient.defvjp(lambda outputs, parameters: (outputs, None), _refuse_gradient
 def zeros_to_add(tree: Any) -> Any:
     """To be summed to over time."""
     return jax.tree.map(lambda v: jnp.zeros(v.shape, wide(v.dtype)), tree)
+
+
+def _merged(value: jax.Array) -> jax.Array:
+    """The first two axes as one; others may have no entries."""
+    return value.reshape((value.shape[0] * value.shape[1], *value.shape[2:]))
 
 
 def _part(tree: Any, start: Any, size: int) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import brainstate
 import jax
 import jax.extend.core
 import jax.numpy as jnp
@@ -23,13 +24,14 @@ from jax.typing import DTypeLike
 
 __all__ = [
     'ClosedJaxpr', 'Jaxpr', 'JaxprEqn', 'Literal', 'Primitive', 'Var', 'any_rank', 'at_source', 'bind_equation',
-    'call_body', 'close', 'consts_of', 'define_bilinear', 'define_primitive', 'eval_jaxpr', 'has_custom_rule', 'hashed',
-    'is_builtin', 'is_jit', 'is_on_one_device', 'is_outside', 'is_remat', 'is_tracer', 'open_jaxpr', 'placed',
-    'primitive_body', 'prune', 'reads', 'refuses', 'scan_operands', 'source_line', 'structs', 'sub_jaxprs',
-    'trace_context', 'where_compiled', 'zeros',
+    'call_body', 'close', 'consts_of', 'define_bilinear', 'define_primitive', 'eval_jaxpr', 'has_custom_rule',
+    'hashed', 'is_builtin', 'is_in_differentiated_loop', 'is_jit', 'is_on_one_device', 'is_outside', 'is_remat',
+    'is_tracer', 'open_jaxpr', 'placed', 'primitive_body', 'prune', 'reads', 'refuses', 'scan_operands',
+    'source_line', 'structs', 'sub_jaxprs', 'trace_context', 'where_compiled', 'zeros',
 ]  # fmt: skip
 
 JIT_NAMES = frozenset("jit pjit closed_call core_call core_closed_call custom_lin_call eval_jaxpr xla_call".split())
+LOOP_NAMES = ("scan", "checkpoint_scan", "while", "bounded_while")  # of what brainstate traces
 REMAT_NAMES = frozenset({"checkpoint", "remat", "remat2", "remat_call"})
 
 
@@ -120,6 +122,14 @@ _OUTSIDE = trace_context()
 def is_outside() -> bool:
     """Whether no transformation is at work."""
     return trace_context() == _OUTSIDE
+
+
+def is_in_differentiated_loop() -> bool:
+    """Whether the body of a loop is traced whose turns brainstate differentiates together, not each by itself."""
+    context = getattr(brainstate._state, "TRACE_CONTEXT", None)
+    names = [str(trace.name) for trace in getattr(context, "state_stack", ())]
+    inner = names[max((i + 1 for i, name in enumerate(names) if name == "gradient"), default=len(names)) :]
+    return any(name.startswith(LOOP_NAMES) for name in inner)
 
 
 def is_jit(eqn: JaxprEqn) -> bool:

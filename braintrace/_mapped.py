@@ -13,6 +13,7 @@ from brainstate.util import FlattedDict
 from ._compiler.graph import ETraceGraph
 from ._compiler.report import CompilationReport
 from ._jax import trace_context
+from ._past import Past
 from ._sequence import SequenceDriverMixin
 from ._types import Held, Path
 
@@ -61,6 +62,7 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
         super().__init__(module, in_axes, out_axes, vmap_states, vmap_out_states, axis_name, axis_size)
         self._filters = Held((vmap_states, vmap_out_states))
         self._functions = Held((None, None, None))
+        self._past = Past()
 
     def _vmap_shape(self) -> tuple[int, ...]:
         state = next(iter(self.module.hidden_states.values()))
@@ -130,14 +132,18 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
         args, arrays = jax.tree.map(jnp.asarray, (args, arrays))
         recorder = self.module._recorder
         if recorder is None or recorder.context != trace_context():
+            hidden = self.module.hidden_states.values()
+            self._past.cut(hidden)
             try:
-                return run(args, arrays)
+                out = run(args, arrays)
             except brainstate.BatchAxisError as error:
                 raise brainstate.BatchAxisError(
                     "A state of the learner was not made for the mapped axis. Make the states and compile the learner "
                     "under brainstate.transform.vmap_new_states(state_tag='new') and map it with vmap_states='new'; "
                     f"braintrace.compile(..., batch_size=..., vmap=True) does both. What failed: {error}"
                 ) from error
+            self._past.leave(hidden)
+            return out
         out, recorded = record(recorder.zeros, args, arrays)
         recorder.take(*recorded, self._recorded_length)
         return out

@@ -1131,3 +1131,45 @@ def test_forbidden_steps(step, error, message):
 def test_the_model_must_be_a_module(make):
     with pytest.raises(AssertionError, match="function"):
         make(lambda x: x, X)
+
+
+class Adapting(brainstate.nn.Module):
+    """A potential and two currents per neuron: one state of two axes, or one with two values per position."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.w = kind, brainstate.ParamState(jnp.linspace(-1.0, 1.0, 6).reshape(2, 3))
+
+    def init_state(self, **_):
+        self.v, self.a = brainstate.HiddenState(jnp.zeros(3)), self.kind(jnp.zeros((3, 2)))
+
+    def update(self, x):
+        y = braintrace.matmul(x, self.w.value)
+        self.v.value = jnp.tanh(0.8 * self.v.value + y - self.a.value.sum(-1))
+        self.a.value = jnp.array([0.9, 0.5]) * self.a.value + 0.3 * self.v.value[:, None]
+        return self.v.value
+
+
+def test_states_that_depend_on_each_other_and_form_no_group():
+    xs = jax.random.normal(jax.random.key(1), (6, 2))
+
+    def by_hand(w):
+        v, a, loss = jnp.zeros(3), jnp.zeros((3, 2)), 0.0
+        for x in xs:
+            v = jnp.tanh(0.8 * v + x @ w - a.sum(-1))
+            a = jnp.array([0.9, 0.5]) * a + 0.3 * v[:, None]
+            loss += (v**2).sum()
+        return loss
+
+    def gradient(kind):
+        learner = braintrace.compile(Adapting(kind), "d_rtrl", xs[0])
+        found = learner.etrace_grad(xs, step_fn=lambda x: (learner(x) ** 2).sum(), reduction="sum")
+        return found["w",], jax.grad(by_hand)(learner.param_states["w",].value)
+
+    with pytest.warns(braintrace.CompilationWarning, match=r"'v', 'a'.*\(3,\), \(3, 2\).*'w'.*HiddenGroupState"):
+        found, right = gradient(brainstate.HiddenState)
+    assert not np.allclose(found, right, rtol=1e-2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", braintrace.CompilationWarning)
+        found, right = gradient(brainstate.HiddenGroupState)
+    np.testing.assert_allclose(found, right, rtol=1e-5)

@@ -742,3 +742,85 @@ def test_traces_follow_a_batch_that_not_all_states_have():
     new = braintrace.D_RTRL(net)
     new.compile_graph(BATCHED[0])
     assert_close(found, new.etrace_grad(BATCHED, step_fn=lambda x: (new(x) ** 2).sum()))
+
+
+# -- several calls in one function that is differentiated: the traces alone account for earlier ones
+
+
+class Leaky(brainstate.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = ParamState(jnp.linspace(-1.0, 1.0, 6).reshape(2, 3))
+
+    def init_state(self, batch_size=None, **_):
+        self.h = HiddenState(jnp.zeros((3,) if batch_size is None else (batch_size, 3)))
+
+    def update(self, x):
+        self.h.value = jnp.tanh(0.8 * self.h.value + braintrace.matmul(x, self.w.value))
+        return self.h.value
+
+
+def both_calls(learner, model, xs):
+    first = learner(xs[0])
+    return (first * 0.3).sum() + (model.h.value * 0.7).sum() + (learner(xs[1]) ** 3).sum()
+
+
+def in_a_loop(learner, model, xs):
+    weights = jnp.array([0.0, 1.0])
+
+    def step(x, weight):
+        out = learner(x)
+        return (1 - weight) * (out * 0.3 + model.h.value * 0.7).sum() + weight * (out**3).sum()
+
+    return for_loop(step, xs, weights).sum()
+
+
+@pytest.mark.parametrize("mode", ["one", "batch", "mapped"])
+@pytest.mark.parametrize("way", [both_calls, in_a_loop])
+@pytest.mark.parametrize("options", [{}, {"vjp_method": "multi-step"}])
+def test_several_calls_in_one_gradient(way, mode, options):
+    xs = jnp.array([[0.5, -1.0], [1.5, 0.3]])
+    batch = {} if mode == "one" else {"batch_size": 2, "vmap": mode == "mapped"}
+    if batch:
+        xs = jnp.stack([xs, 0.5 * xs], 1)
+    model = Leaky()
+    learner = braintrace.compile(model, "d_rtrl", xs[0], **batch, **options)
+    found = jit(lambda xs: grad(lambda: way(learner, model, xs), learner.param_states)())(xs)
+
+    def by_hand(w):
+        first = jnp.tanh(xs[0] @ w)
+        return first.sum() + (jnp.tanh(0.8 * first + xs[1] @ w) ** 3).sum()
+
+    assert_close(found, {("w",): jax.grad(by_hand)(model.w.value)})
+
+
+def test_two_calls_in_one_step_of_a_sequence():
+    model, xs = Leaky(), jnp.array([[0.5, -1.0], [1.5, 0.3]])
+    learner = braintrace.compile(model, "d_rtrl", xs[0])
+    pairs = learner.etrace_grad(xs[None], step_fn=lambda x: both_calls(learner, model, x))
+    model.h.value = jnp.zeros(3)
+    learner.reset_state()
+    assert_close(pairs, grad(lambda: in_a_loop(learner, model, xs), learner.param_states)())
+
+
+@pytest.mark.parametrize("rule", ["pp_prop", "d_rtrl"])
+@pytest.mark.parametrize("hidden, aux", [(0, 1), (1, 0), (0, 0)])
+def test_arrays_without_entries(rule, hidden, aux):
+    class Net(Leaky):
+        def init_state(self, **_):
+            super().init_state()
+            self.nothing = HiddenState(jnp.zeros(hidden))
+
+        def update(self, x):
+            self.nothing.value = 0.5 * self.nothing.value
+            return super().update(x)
+
+    options = {"decay_or_rank": 0.9} if rule == "pp_prop" else {}
+    gradients = []
+    for chunk in (2, 6):
+        learner = braintrace.compile(Net(), rule, X, **options)
+        step_fn = lambda x: (learner(x).sum(), jnp.zeros(aux))  # noqa: E731
+        found, more = learner.etrace_grad(jnp.ones((6, 2)), step_fn=step_fn, has_aux=True, trace_chunk=chunk)
+        assert more.shape == (6, aux)
+        gradients.append(found)
+    assert_close(*gradients)

@@ -17,7 +17,7 @@ from .labels import unaligned_axes
 from .module_info import ModuleInfo
 from .relations import HiddenParamOpRelation
 
-__all__ = ["mixing_transitions", "unmarked_parameters", "untraced_memory"]
+__all__ = ["coupled_groups", "mixing_transitions", "unmarked_parameters", "untraced_memory"]
 
 
 def unmarked_parameters(info: ModuleInfo, flow: Flow, influence: Influence) -> list[CompilationRecord]:
@@ -139,6 +139,47 @@ def mixing_transitions(
                     "that sees the mixing (OSTLRecurrent, SnAp, UORO), or leave the mixing out.",
                     weight_path=next(iter(of)),
                     hidden_paths=tuple(dict.fromkeys(mixed)),
+                )
+            )
+    return records
+
+
+def coupled_groups(
+    flow: Flow, groups: Sequence[HiddenGroup], relations: Sequence[HiddenParamOpRelation]
+) -> list[CompilationRecord]:
+    """Groups that depend on each other, both ways and through no operation, and yet are no one group."""
+    group_of = {p: g.index for g in groups for p in g.hidden_paths}
+    follows: dict[int, set[int]] = {g.index: set() for g in groups}
+    for target, labels in flow.into.items():
+        for kind, source in labels:
+            if kind != "y" and group_of[source] != group_of[target]:
+                follows[group_of[source]].add(group_of[target])
+    while True:
+        further = {i: to.union(*(follows[j] for j in to)) for i, to in follows.items()}
+        if further == follows:
+            break
+        follows = further
+    circles = dict.fromkeys(tuple(j for j in to if i in follows[j]) for i, to in follows.items() if i in to)
+    records = []
+    for circle in circles:
+        members = [groups[i] for i in sorted(circle)]
+        paths = tuple(p for g in members for p in g.hidden_paths)
+        of = dict.fromkeys(
+            p for r in relations if any(g in r.hidden_groups for g in members) for p in r.parameter_paths
+        )
+        shapes = list(dict.fromkeys(g.varshape for g in members))
+        why = f"have the shapes {', '.join(map(str, shapes))}" if len(shapes) > 1 else "mix positions"
+        if of:
+            records.append(
+                CompilationRecord(
+                    DiagnosticKind.RECURRENT_MIXING,
+                    DiagnosticLevel.WARNING,
+                    f"The hidden states {_named(paths)} depend on each other, and {why}, so that they form "
+                    f"{len(members)} groups. Traces of {_named(of)} keep what a group does to itself; what it does to "
+                    "another one and back gets no credit in later steps. Give states of the same units one shape, or "
+                    "several values per unit as a brainstate.HiddenGroupState of shape (..., k).",
+                    weight_path=next(iter(of)),
+                    hidden_paths=paths,
                 )
             )
     return records

@@ -21,6 +21,7 @@ from .._engines.pieces import is_pieces
 from .._jax import any_rank, is_tracer, trace_context
 from .._legacy.executor import ETraceVjpGraphExecutor
 from .._online import Hooks, OnlineStep
+from .._past import Past
 from .._types import Path
 from .base import ETraceAlgorithm
 from .config import ETraceConfig
@@ -99,6 +100,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             full_jacobian=self._config.trace_factorization == "random_projection",
         )
         super().__init__(model, executor, name=name)
+        self._past = Past()
         if self._config.learning_signal == "random_feedback" and random_feedback_key is None:
             raise ValueError("learning_signal='random_feedback' needs random_feedback_key, an int or a JAX key.")
         own_hook = type(self)._inject_exit_cotangent is not ETraceVjpAlgorithm._inject_exit_cotangent
@@ -354,6 +356,8 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         online, binding = self._online, self._binding
         leaves, over_time = binding.inputs(call)
         leaves = [reverse_only(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in leaves]
+        hidden = self.hidden_states.values()
+        self._past.cut(hidden)
         values = binding.values(states)
         index = self.running_index.value
         if self._recorder is not None and self._recorder.context == trace_context():
@@ -366,6 +370,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         for state, value in zip(binding.split(states)[1:], new[1:]):
             for s, v in zip(state, value):
                 s.value = v
+        self._past.leave(hidden)
         self.running_index.value = index + (1 if length is None else length)
         return out
 
