@@ -45,6 +45,8 @@ GRID = [
     (1.8, "adding.py --cell lru --steps 1000", RULES, ("adam",)),
     (1.8, "copying.py --steps 1000", RULES, ("adam",)),
     (2.0, "sequential_digits.py --cell lru --size 28", RULES, ("adam",)),
+    (0.5, "sequential_digits.py --cell gru --units 32", RULES, ("adam",)),
+    (9.0, "sequential_digits.py --cell gru --units 32", ("snap",), ("adam",)),
 ]
 
 # Tasks by the beginning of their names, and what each tests.
@@ -139,7 +141,7 @@ def table(runs):
     groups = defaultdict(list)
     for run in runs:
         groups[run["task"], run["rule"], run["optimizer"]].append(run)
-    order = (*RULES, "three_factor")
+    order = (*RULES[:-1], "snap", RULES[-1], "three_factor")
     measure = runs[0]["measure"]
     yield f"| task | rule | optimizer | {measure} | seeds | ms per update | temporary MiB |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"

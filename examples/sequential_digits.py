@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from training import Task, parser, run
+from training import RULES, Task, parser, run
 
 import braintrace
 
@@ -48,18 +48,20 @@ def encode(images):
 
 
 def main():
-    options = parser(__doc__.splitlines()[0])
+    options = parser(__doc__.splitlines()[0], rules=(*RULES, "snap"))
     options.add_argument("--cell", choices=["lru", "gru"], default="lru")
     options.add_argument("--size", type=int, choices=[8, 28], default=8)
+    options.add_argument("--units", type=int, help="by default 64 for 8x8 pixels, 32 for 28x28")
     args = options.parse_args()
     x_train, x_test, y_train, y_test = load(args.size, args.seed)
-    batch, units = 4 if args.quick else 40, 64 if args.size == 8 else 32
+    usual = 64 if args.size == 8 else 32
+    batch, units = 4 if args.quick else 40, args.units or usual
 
     def pick(images, labels, chosen):
         return encode(images[chosen]), labels[chosen][None].astype(np.int32)
 
     task = Task(
-        name=f"digits, {args.cell.upper()}, {args.size**2} steps",
+        name=f"digits, {args.cell.upper()}{f' of {units} units' * (units != usual)}, {args.size**2} steps",
         build=lambda: DigitNet(args.cell, 8 if args.quick else units, args.size**2),
         draw=lambda rng, batch, steps: pick(x_train, y_train, rng.choice(len(x_train), batch, replace=False)),
         held_out=lambda: [pick(x_test, y_test, c) for c in np.arange(TEST_SIZE).reshape(-1, batch)],

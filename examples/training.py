@@ -73,8 +73,10 @@ def online_gradient(task, model, rule, example):
         "pp_prop": {"decay_or_rank": task.decay},
         "hybrid": {"decay_or_rank": task.decay, "exact": task.exact},
         "three_factor": {"modulator": 0.0},  # until a step brings its own
+        "snap": {"n": 2},
     }
-    learner = braintrace.compile(model, rule, example, batch_size=task.batch, **options.get(rule, {}))
+    kind = braintrace.SnAp if rule == "snap" else rule
+    learner = braintrace.compile(model, kind, example, batch_size=task.batch, **options.get(rule, {}))
 
     def gradient(before, inputs, targets):
         learner.reset_state()

@@ -54,6 +54,7 @@ def test_whole_brain_on_eight_devices_learns_the_same(tmp_path):
         ("evidence_accumulation.py --rule hybrid", "accuracy"),
         ("sequential_digits.py --rule d_rtrl --cell lru --optimizer rmsprop", "accuracy"),
         ("sequential_digits.py --rule immediate --cell gru --optimizer sgd", "accuracy"),
+        ("sequential_digits.py --rule snap --cell gru --units 6", "accuracy"),
         ("adding.py --rule d_rtrl --memory", "squared error"),
         ("adding.py --rule bptt --cell lru --steps 20", "squared error"),
         ("copying.py --rule d_rtrl --steps 50", "accuracy"),
