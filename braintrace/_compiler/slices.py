@@ -20,14 +20,9 @@ from .module_info import ModuleInfo, known_constants
 from .positions import propagate
 
 __all__ = [
-    "Slice",
-    "evaluate_slice",
-    "displaced_axes",
-    "mixed_output_axes",
-    "mixed_axes",
-    "slice_group",
+    "Slice", "displaced_axes", "evaluate_slice", "is_shared", "mixed_axes", "mixed_output_axes", "slice_group",
     "slice_labels",
-]
+]  # fmt: skip
 
 
 class Slice(NamedTuple):

@@ -159,10 +159,10 @@ def coupled_groups(
         if further == follows:
             break
         follows = further
-    circles = dict.fromkeys(tuple(j for j in to if i in follows[j]) for i, to in follows.items() if i in to)
+    circles = dict.fromkeys(tuple(sorted(j for j in to if i in follows[j])) for i, to in follows.items() if i in to)
     records = []
     for circle in circles:
-        members = [groups[i] for i in sorted(circle)]
+        members = [groups[i] for i in circle]
         paths = tuple(p for g in members for p in g.hidden_paths)
         of = dict.fromkeys(
             p for r in relations if any(g in r.hidden_groups for g in members) for p in r.parameter_paths

@@ -38,44 +38,40 @@ def instant(layout, x, coefficient, operands, fixed, vmap_ndim: int = 0, time: b
     if layout.relation.x_var is None:
         return _instant_without_input(layout, coefficient, operands, fixed, vmap_ndim, time)
 
-    if layout.is_plain:
+    samples = layout.batch_ndim, vmap_ndim
+    if layout.is_plain:  # layers of one kind and size are one program
         relation = layout.relation
-        static = relation.primitive, tuple(sorted(relation.eqn_params.items())), layout.batch_ndim + vmap_ndim, time
-        return traced_once(_plain, static, x, coefficient, operands)  # one program for layers of one kind and size
+        static = relation.primitive, tuple(sorted(relation.eqn_params.items())), *samples, time
+        return traced_once(_plain, static, x, coefficient, operands)
+    own = lambda fixed: layout.own(operands, fixed)  # noqa: E731
+    return _of_samples(layout.apply, own, *samples, time, x, coefficient, fixed)
+
+
+def _plain(primitive, params, batch_ndim, vmap_ndim, time, x, coefficient, weights):
+    apply = lambda x, weights, fixed: primitive.apply_sample(x, weights, dict(params), fixed)  # noqa: E731
+    return _of_samples(apply, lambda _: (weights, {}), batch_ndim, vmap_ndim, time, x, coefficient, {})
+
+
+def _of_samples(apply, own, batch_ndim, vmap_ndim, time, x, coefficient, fixed):
+    """``apply(x, weights, fixed)``: output of one sample; ``own(fixed)``: its weights, and constants beside them."""
 
     def of_sample(x, coefficient, fixed):
-        def apply(weights):
-            one = lambda x, fixed: layout.apply(x, weights | layout.own(operands, fixed)[1], fixed)  # noqa: E731
+        def output(weights):
+            one = lambda x, fixed: apply(x, weights | own(fixed)[1], fixed)  # noqa: E731
             return (jax.vmap(one) if time else one)(x, fixed)
 
-        weights, _ = layout.own(operands, jax.tree.map(lambda v: v[0], fixed) if time else fixed)
-        y, pull = jax.vjp(apply, weights)
+        weights, _ = own(jax.tree.map(lambda v: v[0], fixed) if time else fixed)
+        y, pull = jax.vjp(output, weights)
         return pull(coefficient.astype(y.dtype))[0]
 
-    axis = int(time)
-    for _ in range(layout.batch_ndim):
-        of_sample = jax.vmap(of_sample, in_axes=(axis, axis, None))
-    for _ in range(vmap_ndim):
-        of_sample = jax.vmap(of_sample, in_axes=axis)
-    return of_sample(x, coefficient, fixed)
-
-
-def _plain(primitive, params, samples, time, x, coefficient, weights):
-    def of_sample(x, coefficient):
-        def apply(weights):
-            one = lambda x: primitive.apply_sample(x, weights, dict(params), {})  # noqa: E731
-            return (jax.vmap(one) if time else one)(x)
-
-        y, pull = jax.vjp(apply, weights)
-        return pull(coefficient.astype(y.dtype))[0]
-
-    axis = int(time)
+    axis, samples = int(time), batch_ndim + vmap_ndim
     sizes = zip(x.shape[axis:], coefficient.shape[axis:][:samples])
-    repeated = [n == 1 < own for own, n in sizes]  # then one product for all samples
+    repeated = [n == 1 < size for size, n in sizes]  # then one product for all samples
     coefficient = coefficient.squeeze(tuple(axis + k for k, same in enumerate(repeated) if same))
-    for same in reversed(repeated):
-        of_sample = jax.vmap(of_sample, in_axes=(axis, None if same else axis))
-    return of_sample(x, coefficient)
+    for k, same in reversed(list(enumerate(repeated))):
+        of_fixed = axis if k < vmap_ndim else None
+        of_sample = jax.vmap(of_sample, in_axes=(axis, None if same else axis, of_fixed))
+    return of_sample(x, coefficient, fixed)
 
 
 def _first(value, vmap_ndim, time):

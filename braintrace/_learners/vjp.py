@@ -155,8 +155,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         """
         del kwargs
         if batch_size is None and self._is_as_compiled():
-            shapes = jax.eval_shape(self._engine.init)
-            self._assign_etrace_data(jax.tree.map(lambda e: jnp.zeros(e.shape, e.dtype), shapes))
+            self._assign_etrace_data(jax.tree.map(lambda e: jnp.zeros(e.shape, e.dtype), self._trace_shapes))
         else:
             self._resize(batch_size)
         self.running_index.value = jnp.zeros_like(self.running_index.value)
@@ -209,11 +208,15 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             plans[name] = make()
         return plans[name]
 
+    @property
+    def _trace_shapes(self) -> Any:
+        """Of the traces of one sample, or of one batch, as the compiled step needs them."""
+        return self._plan("shapes", lambda: jax.eval_shape(self._engine.init))
+
     def _select(self, call: Call) -> list[brainstate.State]:
         states = super()._select(call)
         if self.is_compiled and not self._overrides("init_etrace_state", "_get_etrace_data"):
-            wanted = self._plan("shapes", lambda: jax.eval_shape(self._engine.init))
-            held = self._get_etrace_data()
+            wanted, held = self._trace_shapes, self._get_etrace_data()
             trees: list[Any] = [jax.tree.structure(t, is_leaf=is_pieces) for t in (wanted, held)]
             if trees[0] != trees[1]:
                 raise ValueError(
