@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeAlias
 
 import brainstate
 import jax
@@ -23,13 +23,14 @@ from jax.interpreters import partial_eval as pe
 from jax.typing import DTypeLike
 
 __all__ = [
-    'ClosedJaxpr', 'Jaxpr', 'JaxprEqn', 'Literal', 'Primitive', 'Var', 'any_rank', 'at_source', 'bind_equation',
+    'Atom', 'ClosedJaxpr', 'Jaxpr', 'JaxprEqn', 'Literal', 'Primitive', 'Var', 'any_rank', 'at_source', 'bind_equation',
     'call_body', 'close', 'consts_of', 'define_bilinear', 'define_primitive', 'eval_jaxpr', 'has_custom_rule',
     'hashed', 'is_builtin', 'is_in_differentiated_loop', 'is_jit', 'is_on_one_device', 'is_outside', 'is_remat',
     'is_tracer', 'open_jaxpr', 'placed', 'primitive_body', 'prune', 'reads', 'refuses', 'scan_operands',
     'source_line', 'structs', 'sub_jaxprs', 'trace_context', 'where_compiled', 'zeros',
 ]  # fmt: skip
 
+Atom: TypeAlias = "Var | Literal"  # what an equation reads
 JIT_NAMES = frozenset("jit pjit closed_call core_call core_closed_call custom_lin_call eval_jaxpr xla_call".split())
 LOOP_NAMES = ("scan", "checkpoint_scan", "while", "bounded_while")  # of what brainstate traces
 REMAT_NAMES = frozenset({"checkpoint", "remat", "remat2", "remat_call"})

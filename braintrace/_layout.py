@@ -83,7 +83,7 @@ def shard(
 class Layout:
     """What :func:`shard` was given."""
 
-    def __init__(self, mesh: Mesh, batch: str | None, units: Mapping[Path, str]):
+    def __init__(self, mesh: Mesh, batch: str | None, units: Mapping[tuple[str, ...], str]):
         self.mesh, self.batch, self.units = mesh, batch, units
 
     def __deepcopy__(self, memo: Any) -> Layout:
@@ -107,7 +107,7 @@ class Layout:
             own = next((u for u in units if any(map(u.has, paths))), None)
             state.value = self._put(state.value, path_str(path), samples, own, axis)
 
-    def _units(self, learner: Any, prefix: Path, name: str) -> Units:
+    def _units(self, learner: Any, prefix: tuple[str, ...], name: str) -> Units:
         under = Units(prefix, name, set(), set())
         groups = [g for g in learner.graph.hidden_groups if any(map(under.has, g.hidden_paths))]
         if not groups:
@@ -156,7 +156,7 @@ class Layout:
 class Units(NamedTuple):
     """The axis of the mesh for what lies under a path, how many units there can be, and shapes of sparse entries."""
 
-    prefix: Path
+    prefix: tuple[str, ...]
     name: str
     counts: set[int]
     entries: set[tuple[int, ...]]

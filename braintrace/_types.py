@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from typing import Any
 
 import jax
 
 __all__ = [
-    "CompilationError", "CompilationWarning", "Held", "MultiStepData", "NotSupportedError", "Path",
+    "CompilationError", "CompilationWarning", "Held", "MultiStepData", "NotSupportedError", "Path", "PyTree", "Shape",
     "SingleStepData", "head", "lies_under", "names_of", "path_str",
 ]  # fmt: skip
 
-Path = tuple[Any, ...]
+Path = tuple[Hashable, ...]
+Shape = tuple[int, ...]
+PyTree = Any  # a nest of arrays, with units or without, that JAX can flatten; a single array is one
 
 
 class NotSupportedError(Exception):
