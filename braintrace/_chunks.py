@@ -18,7 +18,7 @@ from ._compiler.step import Zeros
 from ._credit import NO_WINDOW
 from ._engines.engine import Cotangents, Emitted, bytes_of
 from ._engines.record import add, contraction, read_record
-from ._jax import any_rank, trace_context
+from ._jax import any_rank, open_jaxpr, trace_context
 from ._online import OnlineStep, over_window, silent
 from ._precision import wide
 from ._types import head
@@ -135,6 +135,9 @@ class _Records:
         for r in operations:
             slots = sum(g.num_state for g in r.hidden_groups)
             record += bytes_of(r.y_var.aval) * (1 + slots) + (0 if r.x_var is None else bytes_of(r.x_var.aval))
+        for g in self.binding.graph.hidden_groups:
+            if g.snap is not None:  # the Jacobian between neighbours is far larger than anything else
+                record += sum(bytes_of(v.aval) for v in open_jaxpr(g.cut.program).outvars)
         return held, max(record, 1)
 
 

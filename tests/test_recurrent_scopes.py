@@ -279,6 +279,47 @@ def test_sparse_neighbourhoods():
         assert (error < 1e-12) == (n == 4), (n, error)
 
 
+class Fused(brainstate.nn.Module):
+    """Two gates from one product, whose outputs act on one position each."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = brainstate.ParamState(jnp.asarray(weight(10, INPUTS + N, 2 * N)))
+
+    def init_state(self, batch_size=None, **_):
+        self.h = brainstate.HiddenState(jnp.zeros(N if batch_size is None else (batch_size, N)))
+
+    def update(self, x):
+        gates = braintrace.matmul(jnp.concatenate([x, self.h.value], -1), self.w.value)
+        z, candidate = jnp.split(gates, 2, -1)
+        self.h.value = self.h.value + jax.nn.sigmoid(z) * (jnp.tanh(candidate) - self.h.value)
+        return self.h.value * WEIGHT
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("batch", [None, 2])
+@pytest.mark.parametrize("model, n", [("chain", 2), ("chain", 3), ("fused", 2)])
+def test_chunks_are_steps(model, n, batch):
+    """Gradients and traces; what a step does is compared with the whole Jacobian above."""
+
+    def learner_of():
+        net = Chain(chain_with_a_skip()) if model == "chain" else Fused()
+        return braintrace.compile(net, braintrace.SnAp, xs[0], n=n, batch_size=batch)
+
+    def loss(learner, x):
+        return (learner(x) ** 2).sum()
+
+    xs = jax.random.normal(
+        jax.random.key(5), (7, *([] if batch is None else [batch]), 2 if model == "chain" else INPUTS)
+    )
+    one, many = learner_of(), learner_of()
+    each = [brainstate.transform.grad(lambda x: loss(one, x), one.param_states)(x) for x in xs]
+    total = many.etrace_grad(xs, step_fn=lambda x: loss(many, x), reduction="sum", trace_chunk=3)
+    agree(total, jax.tree.map(lambda *g: sum(g), *each))
+    for path in many.param_states:
+        jax.tree.map(lambda a, b: agree({path: a}, {path: b}), many.get_etrace_of(path), one.get_etrace_of(path))
+
+
 PATTERNS = {  # adjacency, order: is_saturated, is_degenerate
     "none": (np.eye(4), 3, False, True),
     "ring, some": (np.roll(np.eye(4), 1, axis=1), 3, False, False),

@@ -139,6 +139,9 @@ class HiddenGroup(NamedTuple):
             return self.dense(D)
         shape = (self.snap.num_neighbour,) * 2 + self.varshape
         blocks = [[jnp.broadcast_to(0.0 if d is None else d, shape) for d in row] for row in D]
+        if (order := self.snap.itself_first) is not None:
+            rows = lambda d: jnp.take_along_axis(d, order[:, None], 0)  # noqa: E731
+            blocks = [[jnp.take_along_axis(rows(d), order[None], 1) for d in row] for row in blocks]
         stacked = jnp.stack([jnp.stack(row, 1) for row in blocks], 1)  # neighbour, a, b, neighbour, V
         stacked = jnp.moveaxis(stacked, (0, 1, 3, 2), (-4, -3, -2, -1))
         return stacked.reshape(*self.varshape, self.trace_state_width, self.trace_state_width)

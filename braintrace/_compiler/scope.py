@@ -118,6 +118,18 @@ class Neighbourhood(NamedTuple):
         """Whether every position is its only neighbour."""
         return self.num_neighbour == 1
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """V, with axes of length one where all positions have the same neighbours, which are then kept in order."""
+        return tuple(1 if self.is_saturated and k in self.axes else n for k, n in enumerate(self.varshape))
+
+    @property
+    def itself(self) -> np.ndarray:
+        """Whether a neighbour is the position itself: an axis of neighbours, then V or axes of length one."""
+        own = np.arange(self.num_neighbour)[:, None] == (np.arange(self.num_position) if self.is_saturated else 0)
+        shape = [n if k in self.axes else 1 for k, n in enumerate(self.varshape)]
+        return own.reshape(self.num_neighbour, *(shape if self.is_saturated else [1] * len(shape)))
+
     def columns(self, row: Any, number: Any) -> Any:
         """Of a row of a Jacobian, ``V``, what can be other than zero: ``(lead, sources)``."""
         flat = self._flat(row)
@@ -129,6 +141,8 @@ class Neighbourhood(NamedTuple):
     def blocks(self, rows: Any) -> Any:
         """:meth:`columns` of every row, stacked -> two axes of neighbours, then ``V``."""
         full = jnp.moveaxis(rows, 0, -2)
+        if self.is_saturated:
+            return self._alike(full, 2)
         if self.sources is None:
 
             def of_position(neighbours, valid):
@@ -148,8 +162,43 @@ class Neighbourhood(NamedTuple):
         return self.gather(diagonal)[:, None] * jnp.eye(self.num_neighbour, dtype=diagonal.dtype).reshape(shape)
 
     def gather(self, values: Any) -> Any:
-        """Values per position, ``V`` -> an axis of neighbours, then ``V``; zero for padding."""
-        return self._unflat(self._flat(values)[..., self.neighbours] * self.valid, 1)
+        """Values per position, ``(..., V)`` -> an axis of neighbours, then ``V``; zero for padding. ``None`` stays."""
+        if values is None:
+            return None
+        flat = self._flat(values)
+        if self.is_saturated:
+            return self._alike(flat, 1)
+        return self._unflat(flat[..., self.neighbours] * self.valid, 1)
+
+    def own(self, values: Any) -> Any:
+        """Of values per neighbour and position, ``(..., neighbours, V)``, those of each position itself."""
+        axis = values.ndim - len(self.varshape) - 1
+        if not self.is_saturated:
+            return jnp.take(values, 0, axis)
+        flat = jnp.moveaxis(values.squeeze(tuple(axis + 1 + k for k in self.axes)), axis, -1)
+        return self._unflat(flat, 0)
+
+    @property
+    def itself_first(self) -> np.ndarray | None:
+        """Where the neighbours that :attr:`neighbours` lists lie among those that are kept for every position.
+
+        Along an axis of neighbours, then V or axes of length one; ``None`` where they are kept in that order.
+        """
+        if not self.is_saturated:
+            return None
+        shape = [n if k in self.axes else 1 for k, n in enumerate(self.varshape)]
+        return self.neighbours.T.reshape(self.num_neighbour, *shape)
+
+    def product(self, a: Any, b: Any) -> Any:
+        """A matrix between neighbours at every position times another one or a vector; of numbers, as they are."""
+        if jnp.ndim(a) == 0 or jnp.ndim(b) == 0:
+            return a * b
+        columns = "k" if jnp.ndim(b) == 2 + len(self.varshape) else ""
+        return jnp.einsum(f"ij...,j{columns}...->i{columns}...", a, b)
+
+    def transposed(self, a: Any, b: Any) -> Any:
+        """:meth:`product` of the transposed matrix and a vector."""
+        return a * b if jnp.ndim(a) == 0 or jnp.ndim(b) == 0 else jnp.einsum("ij...,i...->j...", a, b)
 
     def _flat(self, values):
         """The axes of positions behind all others, as one."""
@@ -159,11 +208,21 @@ class Neighbourhood(NamedTuple):
         return moved.reshape(*moved.shape[: values.ndim - len(self.axes)], self.num_position)
 
     def _unflat(self, values, number):
-        """The axes of positions back in their places, and the ``number`` axes of neighbours behind them in front."""
+        """The axes of positions back in their places, and the ``number`` axes of neighbours behind them before V."""
         lead, behind = values.shape[: -1 - number], values.shape[values.ndim - number :]
         whole = values.reshape(*lead, *(self.varshape[k] for k in self.axes), *behind)
-        whole = jnp.moveaxis(whole, range(len(lead), len(self.varshape)), self.axes)
-        return jnp.moveaxis(whole, range(-number, 0), range(number))
+        first = len(lead) + len(self.axes) - len(self.varshape)  # axes in front of V
+        whole = jnp.moveaxis(whole, range(len(lead), len(lead) + len(self.axes)), [first + k for k in self.axes])
+        return jnp.moveaxis(whole, range(whole.ndim - number, whole.ndim), range(first, first + number))
+
+    def _alike(self, values, number):
+        """What is the same for all positions: ``number`` axes of neighbours before V, where those of positions are one.
+
+        They stand behind all others now, in front of them the other axes of V.
+        """
+        first = values.ndim - number - (len(self.varshape) - len(self.axes))
+        moved = jnp.moveaxis(values, range(values.ndim - number, values.ndim), range(first, first + number))
+        return jnp.expand_dims(moved, [first + number + k for k in self.axes])
 
 
 def neighbourhood(

@@ -62,10 +62,6 @@ class HybridEngine(Engine):
 
     # -- a chunk
 
-    @property
-    def has_chunks(self) -> bool:
-        return self.exact.has_chunks
-
     def chunk_start(self, traces):
         return self.exact.chunk_start(traces.exact), self.filtered.chunk_start(traces.filtered)
 

@@ -101,10 +101,10 @@ class ParamEngine(Engine):
     # -- what signals make of the traces
 
     def _met(self, signals: Signals) -> Signals:
-        """Signals per slot: with a trace filter they meet the filtered slots."""
-        if self.recursion.kappa is None:
-            return signals
-        return [[*([None] * len(slots)), *slots] for slots in signals]
+        """Signals per slot, with an axis of neighbours where there are some; with a filter they meet filtered slots."""
+        groups = self.binding.graph.hidden_groups
+        signals = [slots if g.snap is None else list(map(g.snap.gather, slots)) for g, slots in zip(groups, signals)]
+        return signals if self.recursion.kappa is None else [[*([None] * len(slots)), *slots] for slots in signals]
 
     def carriers(self, numbers, traces, operands, fixed, weights, steps):
         return {i: self._carrier(i, traces, operands[i], fixed[i]) for i in numbers}
@@ -133,11 +133,6 @@ class ParamEngine(Engine):
         return {i: [s if g in own[i] else [None] * len(s) for g, s in enumerate(signals)] for i in numbers}
 
     # -- a chunk
-
-    @property
-    def has_chunks(self) -> bool:
-        """Traces of neighbours advance step by step: between steps they are mixed, not scaled."""
-        return all(w.group.snap is None for w in self.weights)
 
     def chunk_start(self, traces):
         return ()

@@ -6,11 +6,13 @@ M_t = D_K ... D_{t+1}, both taken backward in time, position by position,
   gradient = sum_t x_t (x) <df_t, a_t> + <q_0 + D_1' a_1, trace_0>
   trace_K  = M_0 trace_0 + sum_t M_t df_t (x) x_t
 
-so that every weight-sized array is touched once a chunk, by products over time.
+so that every weight-sized array is touched once a chunk, by products over time. Between neighbours the entries of D and
+of M are matrices at every position, a_t and M_t df_t vectors; df_t acts on the position itself.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ import numpy as np
 
 from .._binding import Slots
 from .._precision import wide, widened
-from .instant import SlotTrace, cut_slots, instant_like, kept_like, outer, slot_of
+from .instant import SlotTrace, cut_slots, instant, instant_like, kept_like, outer, slot_of
 from .record import add, placed, spread, unbroadcast, weighted_sum
 from .weight_trace import WeightTrace
 
@@ -72,10 +74,18 @@ class _Backward:
         # Products of D have the axes of its entries: of those that depend on parameters alone, none of samples.
         entries = [getattr(e, "shape", ()) for row in structure.D for e in row]
         self.shape = np.broadcast_shapes((1,) * nothing.ndim, *entries)
-        one = jnp.zeros(self.shape, self.dtype)
+        one: Any = np.ones(())
+        self.product = self.transposed = operator.mul
+        self.own = lambda values: values
+        if (snap := self.group.snap) is not None:
+            self.product, self.transposed, self.own = snap.product, snap.transposed, snap.own
+            nothing = snap.gather(nothing)
+            one = np.eye(snap.num_neighbour).reshape(*(snap.num_neighbour,) * 2, *(1,) * len(snap.varshape))
+            self.shape = np.broadcast_shapes(self.shape, one.shape)
+        zero = jnp.zeros(self.shape, self.dtype)
         self.start = (
             {b: nothing for b in self.backward},
-            {a: {b: one + float(a == b) for b in self.reach[a]} for a in self.kept},
+            {a: {b: zero + one.astype(self.dtype) if a == b else zero for b in self.reach[a]} for a in self.kept},
         )
 
     def step(self, carry, item):
@@ -86,17 +96,18 @@ class _Backward:
         y, u = {}, {}
         for i, r in self.relations.items():
             df = recursion.df[i]
-            c = weighted_sum([(df[a], r.place(group, total[a])) for a in felt])
+            c = weighted_sum([(df[a], r.place(group, self.own(total[a]))) for a in felt])
             y[i] = None if c is None else unbroadcast(c, r.y_var.aval.shape).astype(wide(r.y_var.aval.dtype))
             whole = r.fold(group) is not None  # places are those of an array of the group's shape
-            rows = {a: placed(r, group, [self.spread(M[a][b], whole) for b in reach[a]]) for a in self.kept}
+            rows = {a: placed(r, group, [self.spread(self.own(M[a][b]), whole) for b in reach[a]]) for a in self.kept}
             u[i] = [
                 weighted_sum(list(zip(rows[a], [df[b] for b in reach[a]]))) if a in self.kept else None
                 for a in range(self.width)
             ]
-        back = {b: weighted_sum([(recursion.D[a][b], total[a]) for a in felt]) for b in self.backward}
-        product = lambda a, c: weighted_sum([(M[a][b], recursion.D[b][c]) for b in reach[a]])  # noqa: E731
-        M = {a: {c: spread(product(a, c), self.shape, self.dtype) for c in reach[a]} for a in self.kept}
+        D, kept = recursion.D, self.kept
+        back = {b: weighted_sum([(D[a][b], total[a]) for a in felt], self.transposed) for b in self.backward}
+        entry = lambda a, c: weighted_sum([(M[a][b], D[b][c]) for b in reach[a]], self.product)  # noqa: E731
+        M = {a: {c: spread(entry(a, c), self.shape, self.dtype) for c in reach[a]} for a in kept}
         return ({b: v.astype(self.dtype) for b, v in back.items()}, M), (y, u)
 
     def spread(self, value, whole=True):
@@ -104,9 +115,14 @@ class _Backward:
         shape = np.broadcast_shapes(value.shape, self.group.varshape)
         return jnp.broadcast_to(value, shape) if whole else value
 
+    def spread_samples(self, value):
+        """The same, but for axes of positions along which neighbours are the same."""
+        shape = self.group.varshape if self.group.snap is None else self.group.snap.shape
+        return jnp.broadcast_to(value, np.broadcast_shapes(value.shape, shape))
+
     def spread_positions(self, value, layout):
         """The same, but for axes of samples where :func:`instant` leaves them apart."""
-        if not layout.is_plain or layout.sub_steps is not None:
+        if self.group.snap is not None or not layout.is_plain or layout.sub_steps is not None:
             return self.spread(value)
         samples, whole = layout.batch_ndim, self.group.varshape
         return jnp.broadcast_to(value, (*value.shape[: 1 + samples], *whole[samples:]))
@@ -114,7 +130,7 @@ class _Backward:
     def result(self, carry, outs) -> ChunkCoefficients:
         (future, M), (y, u) = carry, outs
         rows = [
-            [self.spread(M[a][b]) if a in self.kept and b in M[a] else None for b in range(self.width)]
+            [self.spread_samples(M[a][b]) if a in self.kept and b in M[a] else None for b in range(self.width)]
             for a in range(self.width)
         ]
         for i, r in self.relations.items():
@@ -150,7 +166,7 @@ def chunk_update(
         if a in weight.factorised:
             value = _filtered(weight, a, powers, trace, xs, operands)
         else:
-            row = placed(weight.layout.relation, weight.group, coefficients.M[a])
+            row = weight.placed(coefficients.M[a])
             u = coefficients.u[weight.number][a]
             value = add(_chunk_terms(weight, trace, old, row, u, xs, operands, fixed, len(vmap_shape)))
         value = value or dict.fromkeys(trace)
@@ -167,8 +183,11 @@ def _chunk_terms(weight, trace, old, row, u, xs, operands, fixed, vmap_ndim):
             whole = outer(weight.layout, slot_of(trace, b), m, operands, vmap_ndim)
             terms.append(cut_slots(whole, old))
         else:
-            terms.append(weight.layout.times(m, slot_of(trace, b), vmap_ndim))
-    if u is not None:
+            terms.append(weight.carried(m, slot_of(trace, b), vmap_ndim))
+    if u is not None and weight.group.snap is not None:
+        of_each = lambda u: instant(weight.layout, xs, u, operands, fixed, vmap_ndim, time=True)  # noqa: E731
+        terms.append(jax.vmap(of_each, in_axes=1 + vmap_ndim, out_axes=-1)(u))
+    elif u is not None:
         terms.append(instant_like(old, weight.layout, xs, u, operands, fixed, vmap_ndim, time=True))
     return terms
 

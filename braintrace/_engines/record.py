@@ -6,7 +6,8 @@ only the entries of D that can be non-zero cost anything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -121,9 +122,9 @@ def read_record(
     return xs, dfs, Ds
 
 
-def weighted_sum(terms: Sequence[tuple[Any, Any]]) -> Any | None:
+def weighted_sum(terms: Sequence[tuple[Any, Any]], product: Callable[[Any, Any], Any] = operator.mul) -> Any | None:
     """Sum of products, leaving out known zeros."""
-    return add([a * b for a, b in terms if a is not None and b is not None])
+    return add([product(a, b) for a, b in terms if a is not None and b is not None])
 
 
 def add(terms: Sequence[Any]) -> Any | None:

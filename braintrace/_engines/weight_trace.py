@@ -142,7 +142,7 @@ class WeightTrace(NamedTuple):
         layout, relation = self.layout, self.layout.relation
         shape = relation.shape_in(self.group)
         for a, (row, df) in enumerate(zip(recursion.D, recursion.df[self.number])):
-            old, row = slot_of(trace, a), placed(relation, self.group, row)
+            old, row = slot_of(trace, a), self.placed(row)
             if a in self.factorised:
                 source = relation.x_repr(x, operands)
                 inputs = {k: 1.0 if k in relation.offset_keys else source for k in trace}
@@ -157,11 +157,11 @@ class WeightTrace(NamedTuple):
                             cut_slots(outer(layout, slot_of(trace, b), full(relation, d, shape), operands, 0), old)
                         )
                     else:
-                        terms.append(self._carried(d, slot_of(trace, b)))
+                        terms.append(self.carried(d, slot_of(trace, b)))
                 if df is not None:
                     whole = self.relation.shape_in(self.group)
                     now = instant_like(old, layout, x, full(relation, df, whole), operands, fixed)
-                    terms.append(now if self.group.snap is None else _of_itself(self.group.snap, now))
+                    terms.append(now if self.group.snap is None else self._of_itself(now))
                 value = add(terms) or dict.fromkeys(trace)
             kept = kept_like(value, old)
             if all(d is None for d in row):
@@ -170,18 +170,39 @@ class WeightTrace(NamedTuple):
             new.append(kept)
         return {k: [slot[k] for slot in new] for k in trace}
 
-    def _carried(self, d: Any, slot: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    def carried(self, d: Any, slot: Mapping[str, jax.Array], vmap_ndim: int = 0) -> dict[str, jax.Array]:
         """An entry of D times a slot; between neighbours, a small matrix times a vector for every trace entry."""
         if self.group.snap is None or jnp.ndim(d) == 0:
-            return self.layout.times(d, slot, 0)
+            return self.layout.times(d, slot, vmap_ndim)
         if self.layout.broadcasts:
-            return {k: _batched_product(d, e, self.layout.batch_ndim) for k, e in slot.items()}
+            return {k: _over_neighbours(d, e, 2, self.layout.batch_ndim, vmap_ndim) for k, e in slot.items()}
 
         def to_one(row):
-            terms = jax.vmap(lambda c, e: self.layout.times(c, e, 0), in_axes=(0, -1))(row, slot)
+            times = lambda c, e: self.layout.times(c, e, vmap_ndim)  # noqa: E731
+            terms = jax.vmap(times, in_axes=(vmap_ndim, -1))(row, slot)
             return {k: v.sum(0) for k, v in terms.items()}
 
-        return jax.vmap(to_one, out_axes=-1)(d)
+        return jax.vmap(to_one, in_axes=vmap_ndim, out_axes=-1)(self._at_positions(d))
+
+    def placed(self, values: Sequence[Any]) -> list[Any]:
+        """:func:`record.placed` of coefficients and signals, or of what these are between neighbours."""
+        if self.group.snap is not None and self.relation.fold(self.group) is not None:
+            values = [None if v is None else self._everywhere(v) for v in values]
+        return placed(self.relation, self.group, values)
+
+    def _everywhere(self, value: Any) -> Any:
+        """What stands between neighbours with the axes of all positions, where it is the same for them."""
+        shape = self.group.varshape
+        return value if jnp.ndim(value) == 0 else jnp.broadcast_to(value, (*value.shape[: -len(shape)], *shape))
+
+    def _at_positions(self, value: Any) -> Any:
+        return self._everywhere(value) if self.relation.fold(self.group) is None else value
+
+    def _of_itself(self, now):
+        """What a weight does at its own position, along an axis of neighbours."""
+        snap = self.group.snap
+        (where,) = self.placed([self._everywhere(snap.itself.astype(np.float32))])
+        return jax.vmap(lambda w: self.layout.times(w, now, 0), out_axes=-1)(where)
 
     def contract(
         self,
@@ -191,20 +212,25 @@ class WeightTrace(NamedTuple):
         fixed: Mapping[int, Any],
         vmap_ndim: int = 0,
     ) -> dict[str, jax.Array] | None:
-        """``sum_a <signal_a, trace_a>`` over samples and positions, shaped like the weights."""
+        """``sum_a <signal_a, trace_a>`` over samples and positions, shaped like the weights.
+
+        Of neighbours every signal has an axis, in front of those of positions.
+        """
         terms, whole = [], []
         relation, snap = self.layout.relation, self.group.snap
-        if snap is not None:
-            signals = [None if s is None else snap.gather(s) for s in signals]
-        for a, signal in enumerate(placed(relation, self.group, signals)):
+        for a, signal in enumerate(self.placed(signals)):
             if signal is None:
                 continue
             slot, signal = slot_of(trace, a), widened(signal)
             if a in self.factorised:
                 terms.append(_contract_factorised(relation, slot, signal, operands, vmap_ndim))
+            elif snap is not None and snap.is_saturated and self.layout.broadcasts:
+                axes = 1, self.layout.batch_ndim, vmap_ndim
+                whole.append({k: _over_neighbours(signal, e, *axes) for k, e in slot.items()})
             elif snap is not None:
-                met = jax.vmap(lambda s, e: _over_samples(self.layout, s, e, vmap_ndim), in_axes=(0, -1))(signal, slot)
-                whole.append({k: v.sum(0) for k, v in met.items()})
+                over = lambda s, e: _over_samples(self.layout, s, e, vmap_ndim)  # noqa: E731
+                of_each = jax.vmap(over, in_axes=(vmap_ndim, -1))(self._at_positions(signal), slot)
+                whole.append({k: v.sum(0) for k, v in of_each.items()})
             else:
                 whole.append(_over_samples(self.layout, signal, slot, vmap_ndim))
         total = add(whole)
@@ -225,23 +251,42 @@ class WeightTrace(NamedTuple):
                 whole = outer(self.layout, slot, ones, operands, len(vmap_shape))
                 slot = {k: whole[k].astype(slot[k].dtype) for k in slot}
             slots.append(slot)
+        if self.group.snap is not None:
+            slots = [self._itself_first(slot, len(vmap_shape)) for slot in slots]
         stacked = {k: jnp.stack([slot[k] for slot in slots], -1) for k in trace}
         return stacked if self.group.snap is None else {k: v.reshape(*v.shape[:-2], -1) for k, v in stacked.items()}
 
+    def _itself_first(self, slot: Mapping[str, jax.Array], vmap_ndim: int) -> dict[str, jax.Array]:
+        """A slot with the neighbours of every position in the order that the group gives them."""
+        snap = self.group.snap
+        if snap is None or (first := snap.itself_first) is None:
+            return dict(slot)
+        (order,) = self.placed([self._everywhere(first.astype(np.float32))])
+        ones = {k: jnp.ones(e.shape[vmap_ndim:-1]) for k, e in slot.items()}
+        found = jax.vmap(lambda o: self.layout.times(o, ones, 0), out_axes=-1)(order)
+        of_entry = {k: jnp.broadcast_to(v.astype(jnp.int32), slot[k].shape) for k, v in found.items()}
+        return {k: jnp.take_along_axis(e, of_entry[k], -1) for k, e in slot.items()}
 
-def _batched_product(d, entry, lead):
-    """``d``: two axes of neighbours, then positions; ``entry``: ``lead`` batch axes, any, the other positions, one of
-    neighbours."""
-    i, j, *positions = range(d.ndim)
-    batch, units = positions[:lead], positions[lead:]
-    own = list(range(d.ndim, d.ndim + entry.ndim - 1 - len(positions)))
-    return jnp.einsum(d, (i, j, *positions), entry, (*batch, *own, *units, j), (*batch, *own, *units, i))
 
+def _over_neighbours(value: jax.Array, entry: jax.Array, number: int, batch_ndim: int, vmap_ndim: int) -> jax.Array:
+    """A matrix (``number`` 2) at every position times the vectors of neighbours of the trace entries there, or the
+    product with a vector (1), which is summed over samples.
 
-def _of_itself(snap, now):
-    """What a weight does at its own position, which is the first of its neighbours."""
-    first = np.arange(snap.num_neighbour) == 0
-    return {k: v[..., None] * first for k, v in now.items()}
+    ``value``: mapped samples, ``number`` axes of neighbours, batch, positions (of length one where all of these have
+    the same); ``entry``: samples, any, positions, neighbours.
+    """
+    axes = list(range(value.ndim + entry.ndim))
+    mapped, neighbours = axes[:vmap_ndim], axes[vmap_ndim : vmap_ndim + number]
+    batch = axes[vmap_ndim + number :][:batch_ndim]
+    units = axes[vmap_ndim + number + batch_ndim : value.ndim]
+    own = axes[value.ndim :][: entry.ndim - 1 - vmap_ndim - batch_ndim - len(units)]
+    first = value.ndim - len(units)
+    shared = [k for k, n in enumerate(value.shape[first:]) if n == 1]
+    value = value.squeeze(tuple(first + k for k in shared))
+    of_value = [*mapped, *neighbours, *batch, *(v for k, v in enumerate(units) if k not in shared)]
+    of_entry = [*mapped, *batch, *own, *units]
+    out = [*of_entry, neighbours[0]] if number == 2 else [*own, *units]
+    return jnp.einsum(value, of_value, entry, [*of_entry, neighbours[-1]], out)
 
 
 def _contract_factorised(relation, filtered, signal, operands, vmap_ndim):
