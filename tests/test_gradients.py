@@ -235,7 +235,10 @@ class OneState(brainstate.nn.Module):
     def update(self, x):
         h, c = self.s.value[..., 0], self.s.value[..., 1]
         y = self.W(x)
-        new = jnp.tanh(0.6 * h + 0.3 * c + y), 0.7 * c - 0.2 * h + 0.5 * y
+        carried = 0.6 * h + 0.3 * c, 0.7 * c - 0.2 * h
+        if self.kind == "product":  # of the variables of each position, as of a linear system's propagator
+            carried = jnp.moveaxis(self.s.value @ jnp.array([[0.6, -0.2], [0.3, 0.7]]), -1, 0)
+        new = jnp.tanh(carried[0] + y), carried[1] + 0.5 * y
         if self.kind == "tree":
             self.s.set_value(list(new))
         else:
@@ -244,7 +247,7 @@ class OneState(brainstate.nn.Module):
 
 
 @pytest.mark.parametrize("batch", [None, 2, 4])
-@pytest.mark.parametrize("kind", ["group", "tree"])
+@pytest.mark.parametrize("kind", ["group", "tree", "product"])
 def test_several_variables_in_one_state_equal_several_states(kind, batch):
     separate = Problem(SMALL["ModelB"], batch=batch, steps=3)
     model = OneState(kind)

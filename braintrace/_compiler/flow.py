@@ -133,11 +133,16 @@ def analyse_flow(info: ModuleInfo, mixing: bool = False) -> Flow:
             own = {("y", op.index): y_label(op.y.aval.shape, op.front)}
             return [(through | own) if v is op.y else {} for v in eqn.outvars]
         of_hidden = not mixing and any(s[0] in ("old", "new") for lab in inputs for s in lab)
-        if of_hidden and is_product(eqn):
+        if of_hidden and is_product(eqn) and sums_positions(eqn, inputs):
             return [{} for _ in eqn.outvars]
         if eqn.primitive.name in LOOPS and of_hidden:
             return cut_in_loop(eqn, inputs)
         return None
+
+    def sums_positions(eqn, inputs):
+        """And not over the hidden variables of each one."""
+        outs = transfer(eqn, inputs, constants)
+        return any(s[0] != "y" and mixes(label) for labels in outs for s, label in labels.items())
 
     def cut_in_loop(eqn, inputs):
         if not any(is_product(e) for e in equations_within(eqn)):
@@ -199,7 +204,7 @@ def _links(info, flow: Flow, cut, constants) -> dict[Path, frozenset[Path]]:
 
 
 def is_product(eqn: JaxprEqn) -> bool:
-    """Whether an equation is a product that sums over positions."""
+    """Whether an equation is a product that sums over an axis."""
     if eqn.primitive.name == "dot_general":
         ((contracted, _), _) = eqn.params["dimension_numbers"]
         return any(eqn.invars[0].aval.shape[k] > 1 for k in contracted)
