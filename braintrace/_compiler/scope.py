@@ -136,7 +136,7 @@ class Neighbourhood(NamedTuple):
         if self.sources is None:
             return flat
         sources = jnp.asarray(self.sources)[number]
-        return flat[..., sources] * (sources >= 0)
+        return jnp.where(sources >= 0, flat[..., sources], 0)
 
     def blocks(self, rows: Any) -> Any:
         """:meth:`columns` of every row, stacked -> two axes of neighbours, then ``V``."""
@@ -146,7 +146,7 @@ class Neighbourhood(NamedTuple):
         if self.sources is None:
 
             def of_position(neighbours, valid):
-                return full[..., neighbours, :][..., neighbours] * (valid[:, None] & valid)
+                return jnp.where(valid[:, None] & valid, full[..., neighbours, :][..., neighbours], 0)
 
             return self._unflat(jax.vmap(of_position, out_axes=-3)(self.neighbours, self.valid), 2)
         column_of = np.full((self.num_position,) * 2, -1, np.int32)  # of a source, among those that a row keeps
@@ -154,7 +154,7 @@ class Neighbourhood(NamedTuple):
         column_of[rows_of, self.sources[rows_of, columns]] = columns
         at = column_of[self.neighbours[:, :, None], self.neighbours[:, None, :]]
         there = (at >= 0) & self.valid[:, :, None] & self.valid[:, None, :]
-        return self._unflat(full[..., self.neighbours[:, :, None], at] * there, 2)
+        return self._unflat(jnp.where(there, full[..., self.neighbours[:, :, None], at], 0), 2)
 
     def each_its_own(self, diagonal: Any) -> Any:
         """The blocks of a Jacobian without mixing, from its entries per position."""
@@ -168,7 +168,7 @@ class Neighbourhood(NamedTuple):
         flat = self._flat(values)
         if self.is_saturated:
             return self._alike(flat, 1)
-        return self._unflat(flat[..., self.neighbours] * self.valid, 1)
+        return self._unflat(jnp.where(self.valid, flat[..., self.neighbours], 0), 1)
 
     def own(self, values: Any) -> Any:
         """Of values per neighbour and position, ``(..., neighbours, V)``, those of each position itself."""

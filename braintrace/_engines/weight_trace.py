@@ -201,7 +201,7 @@ class WeightTrace(NamedTuple):
     def _of_itself(self, now):
         """What a weight does at its own position, along an axis of neighbours."""
         snap = self.group.snap
-        (where,) = self.placed([self._everywhere(snap.itself.astype(np.float32))])
+        (where,) = self.placed([self._everywhere(snap.itself.astype(jax.tree.leaves(now)[0].dtype))])
         return jax.vmap(lambda w: self.layout.times(w, now, 0), out_axes=-1)(where)
 
     def contract(
@@ -262,7 +262,7 @@ class WeightTrace(NamedTuple):
         if snap is None or (first := snap.itself_first) is None:
             return dict(slot)
         (order,) = self.placed([self._everywhere(first.astype(np.float32))])
-        ones = {k: jnp.ones(e.shape[vmap_ndim:-1]) for k, e in slot.items()}
+        ones = {k: jnp.ones(e.shape[vmap_ndim:-1], jnp.float32) for k, e in slot.items()}
         found = jax.vmap(lambda o: self.layout.times(o, ones, 0), out_axes=-1)(order)
         of_entry = {k: jnp.broadcast_to(v.astype(jnp.int32), slot[k].shape) for k, v in found.items()}
         return {k: jnp.take_along_axis(e, of_entry[k], -1) for k, e in slot.items()}

@@ -28,6 +28,7 @@ __all__ = ["Pattern", "etp_sp_mm_p", "etp_sp_mv_p", "pattern_of", "sparse_matmul
 DENSE_FROM = 0.02
 
 # More terms than this do not stay in the cache of a CPU: the samples of a batch are then multiplied one by one.
+UNROLLED = 5  # samples of which XLA then adds up the cotangents of the matrix in one pass
 TERMS_AT_ONCE = 2**20
 
 
@@ -121,7 +122,8 @@ def _product(x, stored, rows, cols, shape):
     if len(samples) * len(rows) > TERMS_AT_ONCE:
         # Recomputed in reverse mode, which would otherwise keep the terms of every sample.
         one = lambda x: _product(x, stored, rows, cols, shape)  # noqa: E731
-        y = jax.lax.map(jax.checkpoint(one, prevent_cse=False), samples)
+        keep_none = jax.checkpoint(one, prevent_cse=False)
+        _, y = jax.lax.scan(lambda _, x: (None, keep_none(x)), None, samples, unroll=UNROLLED)
     else:
         y = _sum(_pick(samples.T, rows) * stored[:, None], cols, shape[1]).T
     return y.reshape(*x.shape[:-1], shape[1])
