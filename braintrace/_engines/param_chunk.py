@@ -185,11 +185,26 @@ def _chunk_terms(weight, trace, old, row, u, xs, operands, fixed, vmap_ndim):
         else:
             terms.append(weight.carried(m, slot_of(trace, b), vmap_ndim))
     if u is not None and weight.group.snap is not None:
-        of_each = lambda u: instant(weight.layout, xs, u, operands, fixed, vmap_ndim, time=True)  # noqa: E731
-        terms.append(jax.vmap(of_each, in_axes=1 + vmap_ndim, out_axes=-1)(u))
+        terms.append(_instant_of_neighbours(weight, xs, u, operands, fixed, vmap_ndim))
     elif u is not None:
         terms.append(instant_like(old, weight.layout, xs, u, operands, fixed, vmap_ndim, time=True))
     return terms
+
+
+def _instant_of_neighbours(weight, xs, u, operands, fixed, vmap_ndim):
+    """What the steps add, along a last axis of neighbours, which ``u`` has in front of those of positions."""
+
+    def added(xs, u, time):
+        of_each = lambda u: instant(weight.layout, xs, u, operands, fixed, vmap_ndim, time)  # noqa: E731
+        return jax.vmap(of_each, in_axes=int(time) + vmap_ndim, out_axes=-1)(u)
+
+    found, offsets = added(xs, u, True), weight.relation.offset_keys
+    if offsets and not fixed and weight.relation.sub_steps is None:
+        # An offset has no input. A product with ones is far faster on a CPU than XLA's reduction over a leading axis.
+        total = jnp.tensordot(jnp.ones(u.shape[:1], u.dtype), u, 1)
+        at_once = added(None if xs is None else xs[0], total, False)
+        found.update({k: at_once[k] for k in offsets})
+    return found
 
 
 def _powers(weight, length):
