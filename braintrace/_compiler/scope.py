@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._types import NotSupportedError
+from .._types import NotSupportedError, Shape
 
 __all__ = ["CEILING", "DIAGONAL", "Neighbourhood", "Scope", "neighbourhood", "scope_of"]
 
@@ -92,7 +93,7 @@ class Neighbourhood(NamedTuple):
     """
 
     axes: tuple[int, ...]
-    varshape: tuple[int, ...]
+    varshape: Shape
     neighbours: np.ndarray
     valid: np.ndarray
     conservative: bool
@@ -118,7 +119,7 @@ class Neighbourhood(NamedTuple):
         """Whether every position is its only neighbour."""
         return self.num_neighbour == 1
 
-    def columns(self, row: Any, number: Any) -> Any:
+    def columns(self, row: jax.Array, number: jax.Array) -> jax.Array:
         """Of a row of a Jacobian, ``V``, what can be other than zero: ``(lead, sources)``."""
         flat = self._flat(row)
         if self.sources is None:
@@ -126,12 +127,12 @@ class Neighbourhood(NamedTuple):
         sources = jnp.asarray(self.sources)[number]
         return flat[..., sources] * (sources >= 0)
 
-    def blocks(self, rows: Any) -> Any:
+    def blocks(self, rows: jax.Array) -> jax.Array:
         """:meth:`columns` of every row, stacked -> two axes of neighbours, then ``V``."""
         full = jnp.moveaxis(rows, 0, -2)
         if self.sources is None:
 
-            def of_position(neighbours, valid):
+            def of_position(neighbours: jax.Array | np.ndarray, valid: jax.Array | np.ndarray) -> jax.Array:
                 return full[..., neighbours, :][..., neighbours] * (valid[:, None] & valid)
 
             return self._unflat(jax.vmap(of_position, out_axes=-3)(self.neighbours, self.valid), 2)
@@ -142,23 +143,23 @@ class Neighbourhood(NamedTuple):
         there = (at >= 0) & self.valid[:, :, None] & self.valid[:, None, :]
         return self._unflat(full[..., self.neighbours[:, :, None], at] * there, 2)
 
-    def each_its_own(self, diagonal: Any) -> Any:
+    def each_its_own(self, diagonal: jax.Array) -> jax.Array:
         """The blocks of a Jacobian without mixing, from its entries per position."""
         shape = (self.num_neighbour, self.num_neighbour, *(1,) * len(self.varshape))
         return self.gather(diagonal)[:, None] * jnp.eye(self.num_neighbour, dtype=diagonal.dtype).reshape(shape)
 
-    def gather(self, values: Any) -> Any:
+    def gather(self, values: jax.Array) -> jax.Array:
         """Values per position, ``V`` -> an axis of neighbours, then ``V``; zero for padding."""
         return self._unflat(self._flat(values)[..., self.neighbours] * self.valid, 1)
 
-    def _flat(self, values):
+    def _flat(self, values: jax.Array) -> jax.Array:
         """The axes of positions behind all others, as one."""
         first = values.ndim - len(self.varshape)
         behind = range(-len(self.axes), 0)
         moved = jnp.moveaxis(values, [first + k for k in self.axes], behind)
         return moved.reshape(*moved.shape[: values.ndim - len(self.axes)], self.num_position)
 
-    def _unflat(self, values, number):
+    def _unflat(self, values: jax.Array, number: int) -> jax.Array:
         """The axes of positions back in their places, and the ``number`` axes of neighbours behind them in front."""
         lead, behind = values.shape[: -1 - number], values.shape[values.ndim - number :]
         whole = values.reshape(*lead, *(self.varshape[k] for k in self.axes), *behind)
@@ -167,7 +168,7 @@ class Neighbourhood(NamedTuple):
 
 
 def neighbourhood(
-    adjacency: np.ndarray | None, axes: tuple[int, ...], varshape: tuple[int, ...], order: int, reason: str = ""
+    adjacency: np.ndarray | None, axes: tuple[int, ...], varshape: Shape, order: int, reason: str = ""
 ) -> Neighbourhood:
     """From ``adjacency[p, q]``, whether p influences q in one step (``None``: every q), to that of several steps."""
     number = math.prod(varshape[k] for k in axes)
@@ -183,7 +184,9 @@ def neighbourhood(
             if np.array_equal(further, reached):
                 break
             reached = further
-    own_first = [[p, *(q for q in np.flatnonzero(row) if q != p)] for p, row in enumerate(reached)]
+    own_first: list[list[int | np.integer]] = [
+        [p, *(q for q in np.flatnonzero(row) if q != p)] for p, row in enumerate(reached)
+    ]
     neighbours = _padded(own_first)
     valid = neighbours >= 0
     if sources is not None and sources.shape[1] == number:
@@ -192,6 +195,6 @@ def neighbourhood(
     return Neighbourhood(axes, varshape, neighbours, valid, adjacency is None, sources, order, reason)
 
 
-def _padded(rows: Any) -> np.ndarray:
+def _padded(rows: Sequence[Sequence[int | np.integer] | np.ndarray]) -> np.ndarray:
     width = max(len(r) for r in rows)
     return np.array([[*r, *[-1] * (width - len(r))] for r in rows], np.int32)
