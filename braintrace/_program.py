@@ -6,55 +6,58 @@ Everything that goes through the equations of a jaxpr does it by these functions
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
-from ._jax import ClosedJaxpr, JaxprEqn, Literal, Var, bind_equation, consts_of, open_jaxpr, structs, sub_jaxprs
+from ._jax import Atom, ClosedJaxpr, JaxprEqn, Literal, Var, bind_equation, consts_of, open_jaxpr, structs, sub_jaxprs
 
 __all__ = [
-    "before", "behind", "environment", "equations_within", "made_at", "outputs", "read", "run", "run_program",
-    "sub_program", "variables",
+    "Value", "before", "behind", "environment", "equations_within", "made_at", "outputs", "read", "run",
+    "run_program", "sub_program", "variables",
 ]  # fmt: skip
 
-Rule = Callable[[JaxprEqn, list[Any]], Sequence[Any]]  # (equation, values of its operands) -> values of its outputs
+Value: TypeAlias = Any  # what stands for a variable: an array or a number, or what a rule makes of them
+Rule = Callable[[JaxprEqn, list[Value]], Sequence[Value]]  # (equation, values of its operands) -> values of its outputs
 
 
-def read(env: Mapping[Var, Any], var: Var) -> Any:
+def read(env: Mapping[Var, Value], var: Atom) -> Value:
     return var.val if isinstance(var, Literal) else env[var]
 
 
-def variables(operands: Iterable[Any]) -> list[Var]:
+def variables(operands: Iterable[Atom]) -> list[Var]:
     """Those that are no literals."""
     return [v for v in operands if not isinstance(v, Literal)]
 
 
-def environment(closed: ClosedJaxpr, args: Sequence[Any] = ()) -> dict[Var, Any]:
+def environment(closed: ClosedJaxpr, args: Sequence[Value] = ()) -> dict[Var, Value]:
     """Values of a closed jaxpr's constants and inputs, by variable."""
     jaxpr = open_jaxpr(closed)
     return dict(zip(jaxpr.constvars, consts_of(closed))) | dict(zip(jaxpr.invars, args))
 
 
-def run(eqns: Iterable[JaxprEqn], env: dict[Var, Any], rule: Rule = bind_equation) -> dict[Var, Any]:
+def run(eqns: Iterable[JaxprEqn], env: dict[Var, Value], rule: Rule = bind_equation) -> dict[Var, Value]:
     """Evaluate equations in order, into ``env``."""
     for eqn in eqns:
         env.update(zip(eqn.outvars, rule(eqn, [read(env, v) for v in eqn.invars])))
     return env
 
 
-def outputs(closed: ClosedJaxpr, env: Mapping[Var, Any]) -> list[Any]:
+def outputs(closed: ClosedJaxpr, env: Mapping[Var, Value]) -> list[Value]:
     return [read(env, v) for v in open_jaxpr(closed).outvars]
 
 
-def run_program(closed: ClosedJaxpr, args: Sequence[Any], rule: Rule = bind_equation) -> list[Any]:
+def run_program(closed: ClosedJaxpr, args: Sequence[Value], rule: Rule = bind_equation) -> list[Value]:
     """Evaluate a closed jaxpr."""
     return outputs(closed, run(open_jaxpr(closed).eqns, environment(closed, args), rule))
 
 
-def sub_program(closed: ClosedJaxpr, invars: Sequence[Var], outvars: Sequence[Var], eqns: Sequence[JaxprEqn]) -> Any:
+def sub_program(
+    closed: ClosedJaxpr, invars: Sequence[Var], outvars: Sequence[Var], eqns: Sequence[JaxprEqn]
+) -> ClosedJaxpr:
     """A closed jaxpr that runs some equations of another one; what it reads beside its inputs must be a constant."""
 
-    def of_values(*values):
+    def of_values(*values: jax.Array) -> list[jax.Array]:
         env = run(eqns, environment(closed) | dict(zip(invars, values)))
         return [env[v] for v in outvars]
 
@@ -69,7 +72,7 @@ def made_at(eqns: Sequence[JaxprEqn]) -> dict[Var, int]:
     return {v: i for i, e in enumerate(eqns) for v in e.outvars}
 
 
-def behind(eqns: Sequence[JaxprEqn], ends: Iterable[Any]) -> tuple[list[Any], set[Any]]:
+def behind(eqns: Sequence[JaxprEqn], ends: Iterable[Atom]) -> tuple[list[JaxprEqn], set[Var]]:
     """The equations that lead to some variables, in order, and every variable on the way, ends included."""
     needed = set(variables(ends))
     found = []
@@ -83,8 +86,8 @@ def behind(eqns: Sequence[JaxprEqn], ends: Iterable[Any]) -> tuple[list[Any], se
 def before(
     eqns: Sequence[JaxprEqn],
     made: Mapping[Var, int],
-    ends: Iterable[Any],
-    enters: Callable[[Any], bool] = lambda v: True,
+    ends: Iterable[Atom],
+    enters: Callable[[Var], bool] = lambda v: True,
 ) -> Iterator[Var]:
     """Every variable that some variables are computed from, these included.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import brainstate
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from .._jax import is_tracer
-from .._types import MultiStepData, SingleStepData, head
+from .._types import MultiStepData, PyTree, SingleStepData, head
 
 __all__ = ["Call", "call_of", "convertible", "equal"]
 
@@ -40,15 +40,15 @@ class Call(NamedTuple):
         coefficients are constants is far smaller.
     """
 
-    args: tuple[Any, ...]
-    keywords: Mapping[str, Any]
+    args: tuple[PyTree, ...]
+    keywords: Mapping[str, PyTree]
     over_time: list[bool]
-    options: Mapping[str, Any]
-    inputs: Mapping[str, Any]
-    constants: Mapping[str, Any]
+    options: Mapping[str, object]
+    inputs: Mapping[str, PyTree]
+    constants: Mapping[str, object]
 
     @property
-    def given(self) -> Any:
+    def given(self) -> PyTree:
         return (self.args, self.keywords) if self.keywords else self.args
 
     @property
@@ -64,26 +64,26 @@ class Call(NamedTuple):
 
     def first_step(self) -> Call:
         """That of the first step of a window."""
-        tree: Any
+        tree: jax.tree_util.PyTreeDef
         leaves, tree = jax.tree.flatten(self.given)
         given = tree.unflatten([head(x) if m else x for x, m in zip(leaves, self.over_time)])
         args, keywords = given if self.keywords else (given, {})
         return self._replace(args=args, keywords=keywords, over_time=[False] * len(leaves))
 
 
-def call_of(args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Call:
+def call_of(args: tuple[PyTree, ...], keywords: Mapping[str, PyTree]) -> Call:
     is_wrapped = lambda x: isinstance(x, (SingleStepData, MultiStepData))  # noqa: E731
     of_arrays = lambda tree: any(hasattr(x, "shape") for x in jax.tree.leaves(tree))  # noqa: E731
 
-    def bare(tree):
+    def bare(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: x.data if is_wrapped(x) else x, tree, is_leaf=is_wrapped)
 
     arrays = {k: v for k, v in keywords.items() if of_arrays(v)}
     parts = jax.tree.leaves((args, arrays), is_leaf=is_wrapped)
     over_time = [isinstance(x, MultiStepData) for x in parts for _ in jax.tree.leaves(bare(x))]
     options = {k: v for k, v in keywords.items() if k not in arrays}
-    inputs: dict[str, Any] = {}
-    constants: dict[str, Any] = {}
+    inputs: dict[str, PyTree] = {}
+    constants: dict[str, object] = {}
     for key, value in brainstate.environ.all().items():
         leaves = jax.tree.leaves(value)
         known_step = key == "dt" and not any(map(is_tracer, leaves))
@@ -92,11 +92,11 @@ def call_of(args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Call:
     return Call(bare(args), bare(arrays), over_time, options, dict(sorted(inputs.items())), constants)
 
 
-def equal(a: Any, b: Any) -> bool:
+def equal(a: object, b: object) -> bool:
     """Whether two values that are no inputs are the same."""
     if a is b:
         return True
-    left: Any
+    left: jax.tree_util.PyTreeDef
     (xs, left), (ys, right) = jax.tree.flatten(a), jax.tree.flatten(b)
     try:
         return bool(left == right) and all(x is y or bool(np.all(x == y)) for x, y in zip(xs, ys))
@@ -104,8 +104,8 @@ def equal(a: Any, b: Any) -> bool:
         return False
 
 
-def convertible(dtype: DTypeLike, wanted: Any) -> bool:
+def convertible(dtype: DTypeLike, wanted: DTypeLike) -> bool:
     """Whether every value of a kind of number is one of another kind."""
-    kinds: list[Any] = [jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating]
+    kinds: list[DTypeLike] = [jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating]
     found, limit = (next((i for i, k in enumerate(kinds) if jnp.issubdtype(d, k)), None) for d in (dtype, wanted))
     return dtype == wanted or (found is not None and limit is not None and found <= limit)

@@ -9,14 +9,15 @@ convention, because every row of them is the reverse pass of a real value.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from .._jax import ClosedJaxpr, JaxprEqn, Literal, Var, bind_equation, open_jaxpr, structs
-from .._program import environment, made_at, read, run
+from .._jax import Atom, ClosedJaxpr, JaxprEqn, Literal, Var, bind_equation, open_jaxpr, structs
+from .._program import Value, environment, made_at, read, run
+from .._types import Shape
 
 __all__ = ["Parts", "before_cast", "with_real_parts"]
 
@@ -27,21 +28,21 @@ class Parts(NamedTuple):
     grouped: bool
     dtype: DTypeLike
 
-    def split(self, value: Any) -> Any:
+    def split(self, value: jax.Array) -> jax.Array:
         parts = [jnp.real(value), jnp.imag(value)]
         return jnp.concatenate(parts, -1) if self.grouped else jnp.stack(parts, -1)
 
-    def join(self, reals: Any) -> Any:
+    def join(self, reals: jax.Array) -> jax.Array:
         number = reals.shape[-1] // 2
         real, imag = (reals[..., :number], reals[..., number:]) if self.grouped else (reals[..., 0], reals[..., 1])
         return jax.lax.complex(real, imag)
 
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def shape(self, shape: Shape) -> Shape:
         """The shape of the value, from that of its reals."""
         return (*shape[:-1], shape[-1] // 2) if self.grouped else shape[:-1]
 
 
-def with_real_parts(closed: ClosedJaxpr, parts: Mapping[tuple[int, int], Parts]) -> Any:
+def with_real_parts(closed: ClosedJaxpr, parts: Mapping[tuple[int, int], Parts]) -> ClosedJaxpr:
     """The program with some inputs and outputs as reals; ``parts`` has their (input, output) numbers.
 
     Everything that reads one of these outputs within the program reads it by way of its reals.
@@ -56,10 +57,10 @@ def with_real_parts(closed: ClosedJaxpr, parts: Mapping[tuple[int, int], Parts])
         if root in made:
             roots[root] = p
 
-    def step(*args):
-        reals = {}
+    def step(*args: jax.Array) -> list[jax.Array]:
+        reals: dict[Var, jax.Array] = {}
 
-        def by_reals(eqn, values):
+        def by_reals(eqn: JaxprEqn, values: list[Value]) -> list[Value]:
             outs = bind_equation(eqn, values)
             for n, v in enumerate(eqn.outvars):
                 if v in roots:
@@ -90,7 +91,7 @@ def with_real_parts(closed: ClosedJaxpr, parts: Mapping[tuple[int, int], Parts])
     return jax.make_jaxpr(step)(*inputs)
 
 
-def before_cast(var: Var, eqns: Sequence[JaxprEqn], made: Mapping[Any, int]) -> Any:
+def before_cast(var: Atom, eqns: Sequence[JaxprEqn], made: Mapping[Var, int]) -> Atom:
     """The variable that a variable is but for its precision."""
     while not isinstance(var, Literal) and var in made:
         eqn = eqns[made[var]]

@@ -8,13 +8,12 @@ waits until a value is asked for; then one program computes all that has been wa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike
 
 from .._jax import (
     ClosedJaxpr,
@@ -35,7 +34,7 @@ from .._jax import (
     reads,
     sub_jaxprs,
 )
-from .._program import behind, environment, read, run
+from .._program import Value, behind, environment, read, run
 from .frame import is_marked
 from .movement import MOVES, moved
 
@@ -45,17 +44,17 @@ __all__ = ["Constants", "foldable", "known_outputs"]
 class _Later:
     """Stands for a value that waits."""
 
-    value: Any = None
+    value: jax.Array | None = None
 
 
 class Constants:
     """Evaluates equations of known values."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Any, list[Any], list[_Later]]] = []
-        self._bodies: dict[Any, Any] = {}
+        self._waiting: list[tuple[JaxprEqn, list[Value], list[_Later]]] = []
+        self._bodies: dict[Hashable, ClosedJaxpr | None] = {}
 
-    def outputs(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    def outputs(self, eqn: JaxprEqn, values: Sequence[Value]) -> list[Value]:
         """The outputs of an equation, for :meth:`read`, or as operands here."""
         values = [v.value if isinstance(v, _Later) and v.value is not None else v for v in values]
         body = self._body(eqn)
@@ -68,7 +67,7 @@ class Constants:
             return list(later)
         return outs
 
-    def _body(self, eqn: JaxprEqn) -> Any | None:
+    def _body(self, eqn: JaxprEqn) -> ClosedJaxpr | None:
         """What a call, or a primitive that is a JAX function itself, runs on its operands."""
         if is_jit(eqn) or is_remat(eqn) or has_custom_rule(eqn):
             return call_body(eqn)
@@ -82,14 +81,14 @@ class Constants:
             self._bodies[key] = primitive_body(eqn)
         return self._bodies[key]
 
-    def run(self, closed: ClosedJaxpr, values: Sequence[Any], wanted: Sequence[int] | None = None) -> list[Any]:
+    def run(self, closed: ClosedJaxpr, values: Sequence[Value], wanted: Sequence[int] | None = None) -> list[Value]:
         """The outputs of a closed jaxpr, or the ``wanted`` ones, of inputs that these need, as :meth:`outputs`."""
         jaxpr = open_jaxpr(closed)
         outvars = jaxpr.outvars if wanted is None else [jaxpr.outvars[i] for i in wanted]
         env = run(behind(jaxpr.eqns, outvars)[0], environment(closed, values), self.outputs)
         return [read(env, v) for v in outvars]
 
-    def read(self, values: Sequence[Any]) -> list[Any]:
+    def read(self, values: Sequence[Value]) -> list[Value]:
         """The values themselves."""
         if any(isinstance(v, _Later) and v.value is None for v in values):
             self._compute()
@@ -99,8 +98,8 @@ class Constants:
         waiting, self._waiting = self._waiting, []
         known = [[None if isinstance(v, _Later) else v for v in values] for _, values, _ in waiting]
 
-        def program(known):
-            found: dict[_Later, Any] = {}
+        def program(known: list[list[Value]]) -> list[jax.Array]:
+            found: dict[_Later, jax.Array] = {}
             for (eqn, values, later), own in zip(waiting, known):
                 operands = [found[v] if isinstance(v, _Later) else x for v, x in zip(values, own)]
                 found.update(zip(later, bind_equation(eqn, operands)))
@@ -138,7 +137,7 @@ def known_outputs(closed: ClosedJaxpr, look_inside: bool = True) -> dict[int, np
     return {i: np.asarray(v, jaxpr.outvars[i].aval.dtype) for i, v in read}
 
 
-def _by_numpy(eqn: JaxprEqn, values: Sequence[Any]) -> list[np.ndarray] | None:
+def _by_numpy(eqn: JaxprEqn, values: Sequence[ArrayLike]) -> list[np.ndarray] | None:
     """The outputs of an equation that is in the tables, for a dtype, mode and values that NumPy knows as JAX does."""
     name = eqn.primitive.name
     if not any(name in table for table in (MOVES, ELEMENTWISE, REDUCTIONS, OTHERS)):
@@ -160,36 +159,36 @@ def _by_numpy(eqn: JaxprEqn, values: Sequence[Any]) -> list[np.ndarray] | None:
         return None
 
 
-def _wide(dtype: DTypeLike) -> Any:
+def _wide(dtype: np.dtype) -> np.dtype | type[np.number]:
     for kind, wide in ((jnp.complexfloating, np.complex128), (jnp.floating, np.float64), (jnp.integer, np.int64)):
         if jnp.issubdtype(dtype, kind) and dtype != np.uint64:
             return wide
     return dtype
 
 
-def _converted(x, eqn):
+def _converted(x: np.ndarray, eqn: JaxprEqn) -> np.ndarray:
     target = eqn.outvars[0].aval.dtype
     if jnp.issubdtype(target, jnp.integer) and not np.all(np.abs(x) < 2.0**31):
         raise ValueError("beyond the range of integers")
     return x.real if not jnp.issubdtype(target, jnp.complexfloating) else x
 
 
-def _quotient(a, b):
+def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     if np.issubdtype(a.dtype, np.inexact):
         return a / b
     return np.where(b == 0, -1, (a - _remainder(a, b)) // np.where(b == 0, 1, b))
 
 
-def _remainder(a, b):
+def _remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.fmod(a, b) if np.issubdtype(a.dtype, np.inexact) else np.where(b == 0, a, np.fmod(a, b))
 
 
-def _iota(eqn):
+def _iota(eqn: JaxprEqn) -> np.ndarray:
     shape, k = eqn.params["shape"], eqn.params["dimension"]
     return np.broadcast_to(np.arange(shape[k]).reshape([-1 if i == k else 1 for i in range(len(shape))]), shape)
 
 
-ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
+ELEMENTWISE: Mapping[str, Callable[..., ArrayLike]] = {
     "abs": np.abs, "acos": np.arccos, "add": np.add, "add_any": np.add, "and": np.bitwise_and, "asin": np.arcsin,
     "atan": np.arctan, "atan2": np.arctan2, "ceil": np.ceil, "conj": np.conj, "copy": np.asarray,
     "copy_p": np.asarray, "cos": np.cos, "cosh": np.cosh, "div": _quotient, "eq": np.equal, "exp": np.exp,
@@ -204,18 +203,18 @@ ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
     "rsqrt": lambda x: 1 / np.sqrt(x),
     "select_n": lambda which, *cases: np.choose(which, cases),
 }  # fmt: skip
-REDUCTIONS: Mapping[str, Callable[..., Any]] = {
+REDUCTIONS: Mapping[str, Callable[..., ArrayLike]] = {
     "reduce_and": np.all, "reduce_max": np.max, "reduce_min": np.min, "reduce_or": np.any, "reduce_prod": np.prod,
     "reduce_sum": np.sum,
 }  # fmt: skip
-OTHERS: Mapping[str, Callable[..., Any]] = {
+OTHERS: Mapping[str, Callable[..., ArrayLike]] = {
     "convert_element_type": _converted,
     "integer_pow": lambda x, eqn: x ** eqn.params["y"],
     "iota": _iota,
 }
 
 
-def foldable(eqn, values) -> bool:
+def foldable(eqn: JaxprEqn, values: Iterable[Value]) -> bool:
     """Whether an equation computes a constant of moderate size: then D and df may be known before the first step."""
     sizes = [math.prod(v.aval.shape) for v in eqn.outvars]
     return not any(map(is_tracer, values)) and sum(sizes) <= 2**20 and not is_marked(eqn)

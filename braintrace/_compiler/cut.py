@@ -9,18 +9,20 @@ one position at a time along the mixed axes, which gives the true diagonal.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
-from .._jax import eval_jaxpr, hashed, prune, structs
+from .._jax import ClosedJaxpr, Var, eval_jaxpr, hashed, prune, structs
+from .._types import Shape
 from .constants import known_outputs
 from .module_info import ModuleInfo
 from .rows import Fold, Rows
 from .scope import DIAGONAL, Neighbourhood, Scope
-from .slices import Slice, displaced_axes, evaluate_slice, mixed_output_axes
+from .slices import Slice, Slot, displaced_axes, evaluate_slice, mixed_output_axes
 
 __all__ = ["Cut", "Cuts", "Entry", "Fold", "Transition", "differentiate_cut"]
 
@@ -29,16 +31,16 @@ class Entry(NamedTuple):
     """One entry of D or df: known to be zero, a known constant, or the ``slot``-th value computed every step."""
 
     kind: str  # 'zero', 'constant' or 'varying'
-    value: Any = None  # a scalar, or an array over positions
+    value: ArrayLike | None = None  # a scalar, or an array over positions
     slot: int = -1
 
-    def read(self, varying: Sequence[Any]) -> Any | None:
+    def read(self, varying: Sequence[jax.Array]) -> ArrayLike | None:
         """The value, or ``None`` for a known zero."""
         return None if self.kind == "zero" else self.value if self.kind == "constant" else varying[self.slot]
 
     def __repr__(self) -> str:
         if self.kind == "constant":
-            return f"{np.ravel(self.value)[0]:.4g}"
+            return f"{np.asarray(self.value).ravel()[0]:.4g}"
         return {"zero": "0", "varying": "*"}[self.kind]
 
 
@@ -67,17 +69,17 @@ class Cut(NamedTuple):
 
     D: tuple[tuple[Entry, ...], ...]
     df: dict[int, tuple[Entry, ...]]
-    inputs: tuple[Any, ...]
-    program: Any
-    aligned: frozenset
-    displaced: frozenset
+    inputs: tuple[Var, ...]
+    program: ClosedJaxpr
+    aligned: frozenset[int]
+    displaced: frozenset[int]
     folds: dict[int, Fold]
     values: tuple[Entry, ...] = ()
 
-    def varying(self, values: Sequence[Any]) -> list[Any]:
+    def varying(self, values: Sequence[jax.Array]) -> list[jax.Array]:
         return eval_jaxpr(self.program, *values)
 
-    def renamed(self, inputs: tuple[Any, ...], number: Mapping[int, int]) -> Cut:
+    def renamed(self, inputs: tuple[Var, ...], number: Mapping[int, int]) -> Cut:
         """The same for a program of other variables, whose operations have other indices."""
         return self._replace(
             df={number[k]: row for k, row in self.df.items()},
@@ -102,11 +104,11 @@ class Transition:
         self.inputs = (*part.ys.values(), *part.externals)
 
     @functools.cached_property
-    def program(self) -> Any:
+    def program(self) -> ClosedJaxpr:
         """``(old values, inputs) -> new values`` as a closed jaxpr."""
         return jax.make_jaxpr(self.run)(structs(self.part.olds), structs(self.inputs))
 
-    def run(self, olds: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+    def run(self, olds: Sequence[jax.Array], inputs: Sequence[jax.Array]) -> list[jax.Array]:
         ys = dict(zip(self.part.ys, inputs))
         return evaluate_slice(self.info.jaxpr.eqns, self.part, olds, ys, inputs[len(ys) :])
 
@@ -116,13 +118,13 @@ class Cuts:
 
     def __init__(self, info: ModuleInfo):
         self._info = info
-        self._found: dict[Any, tuple[Slice, Cut]] = {}
+        self._found: dict[Hashable, tuple[Slice, Cut]] = {}
 
     def make(
         self,
         part: Slice,
-        varshape: tuple[int, ...],
-        slots: Sequence[Any],
+        varshape: Shape,
+        slots: Sequence[Slot],
         scope: Scope = DIAGONAL,
         neighbourhood: Neighbourhood | None = None,
     ) -> Cut:
@@ -141,8 +143,8 @@ class Cuts:
 def differentiate_cut(
     info: ModuleInfo,
     part: Slice,
-    varshape: tuple[int, ...],
-    slots: Sequence[tuple[int, int | None]],
+    varshape: Shape,
+    slots: Sequence[Slot],
     scope: Scope = DIAGONAL,
     neighbourhood: Neighbourhood | None = None,
 ) -> Cut:
@@ -174,7 +176,7 @@ def differentiate_cut(
     return Cut(D, df, part.inputs, program, aligned, displaced, rows.folds, tuple(values))
 
 
-def _in_sub_steps(key: Any, fronts: Mapping[int, int]) -> bool:
+def _in_sub_steps(key: object, fronts: Mapping[int, int]) -> bool:
     return bool(fronts.get(getattr(key, "key", -1)))
 
 

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .._jax import ClosedJaxpr, JaxprEqn, Literal, Var, call_body, open_jaxpr, reads, scan_operands
+from .._jax import Atom, ClosedJaxpr, JaxprEqn, Literal, Var, call_body, open_jaxpr, reads, scan_operands
 from .._ops.primitive import ETPPrimitive
+from .._types import PyTree
 
 __all__ = ["Dependence", "dependence"]
 
@@ -44,17 +45,19 @@ class Dependence(NamedTuple):
 def dependence(
     primitive: ETPPrimitive,
     params: Mapping[str, Any],
-    x: Any | None,
-    y: Any,
-    trained: Mapping[str, Any],
-    fixed: Mapping[int, Any],
+    x: Atom | None,
+    y: Var,
+    trained: Mapping[str, Var],
+    fixed: Mapping[int, Atom],
 ) -> Dependence:
     """Read it off the gradient's program; arguments are variables, trained ones by key and fixed ones by position."""
     weights = {k: _struct(v) for k, v in trained.items()}
     operands = {i: _struct(v) for i, v in fixed.items()}
 
-    def program(x, bound):
-        def gradient(x, weights, fixed, cotangent):
+    def program(x: PyTree, bound: bool) -> ClosedJaxpr:
+        def gradient(
+            x: PyTree, weights: dict[str, jax.Array], fixed: dict[int, jax.Array], cotangent: jax.Array
+        ) -> dict[str, jax.Array]:
             return primitive.weight_vjp(x, cotangent, weights, params, fixed, bound)
 
         return jax.make_jaxpr(gradient)(x, weights, operands, _struct(y))
@@ -75,7 +78,7 @@ def dependence(
     return Dependence(offset, affine, linear)
 
 
-def _struct(var: Var) -> jax.ShapeDtypeStruct:
+def _struct(var: Atom) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
 
 
@@ -84,7 +87,7 @@ def _vanishes(closed: ClosedJaxpr, inputs: Sequence[bool]) -> list[bool]:
     jaxpr = open_jaxpr(closed)
     zeros = {v for v, zero in zip(jaxpr.invars, inputs) if zero}
 
-    def is_zero(v):
+    def is_zero(v: Atom) -> bool:
         return np.ndim(v.val) == 0 and v.val == 0 if isinstance(v, Literal) else v in zeros
 
     for eqn in jaxpr.eqns:

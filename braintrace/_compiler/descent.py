@@ -15,16 +15,19 @@ with respect to its input. Credit of the current step passes links; D and df do 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .._jax import (
+    Atom,
+    ClosedJaxpr,
     JaxprEqn,
     Literal,
     Primitive,
+    Var,
     at_source,
     bind_equation,
     define_primitive,
@@ -35,9 +38,13 @@ from .._jax import (
 )
 from .._ops.primitive import ETPPrimitive
 from .._ops.stacked import stacked
-from .._program import environment, equations_within, read, run, run_program, variables
+from .._program import Value, environment, equations_within, read, run, run_program, variables
 
 __all__ = ["Descent", "bind_without_links", "holds_link", "is_link"]
+
+
+Params = tuple[tuple[str, Any], ...]  # of an equation, as a primitive can have them for a parameter
+Maps = tuple[tuple[int | None, ...], ...]  # the axes of the operands that one `vmap` after the other is over
 
 
 class _Link(Primitive):
@@ -47,8 +54,8 @@ class _Link(Primitive):
         super().__init__("etp_link")
         define_primitive(self, self._zeros, self._batch, self._jvp)
 
-    def _output(self, operands, op, params, maps):
-        def of_one(*operands):
+    def _output(self, operands: Sequence[jax.Array], op: ETPPrimitive, params: Params, maps: Maps) -> jax.Array:
+        def of_one(*operands: jax.Array) -> jax.Array:
             return op.outputs(operands, dict(params))[op.y_index]
 
         function = of_one
@@ -56,19 +63,23 @@ class _Link(Primitive):
             function = jax.vmap(function, in_axes=axes)
         return function(*operands)
 
-    def _zeros(self, *operands, **how):
+    def _zeros(self, *operands: jax.Array, **how: Any) -> jax.Array:
         y = jax.eval_shape(lambda *xs: self._output(xs, **how), *operands)
         return jnp.zeros(y.shape, y.dtype)
 
-    def _jvp(self, operands, tangents, **how):
+    def _jvp(
+        self, operands: Sequence[jax.Array], tangents: Sequence[jax.Array], **how: Any
+    ) -> tuple[jax.Array, jax.Array]:
         i = how["op"].x_index
 
-        def of_input(x):
+        def of_input(x: jax.Array) -> jax.Array:
             return self._output([*operands[:i], x, *operands[i + 1 :]], **how)
 
         return self.bind(*operands, **how), jax.jvp(of_input, [operands[i]], [tangents[i]])[1]
 
-    def _batch(self, operands, axes, op, params, maps):
+    def _batch(
+        self, operands: Sequence[jax.Array], axes: Sequence[int | None], op: ETPPrimitive, params: Params, maps: Maps
+    ) -> tuple[jax.Array, int]:
         return self.bind(*operands, op=op, params=params, maps=(*maps, tuple(axes))), 0
 
 
@@ -83,7 +94,7 @@ def holds_link(eqn: JaxprEqn) -> bool:
     return is_link(eqn) or any(map(is_link, equations_within(eqn)))
 
 
-def bind_without_links(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+def bind_without_links(eqn: JaxprEqn, values: Sequence[jax.Array]) -> list[jax.Array]:
     """Apply one equation, with zeros instead of links."""
     if is_link(eqn):
         aval = eqn.outvars[0].aval
@@ -97,7 +108,7 @@ def bind_without_links(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     rule = lambda *xs: run_program(body, xs, bind_without_links)  # noqa: E731
     closed = jax.make_jaxpr(rule)(*structs(open_jaxpr(body).invars))
 
-    def sub_step(carry, xs):
+    def sub_step(carry: list[jax.Array], xs: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
         outs = eval_jaxpr(closed, *values[:n], *carry, *xs)
         return outs[: m - n], outs[m - n :]
 
@@ -109,11 +120,11 @@ def bind_without_links(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     return [*carry, *ys]
 
 
-def _in(variables, var) -> bool:
+def _in(variables: Container[Var], var: Atom) -> bool:
     return not isinstance(var, Literal) and var in variables
 
 
-def _is_inexact(x) -> bool:
+def _is_inexact(x: jax.core.ShapedArray) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
@@ -123,14 +134,14 @@ class Descent:
     ``live`` tells which operands of the scan carry credit, ``trained`` which come from parameters alone.
     """
 
-    def __init__(self, eqn: JaxprEqn, body: Any, live: Sequence[bool], trained: Sequence[bool]):
+    def __init__(self, eqn: JaxprEqn, body: ClosedJaxpr, live: Sequence[bool], trained: Sequence[bool]):
         self.eqn, self.body = eqn, open_jaxpr(body)
         self.consts, self.carry = scan_operands(eqn)
         self.bound = environment(body)
         self.same = {*self.bound, *self.body.invars[: self.consts]}
         self.live = {v for v, is_live in zip(self.body.invars, live) if is_live}
         self.trained = {v for v, is_trained in zip(self.body.invars[: self.consts], trained) if is_trained}
-        self.operations: list[Any] = []
+        self.operations: list[JaxprEqn] = []
         for e in self.body.eqns:
             operands = variables(e.invars)
             if not e.effects and all(v in self.same for v in operands):
@@ -150,7 +161,7 @@ class Descent:
                     return f"the operand {key!r} of {e.primitive.name} changes from sub-step to sub-step"
         return None
 
-    def outputs(self, values: Sequence[Any]) -> list[Any]:
+    def outputs(self, values: Sequence[jax.Array]) -> list[jax.Array]:
         """The outputs of the scan."""
         n, m = self.consts, self.consts + self.carry
         start, xs = list(values[n:m]), list(values[m:])
@@ -159,12 +170,14 @@ class Descent:
         held = {v: jax.lax.stop_gradient(x) for v, x in env.items()}
         wanted = dict.fromkeys(v for e in self.operations for v in self._kept(e))
 
-        def keep(carry, xs):
+        def keep(carry: list[jax.Array], xs: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
             seen = held | dict(zip(self.body.invars[n:], [*carry, *xs]))
             self._sub_step(seen, lambda _, e, operands: e.primitive.outputs(operands, e.params))
             return self._carried(seen), [read(seen, v) for v in wanted]
 
-        def follow(carry, item):
+        def follow(
+            carry: list[jax.Array], item: tuple[list[jax.Array], list[jax.Array]]
+        ) -> tuple[list[jax.Array], list[jax.Array]]:
             xs, ys = item
             seen = env | dict(zip(self.body.invars[n:], [*carry, *xs]))
             self._sub_step(seen, lambda i, e, operands: self._given(e, operands, ys[i]))
@@ -183,7 +196,7 @@ class Descent:
         with at_source(self.eqn):
             return [*carry, *(jnp.concatenate([o, e[None]]) for o, e in zip(outs, emitted))]
 
-    def _hoist(self, env):
+    def _hoist(self, env: dict[Var, jax.Array]) -> None:
         """Evaluate before the loop: operations that do not change, and what trained operands are made of."""
         needed = {e.invars[i] for e in self.operations for i in self._shared(e)}
         hoisted = []
@@ -194,15 +207,15 @@ class Descent:
                 hoisted.append(e)
         run(reversed(hoisted), env)
 
-    def _shared(self, e) -> frozenset[int]:
+    def _shared(self, e: JaxprEqn) -> frozenset[int]:
         """Positions of the trained operands."""
         return frozenset(i for i in e.primitive.trainables(e.params).values() if _in(self.trained, e.invars[i]))
 
-    def _kept(self, e) -> list[Any]:
+    def _kept(self, e: JaxprEqn) -> list[Var]:
         shared = self._shared(e)
         return [v for i, v in enumerate(e.invars) if i not in shared and not isinstance(v, Literal)]
 
-    def _at_once(self, e, env, stack):
+    def _at_once(self, e: JaxprEqn, env: Mapping[Var, jax.Array], stack: Mapping[Var, jax.Array]) -> jax.Array:
         """The outputs of one operation at all sub-steps."""
         shared, length = self._shared(e), self.eqn.params["length"]
         operands = [
@@ -212,7 +225,7 @@ class Descent:
         with at_source(e):
             return stacked(e.primitive, shared).bind(*operands, **e.params)
 
-    def _given(self, e, operands, y):
+    def _given(self, e: JaxprEqn, operands: Sequence[jax.Array], y: jax.Array) -> list[jax.Array]:
         """The outputs of an operation whose traced output is known."""
         p = e.primitive
         outs = p.outputs(operands, e.params) if p.multiple_results else [y]
@@ -226,14 +239,16 @@ class Descent:
                 outs[p.y_index] = y + link.bind(*operands, op=p, params=tuple(e.params.items()), maps=())
         return outs
 
-    def _carried(self, env):
+    def _carried(self, env: Mapping[Var, jax.Array]) -> list[jax.Array]:
         return [read(env, v) for v in self.body.outvars[: self.carry]]
 
-    def _sub_step(self, env, operation):
+    def _sub_step(
+        self, env: dict[Var, jax.Array], operation: Callable[[int, JaxprEqn, list[jax.Array]], list[jax.Array]]
+    ) -> None:
         """Run the equations of one sub-step that are not known yet; ``operation`` gives the outputs of operations."""
         number = {id(e): i for i, e in enumerate(self.operations)}
 
-        def rule(e, operands):
+        def rule(e: JaxprEqn, operands: list[Value]) -> list[Value]:
             with at_source(e):
                 return operation(number[id(e)], e, operands) if id(e) in number else bind_equation(e, operands)
 

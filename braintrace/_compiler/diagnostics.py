@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from .._types import CompilationWarning, Path
 from .._warn import warn
@@ -89,7 +88,7 @@ class CompilationRecord:
     primitive: str | None = None
     weight_path: Path | None = None
     hidden_paths: tuple[Path, ...] = ()
-    context: Mapping[str, Any] | None = None
+    context: Mapping[str, object] | None = None
 
     def __repr__(self) -> str:
         shown = [f"kind={self.kind.value!r}", f"level={self.level.value!r}"]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .._jax import Literal, Var
+from .._jax import Atom, Literal
 from .._types import path_str
 from .flow import Flow, analyse_flow
 from .graph import ETraceGraph
@@ -17,6 +17,7 @@ __all__ = ["mermaid", "svg"]
 PLAIN, TRACED, CURRENT, CUT = "plain", "traced", "current step", "cut"
 Edge = tuple[str, str, str, str]
 Source = tuple[str, Any]  # ('old', path), ('new', path), ('y', operation index) or ('in', None)
+Sources = dict[Hashable, frozenset[Source]]
 
 
 class Diagram(NamedTuple):
@@ -83,7 +84,7 @@ def svg(graph: ETraceGraph) -> str:
     )
 
 
-def _columns(nodes: Mapping[str, Any], edges: Sequence[Edge]) -> dict[str, int]:
+def _columns(nodes: Mapping[str, object], edges: Sequence[Edge]) -> dict[str, int]:
     """Columns from left to right: a node is right of those that it follows in the order of the step."""
     order: dict[str, float] = {"x": -1, "out": len(edges) + len(nodes)}
     order |= {n: i for i, n in enumerate(n for n in nodes if n.startswith("op"))}
@@ -110,7 +111,9 @@ def _rows(column: Mapping[str, int]) -> dict[str, int]:
     return rows
 
 
-def _line(place: Mapping[str, Any], half: Mapping[str, float], a: str, kind: str, b: str, label: str) -> str:
+def _line(
+    place: Mapping[str, tuple[float, float]], half: Mapping[str, float], a: str, kind: str, b: str, label: str
+) -> str:
     style = {
         PLAIN: 'stroke="#999"',
         TRACED: 'stroke="#1766b0" stroke-width="2.5"',
@@ -129,16 +132,16 @@ def _line(place: Mapping[str, Any], half: Mapping[str, float], a: str, kind: str
     return f'<path d="{path}" fill="none" {style}/>' + text * bool(label)
 
 
-def _direct_sources(graph: ETraceGraph, flow: Flow) -> dict[Any, frozenset[Source]]:
+def _direct_sources(graph: ETraceGraph, flow: Flow) -> Sources:
     """Per variable, what it depends on without passing a hidden value or an operation; key ``('into', path)``: what a
     new hidden value is computed from."""
     info = graph.module_info
-    of: dict[Any, frozenset[Source]] = {v: frozenset([("in", None)]) for v in info.jaxpr.invars}
+    of: Sources = {v: frozenset([("in", None)]) for v in info.jaxpr.invars}
     of |= {v: frozenset[Source]() for v in info.invar_to_weight_path}
     of |= {v: frozenset([("old", p)]) for p, v in info.hidden_path_to_invar.items()}
     op_at = {op.position: op for op in flow.ops}
 
-    def read(variables: Sequence[Var]) -> frozenset[Source]:
+    def read(variables: Sequence[Atom]) -> frozenset[Source]:
         return frozenset[Source]().union(*(of.get(v, ()) for v in variables if not isinstance(v, Literal)))
 
     for position, eqn in enumerate(info.jaxpr.eqns):
@@ -166,14 +169,14 @@ def _edge(a: str, kind: str, b: str, label: str | None = None) -> Edge:
     return a, kind, b, ("" if kind == PLAIN else kind) if label is None else label
 
 
-def _into_operations(graph: ETraceGraph, flow: Flow, sources: dict[Any, Any]) -> Iterator[Edge]:
+def _into_operations(graph: ETraceGraph, flow: Flow, sources: Sources) -> Iterator[Edge]:
     for op in flow.ops:
         for source in sorted(sources["op", op.index], key=str):
             kind = {"in": PLAIN, "old": CUT}.get(source[0], CURRENT)
             yield _edge(_node(graph, source), kind, f"op{op.index}")
 
 
-def _into_groups(graph: ETraceGraph, sources: dict[Any, Any]) -> Iterator[Edge]:
+def _into_groups(graph: ETraceGraph, sources: Sources) -> Iterator[Edge]:
     traced = {(r.op_index, g.index) for r in graph.hidden_param_op_relations for g in r.hidden_groups}
     for g in graph.hidden_groups:
         own = f"g{g.index}"
@@ -189,7 +192,7 @@ def _into_groups(graph: ETraceGraph, sources: dict[Any, Any]) -> Iterator[Edge]:
                 yield _edge(node, CUT if kind == "old" else CURRENT, own)
 
 
-def _out(graph: ETraceGraph, sources: dict[Any, Any]) -> Iterator[Edge]:
+def _out(graph: ETraceGraph, sources: Sources) -> Iterator[Edge]:
     info = graph.module_info
     outvars = [v for v in info.jaxpr.outvars[: info.num_var_out] if not isinstance(v, Literal)]
     for source in sorted({s for v in outvars for s in sources.get(v, ())}, key=str):

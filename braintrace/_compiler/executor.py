@@ -10,9 +10,10 @@ import brainstate
 import jax
 import jax.numpy as jnp
 from brainstate.util import FlattedDict
+from jax.typing import ArrayLike
 
 from .._jax import consts_of, is_tracer
-from .._types import Path, path_str
+from .._types import Path, PyTree, path_str
 from .call import Call, call_of, convertible, equal
 from .diagnostics import emit
 from .graph import ETraceGraph, compile_in_scope
@@ -43,7 +44,7 @@ class Compiled:
         self.unread = frozenset(call.inputs) - {*info.environment_keys, *info.fixed_numbers}
         self.plans: dict[str, Any] = {}
 
-    def __deepcopy__(self, memo: Any) -> Compiled:
+    def __deepcopy__(self, memo: object) -> Compiled:
         return self
 
     @property
@@ -53,7 +54,7 @@ class Compiled:
     def difference(self, call: Call, states: Sequence[brainstate.State]) -> str | None:
         """Why a call needs another step, in words; ``None`` where this one serves it."""
         info = self.graph.module_info
-        tree: Any
+        tree: jax.tree_util.PyTreeDef
         leaves, tree = jax.tree.flatten(call.given)
         if tree != info.in_tree:
             return f"The arguments have the structure {tree}, the learner was compiled for {info.in_tree}"
@@ -71,14 +72,14 @@ class Compiled:
         for key in {**self.constants, **known}:
             if key not in known or key not in self.constants or not equal(known[key], self.constants[key]):
                 return f"The entry {key!r} of brainstate.environ is another one"
-        read: Any = info.environment.unflatten(
+        read: PyTree = info.environment.unflatten(
             v.aval for v in info.jaxpr.invars[info.in_tree.num_leaves : info.first_state]
         )
         for key, value in call.inputs.items():
             if key in self.unread or key in self.constants:
                 continue
-            found: Any = jax.tree.flatten(value)
-            wanted: Any = jax.tree.flatten(read.get(key))
+            found: tuple[list[PyTree], jax.tree_util.PyTreeDef] = jax.tree.flatten(value)
+            wanted = jax.tree.flatten(read.get(key))
             if found[1] != wanted[1] or any(_other(x, a) for x, a in zip(found[0], wanted[0])):
                 return f"The entry {key!r} of brainstate.environ has another structure, shape or dtype"
         missing = [k for k in read if k not in call.inputs]
@@ -87,7 +88,7 @@ class Compiled:
     def _other_states(self, states: Sequence[brainstate.State]) -> str | None:
         info = self.graph.module_info
         for path, tree, state in zip(info.compiled_state_paths, info.state_trees, states):
-            found: Any
+            found: jax.tree_util.PyTreeDef
             leaves, found = jax.tree.flatten(state.value)
             if found != tree:
                 raise ValueError(
@@ -100,11 +101,11 @@ class Compiled:
         return None
 
 
-def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+def _shape_of(x: ArrayLike) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
-def _other(x: Any, aval: Any, over_time: bool = False) -> str | None:
+def _other(x: ArrayLike, aval: jax.core.ShapedArray | jax.ShapeDtypeStruct, over_time: bool = False) -> str | None:
     shape, dtype = jnp.shape(x), jnp.result_type(x)
     if shape[over_time:] != tuple(aval.shape):
         return f"has shape {shape}{', time in front' * over_time}, the learner was compiled for {tuple(aval.shape)}"
@@ -164,7 +165,7 @@ class ETraceGraphExecutor:
         self._compiled: Compiled | None = None
         self._known: list[Compiled] = []
         self._said: set[str] = set()
-        self._example: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # after unpickling
+        self._example: tuple[tuple[PyTree, ...], dict[str, PyTree]] | None = None  # after unpickling
 
     @property
     def compiled(self) -> Compiled:
@@ -197,7 +198,7 @@ class ETraceGraphExecutor:
     def state_id_to_path(self) -> dict[int, Path]:
         return {id(s): p for p, s in self.states.items()}
 
-    def compile_graph(self, *args: Any, **kwargs: Any) -> None:
+    def compile_graph(self, *args: PyTree, **kwargs: PyTree) -> None:
         """Trace the model once."""
         self._compile(call_of(args, kwargs).first_step())
 
@@ -257,10 +258,10 @@ class ETraceGraphExecutor:
         other.__dict__.update(self.__dict__, model=model, _known=list(self._known))
         return other
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ETraceGraphExecutor:
+    def __deepcopy__(self, memo: dict[int, object]) -> ETraceGraphExecutor:
         return self.of(copy.deepcopy(self.model, memo))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # Programs cannot be pickled: they are compiled again when they are asked for.
         example = self._example
         if self._compiled is not None:

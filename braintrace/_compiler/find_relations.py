@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from .._jax import Var, any_rank, source_line
+from .._jax import Atom, Var, any_rank, source_line
 from .._program import before, made_at
-from .._types import Path, path_str
+from .._types import Path, Shape, path_str
 from .descent import holds_link
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flow import Flow, MarkedOp, Reach
@@ -18,7 +18,7 @@ from .frame import is_marked
 from .groups import HiddenGroup
 from .influence import Influence
 from .module_info import ModuleInfo
-from .operands import NO_PARAMETER, Step
+from .operands import NO_PARAMETER, OperandProgram, Step
 from .relations import HiddenParamOpRelation
 
 __all__ = ["find_relations"]
@@ -144,7 +144,15 @@ class _Finder:
         self.note(DiagnosticLevel.INFO, kind, op, text, **more)
 
 
-def _relation(step, op, program, paths, used, call, mixed) -> HiddenParamOpRelation:
+def _relation(
+    step: Step,
+    op: MarkedOp,
+    program: OperandProgram,
+    paths: dict[str, Path],
+    used: tuple[HiddenGroup, ...],
+    call: int,
+    mixed: bool,
+) -> HiddenParamOpRelation:
     info = step.info
     connected = tuple(p for g in used for p in _connected(g, op))
     states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
@@ -183,39 +191,39 @@ def _connected(group: HiddenGroup, op: MarkedOp) -> list[Path]:
     return [p for i, p in enumerate(group.hidden_paths) if i in driven or not driven]
 
 
-def _fixed_vars(op: MarkedOp, trained) -> Mapping[int, Any]:
+def _fixed_vars(op: MarkedOp, trained: Iterable[str]) -> Mapping[int, Atom]:
     slots = op.primitive.trainables(op.eqn.params)
     taken = {slots[k] for k in trained} | {op.primitive.x_index}
     return {i: v for i, v in enumerate(op.eqn.invars) if i not in taken}
 
 
-def _is_constant(info: ModuleInfo, var: Var) -> bool:
+def _is_constant(info: ModuleInfo, var: Atom) -> bool:
     """Whether a variable depends on no input of the step."""
     eqns, inputs = info.jaxpr.eqns, set(info.jaxpr.invars)
     return inputs.isdisjoint(before(eqns, made_at(eqns), [var]))
 
 
-def _parameter_paths(info, program) -> tuple[Path, ...]:
+def _parameter_paths(info: ModuleInfo, program: OperandProgram) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(info.invar_to_weight_path[info.jaxpr.invars[i]] for i in program.leaves))
 
 
-def _leaf(info, var, path) -> int:
+def _leaf(info: ModuleInfo, var: Var, path: Path) -> int:
     leaves = info.weight_path_to_invars[path]
     return leaves.index(var) if var in leaves else 0
 
 
-def _broadcastable(y: tuple[int, ...], varshape: tuple[int, ...]) -> bool:
+def _broadcastable(y: Shape, varshape: Shape) -> bool:
     try:
         return np.broadcast_shapes(y, varshape) is not None
     except ValueError:
         return False
 
 
-def _direct_groups(flow, group_of, k) -> set[int]:
+def _direct_groups(flow: Flow, group_of: Mapping[Path, HiddenGroup], k: int) -> set[int]:
     return {group_of[p].index for p, labels in flow.into.items() if ("y", k) in labels}
 
 
-def _excluded(step, name, path, op, reach, influence) -> CompilationRecord:
+def _excluded(step: Step, name: str, path: Path, op: MarkedOp, reach: Reach, influence: Influence) -> CompilationRecord:
     info, flow = step.info, step.flow
     changed = influence.of([op.y], influence.opaque.__contains__)
     if driven := influence.driven(changed):

@@ -14,13 +14,13 @@ of a branch that was not taken become zeros.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .._jax import (
     ClosedJaxpr,
+    JaxprEqn,
     at_source,
     bind_equation,
     call_body,
@@ -32,7 +32,7 @@ from .._jax import (
     scan_operands,
     structs,
 )
-from .._program import equations_within
+from .._program import Value, equations_within
 from .._types import Path, path_str
 from .constants import Constants, foldable
 from .descent import Descent
@@ -47,11 +47,12 @@ from .remarks import Remarks, at, weights_of
 __all__ = ["LOOPS", "flatten"]
 
 LOOPS = frozenset(["cond", "scan", "while"])
+Outs = tuple[list[Value], list[Origin]]  # of an equation or a jaxpr: values of the outputs, and their origins
 
 
 def flatten(
     closed: ClosedJaxpr, origins: Sequence[Origin], num_out: int, hidden_out: Sequence[bool], policy: ControlFlowPolicy
-) -> tuple[Any, list[CompilationRecord]]:
+) -> tuple[ClosedJaxpr, list[CompilationRecord]]:
     """Flatten the step; the outputs from ``num_out`` on are new state leaves and keep the dtype of the old ones.
 
     ``origins`` tells what each input is, ``hidden_out`` which outputs are new hidden values.
@@ -61,7 +62,7 @@ def flatten(
     first_state = len(jaxpr.invars) - (len(jaxpr.outvars) - num_out)
     flattener = _Flattener(policy)
 
-    def step(*values):
+    def step(*values: jax.Array) -> list[jax.Array]:
         results, _ = flattener.run(closed, values, origins, hidden_out)
         outs = [jnp.asarray(x) for x in results]
         for i, old in enumerate(values[first_state:], num_out):
@@ -79,7 +80,15 @@ class _Flattener:
         self.remarks = Remarks(policy)
         self.constants = Constants()
 
-    def run(self, closed, values, origins, hidden_out, taken=None, depth=0):
+    def run(
+        self,
+        closed: ClosedJaxpr,
+        values: Sequence[Value],
+        origins: Sequence[Origin],
+        hidden_out: Sequence[bool],
+        taken: jax.Array | None = None,
+        depth: int = 0,
+    ) -> Outs:
         frame = Frame(closed, values, origins, hidden_out, taken, depth, self.constants)
         jaxpr = open_jaxpr(closed)
         for eqn in jaxpr.eqns:
@@ -88,7 +97,7 @@ class _Flattener:
         results = [frame.read(v) for v in jaxpr.outvars]
         return [v for v, _ in results], [o for _, o in results]
 
-    def equation(self, eqn, frame):
+    def equation(self, eqn: JaxprEqn, frame: Frame) -> Outs:
         known = [frame.waiting(v)[0] for v in eqn.invars]
         if not eqn.effects and foldable(eqn, known):
             return self.constants.outputs(eqn, known), [Origin()] * len(eqn.outvars)
@@ -103,14 +112,14 @@ class _Flattener:
             self.remarks.check_operations(eqn, frame)
         return self.whole(eqn, frame)
 
-    def is_relevant(self, eqn, frame) -> bool:
+    def is_relevant(self, eqn: JaxprEqn, frame: Frame) -> bool:
         _, origins = frame.inputs(eqn)
         reads = any(o.live for o in origins)
         return reads or any(frame.hidden_out(eqn)) or any(map(is_marked, equations_within(eqn)))
 
     # -- one equation as it is ------------------------------------------------------------------------------------
 
-    def whole(self, eqn, frame):
+    def whole(self, eqn: JaxprEqn, frame: Frame) -> Outs:
         values, origins = frame.inputs(eqn)
         out_origins = [origin_of(eqn, origins, v) for v in eqn.outvars]
         if frame.taken is None:
@@ -125,17 +134,18 @@ class _Flattener:
             outs = with_reverse_rule(eqn)(*values) if is_forward_only(eqn) else bind_equation(eqn, values)
         return outs, out_origins
 
-    def operation_in_branch(self, eqn, frame, values):
+    def operation_in_branch(self, eqn: JaxprEqn, frame: Frame, values: list[Value]) -> list[Value]:
         i, y = eqn.primitive.x_index, eqn.primitive.y_index
         if i is not None:
             values[i] = frame.gate(eqn.invars[i], finite)
         outs = bind_equation(eqn, values)
+        assert frame.taken is not None
         outs[y] = gate(frame.taken, outs[y])
         return outs
 
     # -- branches -------------------------------------------------------------------------------------------------
 
-    def cond(self, eqn, frame):
+    def cond(self, eqn: JaxprEqn, frame: Frame) -> Outs:
         (index, *operands), origins = frame.inputs(eqn)
         branches = eqn.params["branches"]
         if not is_tracer(index):
@@ -151,7 +161,7 @@ class _Flattener:
         self.remarks.check_weights(eqn, frame, "WEIGHT_IN_CONTROL_FLOW", f"Take it out of the branch, or use {knob}.")
         return self.kept(eqn, frame)
 
-    def cannot_convert(self, eqn) -> str | None:
+    def cannot_convert(self, eqn: JaxprEqn) -> str | None:
         if self.policy.cond == "opaque":
             return "cond='opaque'"
         if eqn.effects:
@@ -166,7 +176,9 @@ class _Flattener:
                 )
         return None
 
-    def every_branch(self, eqn, frame, index, operands, origins):
+    def every_branch(
+        self, eqn: JaxprEqn, frame: Frame, index: jax.Array, operands: Sequence[Value], origins: Sequence[Origin]
+    ) -> Outs:
         self.remarks.enter(eqn, frame)
         branches = eqn.params["branches"]
         text = f"The branch{at(eqn)} runs both ways, and its result is selected."
@@ -188,7 +200,7 @@ class _Flattener:
 
     # -- loops ----------------------------------------------------------------------------------------------------
 
-    def scan(self, eqn, frame):
+    def scan(self, eqn: JaxprEqn, frame: Frame) -> Outs:
         length, limit = eqn.params["length"], self.policy.scan_unroll_limit
         _, origins = frame.inputs(eqn)
         consts, carry = scan_operands(eqn)
@@ -216,7 +228,7 @@ class _Flattener:
         self.remarks.check_weights(eqn, frame, "WEIGHT_IN_CONTROL_FLOW", "Take it out of the loop.")
         return self.kept(eqn, frame)
 
-    def long_scan(self, eqn, frame):
+    def long_scan(self, eqn: JaxprEqn, frame: Frame) -> Outs:
         length, limit = eqn.params["length"], self.policy.scan_unroll_limit
         auto = self.policy.scan_descent == "auto"
         remedy = f"Pass ControlFlowPolicy(scan_unroll_limit={length}) to unroll it."
@@ -250,7 +262,7 @@ class _Flattener:
             self.remarks.note("SCAN_DESCENT_NO_RELATIONS", "WARNING", eqn, text, path)
         return self.kept(eqn, frame)
 
-    def cannot_descend(self, eqn, frame) -> str | None:
+    def cannot_descend(self, eqn: JaxprEqn, frame: Frame) -> str | None:
         _, origins = frame.inputs(eqn)
         consts, carry = scan_operands(eqn)
         carried = origins[consts:][:carry]
@@ -265,25 +277,25 @@ class _Flattener:
             return "the hidden value that it carries is computed before it starts"
         return None
 
-    def descent(self, eqn, frame) -> Descent:
+    def descent(self, eqn: JaxprEqn, frame: Frame) -> Descent:
         self.remarks.enter(eqn, frame)
         _, origins = frame.inputs(eqn)
         body, hidden = eqn.params["jaxpr"], frame.hidden_out(eqn)
 
-        def run(*values):
+        def run(*values: jax.Array) -> list[Value]:
             return self.run(body, values, origins, hidden, None, frame.depth + 1)[0]
 
         opened = jax.make_jaxpr(run)(*structs(open_jaxpr(body).invars))
         return Descent(eqn, opened, [o.live for o in origins], [bool(o.weights) for o in origins])
 
-    def in_place(self, eqn, frame, descent):
+    def in_place(self, eqn: JaxprEqn, frame: Frame, descent: Descent) -> Outs:
         if eqn.params["length"] == 1:
             return self.unrolled(eqn, frame)
         values, origins = frame.inputs(eqn)
         every = [*origins, Origin(data=True, live=True)]
         return descent.outputs(values), [origin_of(eqn, every, v) for v in eqn.outvars]
 
-    def unrolled(self, eqn, frame):
+    def unrolled(self, eqn: JaxprEqn, frame: Frame) -> Outs:
         self.remarks.enter(eqn, frame)
         values, origins = frame.inputs(eqn)
         params = eqn.params
@@ -297,8 +309,8 @@ class _Flattener:
         )
         hidden = frame.hidden_out(eqn)
         order = range(params["length"])
-        stacked: list[list[Any]] = []
-        joined: list[Any] = []
+        stacked: list[list[Value]] = []
+        joined: list[list[Origin]] = []
         for i in reversed(order) if params["reverse"] else order:
             with at_source(eqn):
                 now = [_item(x, i) for x in xs]
@@ -314,7 +326,7 @@ class _Flattener:
         y_origins = [origin_of(eqn, os, v) for v, os in zip(eqn.outvars[m - n :], zip(*joined))]
         return [*carry, *ys], [*carry_origins, *y_origins]
 
-    def while_loop(self, eqn, frame):
+    def while_loop(self, eqn: JaxprEqn, frame: Frame) -> Outs:
         self.remarks.check_weights(
             eqn,
             frame,
@@ -324,7 +336,7 @@ class _Flattener:
         )
         return self.kept(eqn, frame)
 
-    def kept(self, eqn, frame):
+    def kept(self, eqn: JaxprEqn, frame: Frame) -> Outs:
         """A relevant loop or branch that stays whole."""
         self.remarks.check_operations(eqn, frame)
         name, live = eqn.primitive.name, any(o.live for o in frame.inputs(eqn)[1])
@@ -357,5 +369,5 @@ class _Flattener:
         return self.whole(eqn, frame)
 
 
-def _item(xs, i):
+def _item(xs: Value, i: int) -> Value:
     return jax.lax.index_in_dim(xs, i, keepdims=False) if is_tracer(xs) else xs[i]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import brainstate
 import numpy as np
+from jax.typing import ArrayLike
 
-from .._jax import JaxprEqn, Literal, Var, source_line
+from .._jax import Atom, JaxprEqn, Literal, Var, source_line
 from .._ops.primitive import ETPPrimitive
 from .._ops.stacked import StackedPrimitive
 from .._program import behind, equations_within, variables
-from .._types import Path
+from .._types import Path, Shape
 from .descent import holds_link
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flatten import LOOPS
@@ -25,6 +26,9 @@ from .positions import moves, propagate, transfer
 __all__ = ["Flow", "MarkedOp", "Reach", "analyse_flow", "analyse_reach", "through_operation", "title_of", "y_label"]
 
 MIXING = frozenset(["conv_general_dilated", "ragged_dot", "ragged_dot_general"])
+
+CutAt = Callable[[int, JaxprEqn, list[Labels]], list[Labels] | None]  # as for `propagate`, with the equation's position
+Sink = tuple[str, Any]  # ('op', index), ('links', position), ('group', index) or ('out', None)
 
 
 class MarkedOp(NamedTuple):
@@ -43,7 +47,7 @@ class MarkedOp(NamedTuple):
         return self.eqn.outvars[self.primitive.y_index]
 
     @property
-    def x(self) -> Any | None:
+    def x(self) -> Atom | None:
         index = self.primitive.x_index
         return None if index is None else self.eqn.invars[index]
 
@@ -57,22 +61,22 @@ class MarkedOp(NamedTuple):
         return title_of(self.primitive, self.y)
 
     @property
-    def operands(self) -> dict[str, Any]:
+    def operands(self) -> dict[str, Atom]:
         """Trained operands by key."""
         return {k: self.eqn.invars[i] for k, i in self.primitive.trainables(self.eqn.params).items()}
 
 
-def title_of(primitive: ETPPrimitive, y: Any) -> str:
+def title_of(primitive: ETPPrimitive, y: Var) -> str:
     """The name of an operation, and how many sub-steps of it there are."""
     return f"{primitive.name} x {y.aval.shape[0]}" if isinstance(primitive, StackedPrimitive) else primitive.name
 
 
-def y_label(shape: tuple[int, ...], front: int) -> Label:
+def y_label(shape: Shape, front: int) -> Label:
     """The label of an operation's output: all sub-steps, along ``front`` first axes, have the positions of one."""
     return tuple(np.broadcast_to(ids, shape) for ids in own_label(shape[front:], len(shape) - front))
 
 
-def through_operation(eqn: JaxprEqn, inputs: list[Labels], constants: Mapping[Any, Any]) -> Labels:
+def through_operation(eqn: JaxprEqn, inputs: list[Labels], constants: Mapping[Var, ArrayLike]) -> Labels:
     """Labels of an operation's output by what reaches its operands; its samples stay apart."""
     p, y = eqn.primitive, eqn.outvars[eqn.primitive.y_index]
     labels = transfer(eqn, inputs, constants)[p.y_index]
@@ -96,7 +100,7 @@ class Flow(NamedTuple):
 
     ops: tuple[MarkedOp, ...]
     members: dict[Var, list[Path]]  # variables that hold a new hidden value
-    labels: dict[Any, Labels]  # of every variable, as what reads it sees them
+    labels: dict[Var, Labels]  # of every variable, as what reads it sees them
     into: dict[Path, Labels]  # what reaches a new hidden value without passing another one
     links: dict[Path, frozenset[Path]]  # hidden states whose own position reaches that of a new hidden value
     diagnostics: tuple[CompilationRecord, ...] = ()
@@ -119,14 +123,14 @@ def analyse_flow(info: ModuleInfo, mixing: bool = False) -> Flow:
     _, feeds = behind(eqns, members)
     records: list[CompilationRecord] = []
 
-    def cut(position, eqn, inputs):
+    def cut(position: int, eqn: JaxprEqn, inputs: list[Labels]) -> list[Labels] | None:
         op = op_at.get(position)
         if op is not None:
             through: Labels = {}
             if op.primitive.gradient_enabled:
                 label_in = {v: lab for v, lab in zip(eqn.invars, inputs) if not isinstance(v, Literal)}
                 x = op.x
-                if x in label_in and x.aval.shape == op.y.aval.shape:
+                if x is not None and x in label_in and x.aval.shape == op.y.aval.shape:
                     through = dict(label_in[x])
             if mixing:
                 through = through_operation(eqn, inputs, constants)
@@ -139,12 +143,12 @@ def analyse_flow(info: ModuleInfo, mixing: bool = False) -> Flow:
             return cut_in_loop(eqn, inputs)
         return None
 
-    def sums_positions(eqn, inputs):
+    def sums_positions(eqn: JaxprEqn, inputs: list[Labels]) -> bool:
         """And not over the hidden variables of each one."""
         outs = transfer(eqn, inputs, constants)
         return any(s[0] != "y" and mixes(label) for labels in outs for s, label in labels.items())
 
-    def cut_in_loop(eqn, inputs):
+    def cut_in_loop(eqn: JaxprEqn, inputs: list[Labels]) -> list[Labels] | None:
         if not any(is_product(e) for e in equations_within(eqn)):
             return None
         outs = transfer(eqn, inputs, constants)
@@ -158,10 +162,12 @@ def analyse_flow(info: ModuleInfo, mixing: bool = False) -> Flow:
     return flow._replace(links=_links(info, flow, cut, constants))
 
 
-def _labelled(info, members, cut, constants) -> tuple[dict[Any, Labels], dict[Path, Labels]]:
+def _labelled(
+    info: ModuleInfo, members: Mapping[Var, list[Path]], cut: CutAt, constants: Mapping[Var, ArrayLike]
+) -> tuple[dict[Var, Labels], dict[Path, Labels]]:
     """Labels of every variable, and of what reaches each new hidden value without passing another one."""
     hidden = info.states_of(brainstate.HiddenState)
-    env: dict[Any, Labels] = {}
+    env: dict[Var, Labels] = {}
     into: dict[Path, Labels] = {}
     for path, state in hidden.items():
         invar, outvar = info.hidden_path_to_invar[path], info.hidden_path_to_outvar[path]
@@ -180,10 +186,10 @@ def _labelled(info, members, cut, constants) -> tuple[dict[Any, Labels], dict[Pa
     return env, into
 
 
-def _links(info, flow: Flow, cut, constants) -> dict[Path, frozenset[Path]]:
+def _links(info: ModuleInfo, flow: Flow, cut: CutAt, constants: Mapping[Var, ArrayLike]) -> dict[Path, frozenset[Path]]:
     shapes = {p: tuple(s.varshape) for p, s in info.states_of(brainstate.HiddenState).items()}
 
-    def linked(into):
+    def linked(into: Mapping[Path, Labels]) -> set[tuple[Path, Path]]:
         return {
             (target, s[1])
             for target, labels in into.items()
@@ -195,7 +201,7 @@ def _links(info, flow: Flow, cut, constants) -> dict[Path, frozenset[Path]]:
     mixed = {(t, s[1]) for t, labels in flow.into.items() for s, lab in labels.items() if s[0] != "y" and mixes(lab)}
     if any(t != s and shapes[t] == shapes[s] for t, s in mixed - found):
         # Where labels of several terms came together as a mixture, some of the terms may still be position-wise.
-        def apart(position, eqn, inputs):
+        def apart(position: int, eqn: JaxprEqn, inputs: list[Labels]) -> list[Labels]:
             outs = cut(position, eqn, inputs)
             return moves(eqn, inputs, constants) if outs is None else outs
 
@@ -211,7 +217,7 @@ def is_product(eqn: JaxprEqn) -> bool:
     return eqn.primitive.name in MIXING
 
 
-def _mixing_record(eqn) -> CompilationRecord:
+def _mixing_record(eqn: JaxprEqn) -> CompilationRecord:
     name, line = eqn.primitive.name, source_line(eqn)
     return CompilationRecord(
         DiagnosticKind.CONTROL_FLOW_RECURRENT_MIXING,
@@ -226,26 +232,26 @@ def _mixing_record(eqn) -> CompilationRecord:
 class Reach(NamedTuple):
     """Everything downstream of a variable in the same step, whatever lies between."""
 
-    of: dict[Any, frozenset]  # variable -> sinks: ('op', index), ('links', position), ('group', index), ('out', None)
+    of: dict[Var, frozenset[Sink]]
 
-    def groups(self, var: Var) -> frozenset:
+    def groups(self, var: Var) -> frozenset[int]:
         return frozenset(i for kind, i in self.of.get(var, ()) if kind == "group")
 
-    def ops(self, var: Var) -> frozenset:
+    def ops(self, var: Var) -> frozenset[int]:
         return frozenset(i for kind, i in self.of.get(var, ()) if kind == "op")
 
-    def links(self, var: Var) -> frozenset:
+    def links(self, var: Var) -> frozenset[int]:
         """Equations with links (see :mod:`.descent`), by position."""
         return frozenset(i for kind, i in self.of.get(var, ()) if kind == "links")
 
 
 def analyse_reach(
-    eqns: Sequence[JaxprEqn], outvars: Sequence[Var], group_of_member: dict[Var, set[int]], ops: Sequence[MarkedOp]
+    eqns: Sequence[JaxprEqn], outvars: Sequence[Atom], group_of_member: dict[Var, set[int]], ops: Sequence[MarkedOp]
 ) -> Reach:
-    of: dict[Any, frozenset] = {}
+    of: dict[Var, frozenset[Sink]] = {}
     op_at = {op.position: op.index for op in ops}
 
-    def add(var, sinks):
+    def add(var: Var, sinks: frozenset[Sink]) -> None:
         of[var] = of.get(var, frozenset()) | sinks
 
     for var in variables(outvars):
@@ -255,7 +261,7 @@ def analyse_reach(
         add(var, frozenset(("group", g) for g in groups))
     for position in range(len(eqns) - 1, -1, -1):
         eqn = eqns[position]
-        sinks = frozenset().union(*(of.get(v, frozenset()) for v in eqn.outvars))
+        sinks = frozenset[Sink]().union(*(of.get(v, frozenset()) for v in eqn.outvars))
         if position in op_at:
             sinks |= {("op", op_at[position])}
         if holds_link(eqn):

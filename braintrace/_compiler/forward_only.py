@@ -7,14 +7,13 @@ product (and, if entries moved, a scatter). Dependence on several entries is cut
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._jax import JaxprEqn, Literal, bind_equation, open_jaxpr, sub_jaxprs
+from .._jax import Atom, JaxprEqn, Literal, bind_equation, open_jaxpr, sub_jaxprs
 from .labels import Label
 from .positions import dependence
 
@@ -26,37 +25,37 @@ def is_forward_only(eqn: JaxprEqn) -> bool:
     return _holds_while(eqn) and any(_is_inexact(v) for v in eqn.invars) and any(_is_inexact(v) for v in eqn.outvars)
 
 
-def _holds_while(eqn) -> bool:
+def _holds_while(eqn: JaxprEqn) -> bool:
     if eqn.primitive.name == "while":
         return True
     loops = eqn.primitive.name in ("scan", "cond")
     return loops and any(_holds_while(e) for body in sub_jaxprs(eqn) for e in open_jaxpr(body).eqns)
 
 
-def _is_inexact(var) -> bool:
+def _is_inexact(var: Atom) -> bool:
     return jnp.issubdtype(var.aval.dtype, jnp.inexact)
 
 
-def with_reverse_rule(eqn: JaxprEqn) -> Callable[..., list[Any]]:
+def with_reverse_rule(eqn: JaxprEqn) -> Callable[..., list[jax.Array]]:
     """The equation as a function of its inputs with a reverse rule."""
     labels = dependence(eqn)
     active = [i for i, v in enumerate(eqn.invars) if not isinstance(v, Literal) and _is_inexact(v)]
     real = [j for j, v in enumerate(eqn.outvars) if _is_inexact(v)]
 
     @jax.custom_vjp
-    def run(*values):
+    def run(*values: jax.Array) -> list[jax.Array]:
         return bind_equation(eqn, values)
 
-    def forward(*values):
+    def forward(*values: jax.Array) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
         return run(*values), values
 
-    def backward(values, cotangents):
-        bars: list[Any] = [None] * len(values)
+    def backward(values: tuple[jax.Array, ...], cotangents: Sequence[jax.Array]) -> tuple[jax.Array | None, ...]:
+        bars: list[jax.Array | None] = [None] * len(values)
         for n, i in enumerate(active):
             bars[i] = column(n, values, cotangents)
         return tuple(bars)
 
-    def column(n, values, cotangents):
+    def column(n: int, values: tuple[jax.Array, ...], cotangents: Sequence[jax.Array]) -> jax.Array:
         bar = jnp.zeros_like(values[active[n]])
         felt = {
             j: labels[j][active[n]] for j in real if active[n] in labels[j] and np.any(_known(labels[j][active[n]]))
@@ -64,7 +63,7 @@ def with_reverse_rule(eqn: JaxprEqn) -> Callable[..., list[Any]]:
         if not felt:
             return bar
 
-        def of_active(*xs):
+        def of_active(*xs: jax.Array) -> list[jax.Array]:
             filled = list(values)
             for i, x in zip(active, xs):
                 filled[i] = x

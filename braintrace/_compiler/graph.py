@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import brainstate
 
-from .._jax import Literal, any_rank
+from .._jax import Literal, Var, any_rank
 from .._legacy.perturbation import HiddenPerturbation, add_hidden_perturbation_from_minfo
-from .._types import Path
+from .._types import Path, PyTree
 from .call import Call, call_of
 from .cut import Cuts, Transition
 from .descent import holds_link
@@ -95,7 +95,7 @@ class ETraceGraph(NamedTuple):
 
 def compile_etrace_graph(
     model: brainstate.nn.Module,
-    *args: Any,
+    *args: PyTree,
     include_hidden_perturb: bool = True,
     include_recurrent_mixing: bool = False,
     sparse_n: int | None = None,
@@ -220,7 +220,7 @@ def _refuse_long_loops(info: ModuleInfo, flow: Flow) -> None:
 
 
 def reach_of(info: ModuleInfo, flow: Flow, group_of: Mapping[Path, HiddenGroup]) -> Reach:
-    sinks: dict[Any, set[int]] = {}
+    sinks: dict[Var, set[int]] = {}
     for path, var in info.hidden_path_to_outvar.items():
         if not isinstance(var, Literal):
             sinks.setdefault(var, set()).add(group_of[path].index)

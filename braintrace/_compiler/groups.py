@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 import brainstate
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from .._jax import Var, open_jaxpr
-from .._types import NotSupportedError, Path, path_str
+from .._jax import Atom, Jaxpr, Var, open_jaxpr
+from .._types import NotSupportedError, Path, PyTree, Shape, path_str
 from .cut import Cut, Transition
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flow import Flow
 from .module_info import ModuleInfo
 from .scope import Neighbourhood
+from .slices import Slot
 
 __all__ = ["HiddenGroup", "partition", "slots_of"]
 
@@ -50,10 +52,10 @@ class HiddenGroup(NamedTuple):
     index: int  # type: ignore[assignment]
     hidden_paths: tuple[Path, ...]
     hidden_states: tuple[brainstate.HiddenState, ...]
-    varshape: tuple[int, ...]
+    varshape: Shape
     num_state: int
     cut: Cut
-    inside: frozenset
+    inside: frozenset[int]
     program: Transition
     snap: Neighbourhood | None = None
 
@@ -67,7 +69,7 @@ class HiddenGroup(NamedTuple):
         return list(self.program.part.olds)
 
     @property
-    def hidden_outvars(self) -> list[Any]:
+    def hidden_outvars(self) -> list[Atom]:
         """The variables of the step that hold the members' new values; a literal where the step writes a number."""
         return list(self.program.part.news)
 
@@ -82,16 +84,16 @@ class HiddenGroup(NamedTuple):
         return not self.program.part.mixing
 
     @property
-    def transition_jaxpr(self) -> Any:
+    def transition_jaxpr(self) -> Jaxpr:
         """The transition: inputs are the members' old values, then :attr:`transition_jaxpr_constvars`."""
         return open_jaxpr(self.program.program)
 
     @property
-    def transition_jaxpr_constvars(self) -> tuple[Any, ...]:
+    def transition_jaxpr_constvars(self) -> tuple[Var, ...]:
         """Variables of the step that the transition reads beside the old values; operation outputs come first."""
         return self.program.inputs
 
-    def transition(self, hidden_vals: Sequence[Any], input_vals: Sequence[Any]) -> list[Any]:
+    def transition(self, hidden_vals: Sequence[jax.Array], input_vals: Sequence[jax.Array]) -> list[jax.Array]:
         """New values of the members.
 
         Parameters
@@ -104,7 +106,7 @@ class HiddenGroup(NamedTuple):
         self._check_values(hidden_vals, input_vals)
         return self.program.run(hidden_vals, input_vals)
 
-    def diagonal_jacobian(self, hidden_vals: Sequence[Any], input_vals: Sequence[Any]) -> jax.Array:
+    def diagonal_jacobian(self, hidden_vals: Sequence[jax.Array], input_vals: Sequence[jax.Array]) -> jax.Array:
         """D per position, shape ``V + (S, S)``; arguments as for :meth:`transition`.
 
         With neighbours, ``V + (M, M)`` with M = :attr:`trace_state_width`, neighbours in front of hidden variables.
@@ -116,21 +118,21 @@ class HiddenGroup(NamedTuple):
             return jnp.einsum("paqb,pq->pab", whole, jnp.eye(size)).reshape(*self.varshape, *blocks)
         return self.dense_D(self.cut.varying([*hidden_vals, *input_vals]))
 
-    def full_jacobian(self, hidden_vals: Sequence[Any], input_vals: Sequence[Any]) -> jax.Array:
+    def full_jacobian(self, hidden_vals: Sequence[jax.Array], input_vals: Sequence[jax.Array]) -> jax.Array:
         """Derivative of every new value by every old one, shape ``V + (S,) + V + (S,)``; arguments as before."""
         self._check_values(hidden_vals, input_vals)
 
-        def new_values(packed):
+        def new_values(packed: jax.Array) -> jax.Array:
             return self.concat_hidden(self.program.run(self.split_hidden(packed), input_vals))
 
         return jax.jacrev(new_values)(self.concat_hidden(hidden_vals))
 
-    def read_transition(self, varying: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    def read_transition(self, varying: Sequence[jax.Array]) -> tuple[list[PyTree], list[PyTree]]:
         """Old values and :attr:`transition_jaxpr_constvars` of one step, in the scope ``'full'``."""
         values = [e.read(varying) for e in self.cut.values]
         return values[: len(self.hidden_paths)], values[len(self.hidden_paths) :]
 
-    def dense_D(self, varying: Sequence[Any]) -> jax.Array:
+    def dense_D(self, varying: Sequence[jax.Array]) -> jax.Array:
         """D as one array, from its varying entries; where these are what the transition reads, the whole Jacobian."""
         if self.cut.values:
             return self.full_jacobian(*self.read_transition(varying))
@@ -146,7 +148,7 @@ class HiddenGroup(NamedTuple):
         stacked = jnp.moveaxis(stacked, (0, 1, 3, 2), (-4, -3, -2, -1))
         return stacked.reshape(*self.varshape, self.trace_state_width, self.trace_state_width)
 
-    def dense(self, entries: Any) -> jax.Array:
+    def dense(self, entries: PyTree) -> jax.Array:
         """Nested lists of entries (arrays, numbers, ``None`` for zero) as one array with trailing axes."""
         dtype = jnp.result_type(*(v.aval.dtype for v in self.program.part.news))
         if isinstance(entries, (list, tuple)):
@@ -154,7 +156,7 @@ class HiddenGroup(NamedTuple):
             return jnp.stack(parts, len(self.varshape))
         return jnp.broadcast_to(jnp.asarray(0 if entries is None else entries, dtype), self.varshape)
 
-    def _check_values(self, hidden_vals, input_vals) -> None:
+    def _check_values(self, hidden_vals: Sequence[ArrayLike], input_vals: Sequence[ArrayLike]) -> None:
         for name, values, variables in (
             ("hidden_vals", hidden_vals, self.program.part.olds),
             ("input_vals", input_vals, self.program.inputs),
@@ -179,7 +181,7 @@ class HiddenGroup(NamedTuple):
                     f"the group has {self.varshape}."
                 )
 
-    def concat_hidden(self, values: Iterable[Any]) -> Any:
+    def concat_hidden(self, values: Iterable[jax.Array]) -> jax.Array:
         """Stack one array per member (no units, complex ones as their parts) to shape ``V + (S,)``."""
         values = list(values)
         if len(values) != len(self.hidden_states):
@@ -191,11 +193,11 @@ class HiddenGroup(NamedTuple):
             parts.append(value if value.ndim > len(self.varshape) else value[..., None])
         return jnp.concatenate(parts, axis=-1)
 
-    def split_hidden(self, value: Any) -> list[Any]:
+    def split_hidden(self, value: jax.Array) -> list[jax.Array]:
         """The inverse of :meth:`concat_hidden`."""
         if tuple(value.shape) != (*self.varshape, self.num_state):
             raise ValueError(f"{self.name} takes shape {(*self.varshape, self.num_state)}, got {tuple(value.shape)}.")
-        out: list[Any] = [None] * len(self.hidden_paths)
+        out: list[PyTree] = [None] * len(self.hidden_paths)
         for number, (i, component) in enumerate(self.slots):
             one = value[..., number]
             if component is None:
@@ -205,14 +207,14 @@ class HiddenGroup(NamedTuple):
         return out
 
     @property
-    def slots(self) -> list[tuple[int, int | None]]:
+    def slots(self) -> list[Slot]:
         """The S hidden variables: (member number, component or None)."""
         return slots_of(self.program.part.olds, self.varshape)
 
 
-def slots_of(olds: Iterable[Any], varshape: tuple[int, ...]) -> list[tuple[int, int | None]]:
+def slots_of(olds: Iterable[Var], varshape: Shape) -> list[Slot]:
     """The hidden variables that variables of the step hold: (number of the variable, component or None)."""
-    out: list[tuple[int, int | None]] = []
+    out: list[Slot] = []
     for i, old in enumerate(olds):
         behind = old.aval.shape[len(varshape) :]
         out.extend((i, c) for c in range(behind[0])) if behind else out.append((i, None))
@@ -235,7 +237,7 @@ def partition(
     hidden = info.states_of(brainstate.HiddenState)
     parent = {p: p for p in hidden}
 
-    def root(p):
+    def root(p: Path) -> Path:
         while parent[p] != p:
             p = parent[p]
         return p

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 
-from .._jax import JaxprEqn, Literal, sub_jaxprs
+from .._jax import Atom, JaxprEqn, Literal, Var, sub_jaxprs
 from .._types import Path
 from .flow import Flow, is_product
 from .module_info import ModuleInfo
@@ -24,7 +23,7 @@ class Influence:
         self.opaque = {op.position for op in flow.ops if not op.primitive.gradient_enabled}
         self.ways = [_ways(eqn) for eqn in self.eqns]
 
-    def of(self, starts: Iterable[Any], blocked: Callable[[int], bool] = lambda position: False) -> set[Any]:
+    def of(self, starts: Iterable[Atom], blocked: Callable[[int], bool] = lambda position: False) -> set[Var]:
         """``blocked`` tells which equations, by position, are not passed; new hidden values are not passed either."""
         found = {v for v in starts if not isinstance(v, Literal)}
         changed = set(found)
@@ -36,29 +35,29 @@ class Influence:
             changed |= {v for v in new if v not in self.flow.members}
         return found
 
-    def untraced(self, starts: Iterable[Any]) -> set[Any]:
+    def untraced(self, starts: Iterable[Atom]) -> set[Var]:
         """What no operation and no product of positions lies before: a trace would follow all of it."""
         return self.of(starts, lambda position: position in self.opaque or is_product(self.eqns[position]))
 
-    def driven(self, changed: set[Any]) -> tuple[Path, ...]:
+    def driven(self, changed: set[Var]) -> tuple[Path, ...]:
         """The hidden states whose new values are among the variables."""
         return tuple(p for v, paths in self.flow.members.items() if v in changed for p in paths)
 
-    def products(self, changed: set[Any]) -> list[Any]:
+    def products(self, changed: set[Var]) -> list[JaxprEqn]:
         """Products that variables enter on their way to hidden states."""
         entered = [e for e in self.eqns if is_product(e) and not changed.isdisjoint(variables(e.invars))]
         return [e for e in entered if self.driven(self.of(e.outvars, self.opaque.__contains__))]
 
 
-def variables(atoms: Sequence[Any]) -> list[Any]:
+def variables(atoms: Sequence[Atom]) -> list[Var]:
     return [v for v in atoms if not isinstance(v, Literal)]
 
 
-def differentiable(atoms: Sequence[Any]) -> list[Any]:
+def differentiable(atoms: Sequence[Atom]) -> list[Var]:
     return [v for v in variables(atoms) if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
 
 
-def _ways(eqn: JaxprEqn) -> list[tuple[Any, list[Any]]]:
+def _ways(eqn: JaxprEqn) -> list[tuple[Var, list[Var]]]:
     """Every output with the inputs that change it."""
     outs, inputs = differentiable(eqn.outvars), differentiable(eqn.invars)
     if not outs or not inputs or eqn.primitive.name == "stop_gradient":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .._types import Shape
+
 __all__ = [
     "Label", "Labels", "MANY", "NONE", "is_aligned", "mixes", "own_label", "touches_own_position", "unaligned_axes",
 ]  # fmt: skip
@@ -15,7 +17,7 @@ NONE = -1
 MANY = -2
 
 
-def own_label(shape: tuple[int, ...], axes: int) -> Label:
+def own_label(shape: Shape, axes: int) -> Label:
     """The label of a source itself: entry ``p`` depends on position ``p`` of its first ``axes`` axes."""
     grids = [np.broadcast_to(np.int32(0), shape)]
     for k in range(axes):
@@ -24,7 +26,7 @@ def own_label(shape: tuple[int, ...], axes: int) -> Label:
     return tuple(grids)
 
 
-def unaligned_axes(label: Label, shape: tuple[int, ...]) -> tuple[int, ...]:
+def unaligned_axes(label: Label, shape: Shape) -> tuple[int, ...]:
     """Source axes along which some entry of a variable, of ``shape`` plus own trailing axes, depends on another
     position than its own."""
     own = own_label(label[0].shape, len(label) - 1)
@@ -33,13 +35,13 @@ def unaligned_axes(label: Label, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(k for k in range(len(shape)) if not np.all((label[k + 1] == own[k + 1]) | (label[k + 1] == NONE)))
 
 
-def is_aligned(label: Label, shape: tuple[int, ...]) -> bool:
+def is_aligned(label: Label, shape: Shape) -> bool:
     """Whether every entry depends on its own position, or on nothing."""
     aligned_shape = label[0].shape[: len(shape)] == shape and len(label) - 1 == len(shape)
     return aligned_shape and not unaligned_axes(label, shape)
 
 
-def touches_own_position(label: Label, shape: tuple[int, ...]) -> bool:
+def touches_own_position(label: Label, shape: Shape) -> bool:
     """Whether at least one entry depends on exactly its own position."""
     if label[0].shape[: len(shape)] != shape or len(label) - 1 != len(shape):
         return False

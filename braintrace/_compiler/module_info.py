@@ -12,10 +12,12 @@ import brainstate
 import brainunit as u
 import jax
 from brainstate.util import FlattedDict
+from jax.tree_util import PyTreeDef
+from jax.typing import ArrayLike
 
-from .._jax import ClosedJaxpr, Literal, Var, consts_of, is_tracer, open_jaxpr
+from .._jax import Atom, ClosedJaxpr, Jaxpr, Literal, Var, consts_of, is_tracer, open_jaxpr
 from .._program import made_at
-from .._types import NotSupportedError, Path, path_str
+from .._types import NotSupportedError, Path, PyTree, path_str
 from .call import Call, call_of, convertible
 from .complex_states import Parts, before_cast, with_real_parts
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
@@ -72,13 +74,13 @@ class ModuleInfo(NamedTuple):
     compiled_state_paths: tuple[Path, ...]
     retrieved_model_states: Mapping[Path, brainstate.State]
     state_leaves: tuple[tuple[int, ...], ...]
-    in_tree: Any
-    out_tree: Any
-    environment: Any
+    in_tree: PyTreeDef
+    out_tree: PyTreeDef
+    environment: PyTreeDef
     fixed_numbers: tuple[str, ...]
-    state_trees: tuple[Any, ...]
+    state_trees: tuple[PyTreeDef, ...]
     hidden_path_to_invar: dict[Path, Var]
-    hidden_path_to_outvar: dict[Path, Any]
+    hidden_path_to_outvar: dict[Path, Atom]
     complex_hidden: dict[Path, Parts]
     weight_path_to_invars: dict[Path, list[Var]]
     invar_to_weight_path: dict[Var, Path]
@@ -86,7 +88,7 @@ class ModuleInfo(NamedTuple):
     diagnostics: tuple[CompilationRecord, ...]
 
     @property
-    def jaxpr(self) -> Any:
+    def jaxpr(self) -> Jaxpr:
         return open_jaxpr(self.closed_jaxpr)
 
     @property
@@ -98,24 +100,24 @@ class ModuleInfo(NamedTuple):
     def environment_keys(self) -> list[str]:
         return list(self.environment.unflatten(range(self.environment.num_leaves)))
 
-    def environment_leaves(self, inputs: Mapping[str, Any]) -> list[Any]:
+    def environment_leaves(self, inputs: Mapping[str, PyTree]) -> list[jax.Array]:
         """Those of the environment's arrays and numbers that the step reads, as its inputs."""
         avals = [v.aval for v in self.jaxpr.invars[self.in_tree.num_leaves : self.first_state]]
         leaves = jax.tree.leaves({k: inputs[k] for k in self.environment_keys})
         return [jax.numpy.asarray(x, a.dtype) for x, a in zip(leaves, avals)]
 
-    def state_avals(self, path: Path) -> list[Any]:
+    def state_avals(self, path: Path) -> list[jax.core.ShapedArray | jax.ShapeDtypeStruct]:
         """Shape and dtype of the leaves of a state's value."""
         numbers = self.state_leaves[self.compiled_state_paths.index(path)]
         avals = [self.jaxpr.invars[self.first_state + n].aval for n in numbers]
         parts = self.complex_hidden.get(path)
         return avals if parts is None else [jax.ShapeDtypeStruct(parts.shape(a.shape), parts.dtype) for a in avals]
 
-    def reals(self, path: Path, leaf: Any) -> Any:
+    def reals(self, path: Path, leaf: jax.Array) -> jax.Array:
         """A leaf of a state as the program takes it."""
         return self.complex_hidden[path].split(leaf) if path in self.complex_hidden else leaf
 
-    def results(self, outs: Sequence[Any]) -> tuple[Any, list[Any]]:
+    def results(self, outs: Sequence[jax.Array]) -> tuple[PyTree, list[PyTree]]:
         """The program's flat outputs as the model's output and the new values of the touched states, in order."""
         leaves = outs[self.num_var_out :]
         values = []
@@ -164,7 +166,7 @@ def _initialised() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        found: Any = error
+        found: BaseException | None = error
         while not isinstance(found, (AttributeError, type(None))):
             found = found.__cause__  # a container says in which of its modules it was
         if found is None:
@@ -198,7 +200,7 @@ def _same_states(model: brainstate.nn.Module) -> Iterator[None]:
 
 
 def extract_module_info(
-    model: brainstate.nn.Module, *args: Any, control_flow: ControlFlowPolicy | None = None, **kwargs: Any
+    model: brainstate.nn.Module, *args: PyTree, control_flow: ControlFlowPolicy | None = None, **kwargs: PyTree
 ) -> ModuleInfo:
     """Trace one step of a model with initialised states.
 
@@ -259,7 +261,7 @@ def info_of_call(model: brainstate.nn.Module, call: Call, control_flow: ControlF
     _check_states(states, trace.been_writen, paths, new_shapes)
 
     in_leaves, in_tree = jax.tree.flatten(call.given)
-    environment: Any
+    environment: PyTreeDef
     env_leaves, environment = jax.tree.flatten(numbers)
     out_leaves, out_tree = jax.tree.flatten(out_shapes)
     first_in, first_out = len(in_leaves) + len(env_leaves), len(out_leaves)
@@ -284,7 +286,7 @@ def info_of_call(model: brainstate.nn.Module, call: Call, control_flow: ControlF
     jaxpr = open_jaxpr(closed)
     made = made_at(jaxpr.eqns)
 
-    def invars(i):
+    def invars(i: int) -> list[Var]:
         return [jaxpr.invars[first_in + p] for p in positions[i]]
 
     weights = {paths[i]: invars(i) for i, s in enumerate(states) if isinstance(s, brainstate.ParamState)}
@@ -311,7 +313,9 @@ def info_of_call(model: brainstate.nn.Module, call: Call, control_flow: ControlF
     )
 
 
-def _complex_parts(closed, states, ends) -> dict[Path, Parts]:
+def _complex_parts(
+    closed: ClosedJaxpr, states: Mapping[Path, brainstate.State], ends: Mapping[Path, tuple[int, int]]
+) -> dict[Path, Parts]:
     """How complex hidden states are kept as two real parts, by path."""
     avals = {p: open_jaxpr(closed).invars[old].aval for p, (old, _) in ends.items()}
     return {
@@ -321,7 +325,9 @@ def _complex_parts(closed, states, ends) -> dict[Path, Parts]:
     }
 
 
-def _traced_with_numbers(model, call):
+def _traced_with_numbers(
+    model: brainstate.nn.Module, call: Call
+) -> tuple[brainstate.transform.StatefulFunction, tuple[PyTree, ...], dict[str, PyTree], tuple[str, ...]]:
     """The traced step, what to ask it for, and numbers of the environment: those it reads, and names of fixed ones."""
     numbers = dict(call.inputs)
     fixed: tuple[str, ...] = ()
@@ -345,10 +351,12 @@ def _traced_with_numbers(model, call):
     return traced, args, numbers, fixed
 
 
-def _traced(model, call, numbers):
+def _traced(
+    model: brainstate.nn.Module, call: Call, numbers: Mapping[str, PyTree]
+) -> tuple[brainstate.transform.StatefulFunction, tuple[PyTree, ...]]:
     """The step as a function that is traced already, and the arguments to ask it for."""
 
-    def step(args, keywords, numbers):
+    def step(args: tuple[PyTree, ...], keywords: Mapping[str, PyTree], numbers: Mapping[str, PyTree]) -> PyTree:
         with brainstate.environ.context(**numbers) if numbers else contextlib.nullcontext():
             return model(*args, **keywords, **call.options)
 
@@ -359,17 +367,19 @@ def _traced(model, call, numbers):
     return traced, args
 
 
-def known_constants(info: ModuleInfo) -> dict[Any, Any]:
+def known_constants(info: ModuleInfo) -> dict[Var, ArrayLike]:
     """Values of the step's constants, but for those that are themselves being traced."""
     pairs = zip(info.jaxpr.constvars, consts_of(info.closed_jaxpr))
     return {v: c for v, c in pairs if not is_tracer(c)}
 
 
-def _abstract(x):
+def _abstract(x: PyTree) -> PyTree:
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
 
 
-def _name_states(states, retrieved):
+def _name_states(
+    states: Sequence[brainstate.State], retrieved: Mapping[Path, brainstate.State]
+) -> tuple[tuple[Path, ...], list[CompilationRecord]]:
     path_of = {id(s): p for p, s in retrieved.items()}
     paths, records, unknown = [], [], 0
     for state in states:
@@ -403,7 +413,9 @@ def _name_states(states, retrieved):
     return tuple(paths), records
 
 
-def _check_states(states, written, paths, new_shapes):
+def _check_states(
+    states: Sequence[brainstate.State], written: Sequence[bool], paths: Sequence[Path], new_shapes: Sequence[PyTree]
+) -> None:
     for state, was_written, path, new in zip(states, written, paths, new_shapes):
         if was_written and isinstance(state, brainstate.ParamState):
             raise NotSupportedError(
@@ -430,15 +442,17 @@ def _check_states(states, written, paths, new_shapes):
                 )
 
 
-def _check_structure(path, old, new):
+def _check_structure(path: Path, old: PyTree, new: PyTree) -> None:
     of_units = isinstance(old, u.Quantity) or isinstance(new, u.Quantity)
     if of_units and u.get_unit(old) != u.get_unit(new):
         raise ValueError(
             f"The state {path_str(path)!r} changes its unit within the step, from {u.get_unit(old)} to "
             f"{u.get_unit(new)}. Convert the new value before writing it."
         )
-    if jax.tree.structure(old) != jax.tree.structure(new):
+    before: PyTreeDef
+    before, after = jax.tree.structure(old), jax.tree.structure(new)
+    if before != after:
         raise ValueError(
-            f"The state {path_str(path)!r} changes its structure within the step, from {jax.tree.structure(old)} to "
-            f"{jax.tree.structure(new)}. Write values of the structure that it was initialised with."
+            f"The state {path_str(path)!r} changes its structure within the step, from {before} to {after}. Write "
+            "values of the structure that it was initialised with."
         )

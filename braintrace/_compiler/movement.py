@@ -7,37 +7,52 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from .._jax import JaxprEqn
+from .._types import PyTree, Shape
 
 __all__ = ["MOVES", "moved", "scatter_hits"]
 
 Mode = jax.lax.GatherScatterMode
+Padding = Sequence[tuple[int, int, int]]  # per axis: in front, behind and between the entries
+Place = tuple[np.ndarray, ...]  # an integer array per axis
 
 
-def moved(eqn: JaxprEqn, operands: Sequence[np.ndarray], **replaced: Any) -> list[np.ndarray]:
+def moved(eqn: JaxprEqn, operands: Sequence[np.ndarray], **replaced: object) -> list[np.ndarray]:
     """The outputs of an equation whose primitive is in :data:`MOVES`, with some of its parameters replaced."""
     params = {**eqn.params, **replaced, "out_shape": eqn.outvars[0].aval.shape}
     out = MOVES[eqn.primitive.name](*operands, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def _broadcast_in_dim(x, *dynamic, broadcast_dimensions, out_shape, **_):
+def _broadcast_in_dim(
+    x: np.ndarray, *dynamic: object, broadcast_dimensions: Sequence[int], out_shape: Shape, **_: object
+) -> np.ndarray:
     full = [1] * len(out_shape)
     for size, d in zip(x.shape, broadcast_dimensions):
         full[d] = size
     return np.broadcast_to(x.reshape(full), out_shape)
 
 
-def _reshape(x, *dynamic, out_shape, dimensions=None, **_):
+def _reshape(
+    x: np.ndarray, *dynamic: object, out_shape: Shape, dimensions: Sequence[int] | None = None, **_: object
+) -> np.ndarray:
     return (x if dimensions is None else x.transpose(dimensions)).reshape(out_shape)
 
 
-def _slice(x, *, start_indices, limit_indices, strides, **_):
+def _slice(
+    x: np.ndarray,
+    *,
+    start_indices: Sequence[int],
+    limit_indices: Sequence[int],
+    strides: Sequence[int] | None,
+    **_: object,
+) -> np.ndarray:
     return x[tuple(map(slice, start_indices, limit_indices, strides or [1] * x.ndim))]
 
 
-def _pad(x, value, *, padding_config, out_shape, **_):
+def _pad(x: np.ndarray, value: np.ndarray, *, padding_config: Padding, out_shape: Shape, **_: object) -> np.ndarray:
     spread = np.full([max(0, n + (n - 1) * inner) for n, (_, _, inner) in zip(x.shape, padding_config)], value, x.dtype)
     spread[tuple(slice(None, None, inner + 1) for _, _, inner in padding_config)] = x
     # Negative padding takes entries away.
@@ -47,34 +62,42 @@ def _pad(x, value, *, padding_config, out_shape, **_):
     return out
 
 
-def _split(x, *, sizes, axis, **_):
+def _split(x: np.ndarray, *, sizes: Sequence[int], axis: int, **_: object) -> list[np.ndarray]:
     return np.split(x, np.cumsum(sizes)[:-1], axis)
 
 
-def _unstack(x, *, axis, **_):
+def _unstack(x: np.ndarray, *, axis: int, **_: object) -> list[np.ndarray]:
     return list(np.moveaxis(x, axis, 0))
 
 
-def _starts(starts, shape, window):
+def _starts(starts: Sequence[np.ndarray], shape: Shape, window: Shape) -> tuple[slice, ...]:
     """The first entry of a window that is moved inside as a whole, as it is by the dynamic primitives."""
     return tuple(slice(s, s + w) for s, w in zip(_clipped(np.array(starts, int), shape, window), window))
 
 
-def _clipped(starts, shape, window):
+def _clipped(starts: np.ndarray, shape: Shape, window: Sequence[int]) -> np.ndarray:
     return np.clip(starts, 0, np.subtract(shape, window))
 
 
-def _dynamic_slice(x, *starts, slice_sizes, **_):
+def _dynamic_slice(x: np.ndarray, *starts: np.ndarray, slice_sizes: Shape, **_: object) -> np.ndarray:
     return x[_starts(starts, x.shape, slice_sizes)]
 
 
-def _dynamic_update_slice(x, update, *starts, **_):
+def _dynamic_update_slice(x: np.ndarray, update: np.ndarray, *starts: np.ndarray, **_: object) -> np.ndarray:
     out = x.copy()
     out[_starts(starts, x.shape, update.shape)] = update
     return out
 
 
-def _windows(indices, shape, window, index_map, batching, indices_batching, mode):
+def _windows(
+    indices: np.ndarray,
+    shape: Shape,
+    window: Sequence[int],
+    index_map: Sequence[int],
+    batching: Sequence[int],
+    indices_batching: Sequence[int],
+    mode: Mode,
+) -> tuple[Place, np.ndarray]:
     """Where each window lies: an integer array per axis of the operand, and which windows lie inside.
 
     Axes are those of the indices but the last, then those of the operand.
@@ -93,7 +116,16 @@ def _windows(indices, shape, window, index_map, batching, indices_batching, mode
     return tuple(at), inside.reshape(*lead, *(1,) * len(shape))
 
 
-def _gather(x, indices, *, dimension_numbers, slice_sizes, mode, fill_value, **_):
+def _gather(
+    x: np.ndarray,
+    indices: np.ndarray,
+    *,
+    dimension_numbers: jax.lax.GatherDimensionNumbers,
+    slice_sizes: Shape,
+    mode: str | Mode | None,
+    fill_value: ArrayLike | None,
+    **_: object,
+) -> np.ndarray:
     d, mode = dimension_numbers, Mode.from_any(mode)
     gone = (*d.collapsed_slice_dims, *d.operand_batching_dims)
     at, inside = _windows(
@@ -107,7 +139,7 @@ def _gather(x, indices, *, dimension_numbers, slice_sizes, mode, fill_value, **_
     return np.moveaxis(out, range(lead, out.ndim), d.offset_dims)
 
 
-def _fill(dtype):
+def _fill(dtype: np.dtype) -> np.ndarray | np.bool_ | int:
     """What a gather gives beyond the end of an array."""
     if np.issubdtype(dtype, np.signedinteger):
         return np.iinfo(dtype).min
@@ -116,7 +148,13 @@ def _fill(dtype):
     return np.asarray(np.nan, dtype) if dtype != np.bool_ else np.True_
 
 
-def _updates(x, indices, update, dimension_numbers, mode):
+def _updates(
+    x: np.ndarray,
+    indices: np.ndarray,
+    update: np.ndarray,
+    dimension_numbers: jax.lax.ScatterDimensionNumbers,
+    mode: str | Mode | None,
+) -> tuple[Place, np.ndarray]:
     """Where each entry of an update goes, and the entries, both as lists."""
     d, mode = dimension_numbers, Mode.from_any(mode)
     gone = (*d.inserted_window_dims, *d.operand_batching_dims)
@@ -133,7 +171,15 @@ def _updates(x, indices, update, dimension_numbers, mode):
     return tuple(np.broadcast_to(a, update.shape)[inside] for a in at), update[inside]
 
 
-def _scatter(x, indices, update, *, dimension_numbers, mode, **_):
+def _scatter(
+    x: np.ndarray,
+    indices: np.ndarray,
+    update: np.ndarray,
+    *,
+    dimension_numbers: jax.lax.ScatterDimensionNumbers,
+    mode: str | Mode | None,
+    **_: object,
+) -> np.ndarray:
     at, values = _updates(x, indices, update, dimension_numbers, mode)
     out = x.copy()
     out[at] = values
@@ -148,7 +194,7 @@ def scatter_hits(x: np.ndarray, indices: np.ndarray, update: np.ndarray, params:
     return hits
 
 
-MOVES: Mapping[str, Callable[..., Any]] = {
+MOVES: Mapping[str, Callable[..., PyTree]] = {
     "broadcast_in_dim": _broadcast_in_dim,
     "concatenate": lambda *xs, dimension, **_: np.concatenate(xs, dimension),
     "dynamic_slice": _dynamic_slice,

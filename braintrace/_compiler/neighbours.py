@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from .._jax import Literal
-from .._types import NotSupportedError, Path, path_str
+from .._jax import JaxprEqn, Literal
+from .._types import NotSupportedError, Path, Shape, path_str
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flow import Flow, MarkedOp
 from .labels import unaligned_axes
@@ -26,7 +25,7 @@ def find_neighbourhood(
     flow: Flow,
     part: Slice,
     paths: Sequence[Path],
-    varshape: tuple[int, ...],
+    varshape: Shape,
     num_state: int,
     scope: Scope,
 ) -> tuple[Neighbourhood, list[CompilationRecord]]:
@@ -44,7 +43,7 @@ def find_neighbourhood(
     names = ", ".join(map(path_str, paths))
     records = []
 
-    def tell(kind, level, message):
+    def tell(kind: DiagnosticKind, level: DiagnosticLevel, message: str) -> None:
         records.append(CompilationRecord(kind, level, message, hidden_paths=tuple(paths)))
 
     if not axes:
@@ -79,7 +78,9 @@ def find_neighbourhood(
     return found, records
 
 
-def _influence(eqns, flow: Flow, part: Slice, varshape, axes) -> np.ndarray | str:
+def _influence(
+    eqns: Sequence[JaxprEqn], flow: Flow, part: Slice, varshape: Shape, axes: tuple[int, ...]
+) -> np.ndarray | str:
     """``[p, q]``: p influences q; why that is unknown unless one operation on the last axis does all of the mixing."""
     if len(part.passed) != 1:
         return f"hidden values enter {len(part.passed)} marked operations instead of one"
@@ -98,7 +99,7 @@ def _influence(eqns, flow: Flow, part: Slice, varshape, axes) -> np.ndarray | st
     if any(unaligned_axes(label, varshape) for labels in by_old for label in labels.values()):
         return f"hidden values change their positions beside {name}"
     rule = op.primitive.rules.snap_adjacency
-    pattern: Any = None if rule is None else rule(op.eqn.params, varshape[-1])
+    pattern: np.ndarray | None = None if rule is None else rule(op.eqn.params, varshape[-1])
     if pattern is None:
         return f"{name} has no rule snap_adjacency, or one that returns None"
     pattern = np.asarray(pattern, bool)

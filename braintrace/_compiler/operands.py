@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 
-from .._jax import Literal, eval_jaxpr, hashed
+from .._jax import Atom, ClosedJaxpr, Literal, Var, eval_jaxpr, hashed
 from .._program import before, made_at, sub_program, variables
 from .._types import Path
 from .dependence import Dependence, dependence
@@ -31,11 +31,11 @@ class Step:
         self.hidden = set(info.hidden_path_to_invar.values())
         self.outputs = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
         self.op_positions = {op.position for op in flow.ops}
-        self.readers: dict[Any, list[int]] = {}
+        self.readers: dict[Var, list[int]] = {}
         for i, eqn in enumerate(jaxpr.eqns):
             for v in variables(eqn.invars):
                 self.readers.setdefault(v, []).append(i)
-        self._dependence: dict[Any, Dependence] = {}
+        self._dependence: dict[Hashable, Dependence] = {}
         self._programs: dict[int, tuple[OperandProgram | None, dict[str, Path], str]] = {}
 
     def operand_program(self, op: MarkedOp) -> tuple[OperandProgram | None, dict[str, Path], str]:
@@ -44,7 +44,7 @@ class Step:
             self._programs[op.index] = program_of_operands(self, op)
         return self._programs[op.index]
 
-    def dependence(self, op: MarkedOp, trained: Mapping[str, Any], fixed: Mapping[int, Any]) -> Dependence:
+    def dependence(self, op: MarkedOp, trained: Mapping[str, Var], fixed: Mapping[int, Atom]) -> Dependence:
         """:func:`dependence` of an operation, found once for all that differ in nothing it asks about."""
         arguments = op.primitive, op.eqn.params, op.x, op.y, trained, fixed
         shape_of = lambda v: None if v is None else (v.aval.shape, v.aval.dtype)  # noqa: E731
@@ -65,17 +65,17 @@ class OperandProgram(NamedTuple):
     """
 
     keys: tuple[str, ...]
-    program: Any
+    program: ClosedJaxpr | None
     inputs: tuple[int, ...]  # positions among the inputs of the step
     leaves: tuple[int, ...]  # those of them that are parameter leaves
     identity: tuple[int, ...] | None  # positions of the operands, if they are step inputs as they are
 
-    def operands(self, invals: Sequence[Any]) -> dict[str, jax.Array]:
+    def operands(self, invals: Sequence[jax.Array]) -> dict[str, jax.Array]:
         if self.identity is not None:
             return {k: invals[i] for k, i in zip(self.keys, self.identity)}
         return dict(zip(self.keys, eval_jaxpr(self.program, *[invals[i] for i in self.inputs])))
 
-    def pull_back(self, invals: Sequence[Any], gradients: dict[str, jax.Array]) -> dict[int, jax.Array]:
+    def pull_back(self, invals: Sequence[jax.Array], gradients: dict[str, jax.Array]) -> dict[int, jax.Array]:
         """Gradients of the operands -> gradients of the parameter leaves, by position in the step's inputs."""
         if self.identity is not None:
             out: dict[int, jax.Array] = {}
@@ -83,7 +83,7 @@ class OperandProgram(NamedTuple):
                 out[i] = out[i] + gradients[k] if i in out else gradients[k]
             return out
 
-        def run(leaves):
+        def run(leaves: Sequence[jax.Array]) -> list[jax.Array]:
             values = dict(zip(self.leaves, leaves))
             args = [values.get(i, invals[i]) for i in self.inputs]
             return eval_jaxpr(self.program, *args)
@@ -106,8 +106,8 @@ def program_of_operands(step: Step, op: MarkedOp) -> tuple[OperandProgram | None
     info, jaxpr, number, made = step.info, step.info.jaxpr, step.number, step.made_at
     paths: dict[str, Path] = {}
     needed: set[int] = set()
-    leaves: set[Any] = set()
-    variables: dict[str, Any] = {}
+    leaves: set[Var] = set()
+    variables: dict[str, Var] = {}
     why = NO_PARAMETER
     for key, var in op.operands.items():
         if isinstance(var, Literal):

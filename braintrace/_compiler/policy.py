@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 __all__ = ["ControlFlowPolicy"]
 
@@ -78,5 +77,5 @@ class ControlFlowPolicy:
             raise ValueError(f"fixpoint_iteration_limit must be a positive int, got {self.fixpoint_iteration_limit!r}.")
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

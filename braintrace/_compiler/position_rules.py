@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from jax.typing import ArrayLike
 
-from .._jax import (
-    Literal,
-)
+from .._jax import JaxprEqn, Literal, Var
+from .._types import Shape
 from .labels import MANY, NONE
-from .movement import MOVES, moved, scatter_hits
+from .movement import MOVES, Padding, moved, scatter_hits
 
 __all__ = ["ENDS", "combine", "reduce", "rule_for"]
 
@@ -30,6 +29,9 @@ SCANS = frozenset(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"])
 REDUCTIONS = frozenset(["reduce_sum", "reduce_max", "reduce_min", "reduce_prod"])
 ENDS = frozenset(["stop_gradient", "etp_link"])
 
+# Integers of the operands (`None`: of an operand that depends on nothing), shapes of the outputs -> theirs.
+Rule = Callable[[Sequence[np.ndarray | None], Sequence[Shape]], list[np.ndarray]]
+
 
 def combine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     if a is b:
@@ -37,7 +39,7 @@ def combine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where((a == b) | (b == NONE), a, np.where(a == NONE, b, MANY)).astype(np.int32)
 
 
-def _filled(ids, shape) -> np.ndarray:
+def _filled(ids: np.ndarray | None, shape: Shape) -> np.ndarray:
     return np.full(shape, NONE, np.int32) if ids is None else ids
 
 
@@ -48,8 +50,8 @@ def reduce(ids: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     return np.where(low == big, NONE, np.where(low == top, top, MANY)).astype(np.int32)
 
 
-def _elementwise(eqn):
-    def rule(ids, out_shapes):
+def _elementwise(eqn: JaxprEqn) -> Rule:
+    def rule(ids: Sequence[np.ndarray | None], out_shapes: Sequence[Shape]) -> list[np.ndarray]:
         known = [i for i in ids if i is not None]
         out = known[0]
         for other in known[1:]:
@@ -61,11 +63,11 @@ def _elementwise(eqn):
     return rule
 
 
-def _moving(move: Callable[..., np.ndarray]):
+def _moving(move: Callable[..., np.ndarray]) -> Callable[[JaxprEqn], Rule]:
     """Data movement: the same movement of the integers."""
 
-    def make(eqn):
-        def rule(ids, out_shapes):
+    def make(eqn: JaxprEqn) -> Rule:
+        def rule(ids: Sequence[np.ndarray | None], out_shapes: Sequence[Shape]) -> list[np.ndarray]:
             operands = [_filled(i, v.aval.shape) for i, v in zip(ids, eqn.invars)]
             return [move(*operands, out_shape=out_shapes[0], **eqn.params)]
 
@@ -74,12 +76,14 @@ def _moving(move: Callable[..., np.ndarray]):
     return make
 
 
-def _of_integers(eqn):
+def _of_integers(eqn: JaxprEqn) -> Rule:
     """Data movement, which takes integers as it takes anything else."""
     return lambda ids, _: moved(eqn, [_filled(i, v.aval.shape) for i, v in zip(ids, eqn.invars)])
 
 
-def _broadcast_in_dim(x, *dynamic, shape, broadcast_dimensions, out_shape, **_):
+def _broadcast_in_dim(
+    x: np.ndarray, *dynamic: object, shape: object, broadcast_dimensions: Sequence[int], out_shape: Shape, **_: object
+) -> np.ndarray:
     del dynamic, shape
     full = [1] * len(out_shape)
     for size, d in zip(x.shape, broadcast_dimensions):
@@ -87,11 +91,18 @@ def _broadcast_in_dim(x, *dynamic, shape, broadcast_dimensions, out_shape, **_):
     return np.broadcast_to(x.reshape(full), out_shape)
 
 
-def _slice(x, *, start_indices, limit_indices, strides, **_):
+def _slice(
+    x: np.ndarray,
+    *,
+    start_indices: Sequence[int],
+    limit_indices: Sequence[int],
+    strides: Sequence[int] | None,
+    **_: object,
+) -> np.ndarray:
     return x[tuple(map(slice, start_indices, limit_indices, strides or [1] * x.ndim))]
 
 
-def _pad(x, value, *, padding_config, out_shape, **_):
+def _pad(x: np.ndarray, value: object, *, padding_config: Padding, out_shape: Shape, **_: object) -> np.ndarray:
     del value
     spread = np.full([max(0, n + (n - 1) * inner) for n, (_, _, inner) in zip(x.shape, padding_config)], NONE, np.int32)
     spread[tuple(slice(None, None, inner + 1) for _, _, inner in padding_config)] = x
@@ -102,25 +113,29 @@ def _pad(x, value, *, padding_config, out_shape, **_):
     return out
 
 
-def _reduction(eqn):
-    return lambda ids, out_shapes: [reduce(ids[0], tuple(eqn.params["axes"])).reshape(out_shapes[0])]
+def _reduction(eqn: JaxprEqn) -> Rule:
+    return lambda ids, out_shapes: [
+        reduce(_filled(ids[0], eqn.invars[0].aval.shape), tuple(eqn.params["axes"])).reshape(out_shapes[0])
+    ]
 
 
-def _cumulative(eqn):
+def _cumulative(eqn: JaxprEqn) -> Rule:
     axis = eqn.params["axis"]
-    return lambda ids, out_shapes: [np.broadcast_to(np.expand_dims(reduce(ids[0], (axis,)), axis), out_shapes[0])]
+    return lambda ids, out_shapes: [
+        np.broadcast_to(np.expand_dims(reduce(_filled(ids[0], eqn.invars[0].aval.shape), (axis,)), axis), out_shapes[0])
+    ]
 
 
-def _dot_general(eqn):
+def _dot_general(eqn: JaxprEqn) -> Rule:
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
 
-    def rule(ids, out_shapes):
+    def rule(ids: Sequence[np.ndarray | None], out_shapes: Sequence[Shape]) -> list[np.ndarray]:
         shape = out_shapes[0]
         free = [
             [d for d in range(v.aval.ndim) if d not in (*c, *b)]
             for v, c, b in zip(eqn.invars, (lhs_contract, rhs_contract), (lhs_batch, rhs_batch))
         ]
-        out = None
+        out: np.ndarray | None = None
         for side, (x, contract, batch) in enumerate(zip(ids, (lhs_contract, rhs_contract), (lhs_batch, rhs_batch))):
             if x is None:
                 continue
@@ -133,12 +148,13 @@ def _dot_general(eqn):
             x = x.reshape(x.shape[: len(batch)] + (1,) * before + x.shape[len(batch) :] + (1,) * after)
             x = np.broadcast_to(x, shape)
             out = x if out is None else combine(out, x)
+        assert out is not None
         return [out]
 
     return rule
 
 
-RULES: Mapping[str, Callable[[Any], Any]] = {
+RULES: Mapping[str, Callable[[JaxprEqn], Rule]] = {
     **{name: _elementwise for name in ELEMENTWISE},
     **{name: _cumulative for name in SCANS},
     **{name: _reduction for name in REDUCTIONS},
@@ -167,7 +183,7 @@ INDEXED = {
 }
 
 
-def _indexed(eqn, constants):
+def _indexed(eqn: JaxprEqn, constants: Mapping[Var, ArrayLike]) -> Rule | None:
     """With known indices, the same movement of the integers; ``None`` where they are not known."""
     name, data = eqn.primitive.name, INDEXED[eqn.primitive.name]
     indices = {}
@@ -177,7 +193,7 @@ def _indexed(eqn, constants):
                 return None
             indices[i] = np.asarray(v.val if isinstance(v, Literal) else constants[v])
 
-    def rule(ids, out_shapes):
+    def rule(ids: Sequence[np.ndarray | None], out_shapes: Sequence[Shape]) -> list[np.ndarray]:
         operands = [indices.get(i, _filled(x, v.aval.shape)) for i, (x, v) in enumerate(zip(ids, eqn.invars))]
         if not name.startswith("scatter"):
             return moved(eqn, operands, **({"fill_value": NONE} if name == "gather" else {}))
@@ -190,7 +206,7 @@ def _indexed(eqn, constants):
     return rule
 
 
-def rule_for(eqn, constants):
+def rule_for(eqn: JaxprEqn, constants: Mapping[Var, ArrayLike]) -> Rule | None:
     if eqn.primitive.name in INDEXED:
         return _indexed(eqn, constants)
     make = RULES.get(eqn.primitive.name)

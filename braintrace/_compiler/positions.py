@@ -9,15 +9,18 @@ dependence only: integers, booleans and ``stop_gradient`` end them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from .._jax import (
+    ClosedJaxpr,
     JaxprEqn,
     Literal,
+    Var,
     bind_equation,
     call_body,
     consts_of,
@@ -27,6 +30,7 @@ from .._jax import (
     scan_operands,
     structs,
 )
+from .._types import Shape
 from .labels import MANY, NONE, Label, Labels, mixes, own_label
 from .position_rules import ENDS, combine, reduce, rule_for
 
@@ -48,9 +52,9 @@ def dependence(eqn: JaxprEqn) -> list[dict[int, Label]]:
 
 def propagate(
     eqns: Iterable[JaxprEqn],
-    env: dict[Any, Labels],
-    outputs_of: Callable[[Any, list[Labels]], list[Labels] | None],
-    constants: Mapping[Any, Any] | None = None,
+    env: dict[Var, Labels],
+    outputs_of: Callable[[JaxprEqn, list[Labels]], list[Labels] | None],
+    constants: Mapping[Var, ArrayLike] | None = None,
     _how: _How | None = None,
 ) -> None:
     """Run labels through equations, adding the labels of every output variable to ``env``.
@@ -69,12 +73,12 @@ def propagate(
                 env[var] = {s: lab for s, lab in labels.items() if not np.all(lab[0] == NONE)}
 
 
-def transfer(eqn: JaxprEqn, inputs: list[Labels], constants: Mapping[Any, Any]) -> list[Labels]:
+def transfer(eqn: JaxprEqn, inputs: list[Labels], constants: Mapping[Var, ArrayLike]) -> list[Labels]:
     """Labels of the outputs of one equation."""
     return _transfer(eqn, inputs, constants, _How())
 
 
-def moves(eqn: JaxprEqn, inputs: list[Labels], constants: Mapping[Any, Any]) -> list[Labels]:
+def moves(eqn: JaxprEqn, inputs: list[Labels], constants: Mapping[Var, ArrayLike]) -> list[Labels]:
     """As :func:`transfer`, following each way by which single positions move on its own, without those that mix them.
 
     So that a sum of a value and its mean, or of a value and its neighbour, still holds the value itself. Sources are
@@ -110,7 +114,7 @@ def no_cut(eqn: JaxprEqn, inputs: list[Labels]) -> None:
     del eqn, inputs
 
 
-def _transfer(eqn, inputs, constants, how) -> list[Labels]:
+def _transfer(eqn: JaxprEqn, inputs: list[Labels], constants: Mapping[Var, ArrayLike], how: _How) -> list[Labels]:
     ends = eqn.primitive.name in ENDS and not how.all_values
     if ends or not any(inputs):
         return [{} for _ in eqn.outvars]
@@ -141,7 +145,9 @@ def _transfer(eqn, inputs, constants, how) -> list[Labels]:
     return outs
 
 
-def _through(body, inputs, how, known=None) -> list[Labels]:
+def _through(
+    body: ClosedJaxpr, inputs: list[Labels], how: _How, known: dict[Var, ArrayLike] | None = None
+) -> list[Labels]:
     """Labels of the outputs of a body."""
     inner = open_jaxpr(body)
     env = {v: dict(labels) for v, labels in zip(inner.invars, inputs)}
@@ -167,13 +173,13 @@ def _settled(step: Callable[[list[Labels]], list[Labels]], carry: list[Labels]) 
         carry = new
 
 
-def _through_while(eqn, inputs, how) -> list[Labels]:
+def _through_while(eqn: JaxprEqn, inputs: list[Labels], how: _How) -> list[Labels]:
     skipped, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     fixed, carry = inputs[skipped : skipped + consts], inputs[skipped + consts :]
     return _settled(lambda carry: _through(eqn.params["body_jaxpr"], [*fixed, *carry], how), carry)
 
 
-def _through_scan(eqn, inputs, how) -> list[Labels]:
+def _through_scan(eqn: JaxprEqn, inputs: list[Labels], how: _How) -> list[Labels]:
     n, carried = scan_operands(eqn)
     m = n + carried
     fixed, carry, xs = inputs[:n], inputs[n:m], inputs[m:]
@@ -190,7 +196,7 @@ def _through_scan(eqn, inputs, how) -> list[Labels]:
     return [*(carry if eqn.params["length"] == 0 else outs[: m - n]), *ys]
 
 
-def _through_cond(eqn, inputs, how) -> list[Labels]:
+def _through_cond(eqn: JaxprEqn, inputs: list[Labels], how: _How) -> list[Labels]:
     branches = [_through(body, inputs[1:], how) for body in eqn.params["branches"]]
     return [functools.reduce(_join, labels) for labels in zip(*branches)]
 
@@ -198,7 +204,7 @@ def _through_cond(eqn, inputs, how) -> list[Labels]:
 LOOPS = {"while": _through_while, "scan": _through_scan, "cond": _through_cond}
 
 
-def _many_or_derived(eqn, inputs, how) -> list[Labels]:
+def _many_or_derived(eqn: JaxprEqn, inputs: list[Labels], how: _How) -> list[Labels]:
     """An equation without a rule: look at its derivative, which is made of simpler equations.
 
     Forward mode does not see into a function that has a reverse rule alone. Where neither derivative tells, what its
@@ -216,23 +222,23 @@ def _many_or_derived(eqn, inputs, how) -> list[Labels]:
     return [{s: _many(v.aval.shape, n) for s, n in sources.items()} for v in eqn.outvars]
 
 
-def _many(shape, axes) -> Label:
+def _many(shape: Shape, axes: int) -> Label:
     return (np.zeros(shape, np.int32), *(np.full(shape, MANY, np.int32) for _ in range(axes - 1)))
 
 
-def _differentiable(aval) -> bool:
+def _differentiable(aval: jax.core.ShapedArray) -> bool:
     return jax.numpy.issubdtype(aval.dtype, jax.numpy.inexact)
 
 
-def _by_value(eqn, inputs, how):
+def _by_value(eqn: JaxprEqn, inputs: list[Labels], how: _How) -> list[Labels]:
     return _through(call_body(eqn), inputs, how._replace(all_values=True))
 
 
-def _by_jvp(eqn, inputs, how):
+def _by_jvp(eqn: JaxprEqn, inputs: list[Labels], how: _How) -> list[Labels]:
     active = [i for i, labels in enumerate(inputs) if labels and _differentiable(eqn.invars[i].aval)]
 
-    def jvp(primals, tangents):
-        def f(*xs):
+    def jvp(primals: Sequence[jax.Array], tangents: Sequence[jax.Array]) -> list[jax.Array]:
+        def f(*xs: jax.Array) -> list[jax.Array]:
             values = list(primals)
             for i, x in zip(active, xs):
                 values[i] = x
@@ -246,13 +252,13 @@ def _by_jvp(eqn, inputs, how):
     return [{} if isinstance(v, Literal) else env.get(v, {}) for v in jaxpr.outvars]
 
 
-def _by_vjp(eqn, inputs, how):
+def _by_vjp(eqn: JaxprEqn, inputs: list[Labels], how: _How) -> list[Labels]:
     """By the reverse rule: where each cotangent of an input has a single origin, the output entry there reads it."""
     active = [i for i, labels in enumerate(inputs) if labels and _differentiable(eqn.invars[i].aval)]
     outs = [k for k, v in enumerate(eqn.outvars) if _differentiable(v.aval)]
 
-    def vjp(primals, cotangents):
-        def f(*xs):
+    def vjp(primals: Sequence[jax.Array], cotangents: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        def f(*xs: jax.Array) -> list[jax.Array]:
             values = list(primals)
             for i, x in zip(active, xs):
                 values[i] = x
@@ -262,11 +268,14 @@ def _by_vjp(eqn, inputs, how):
         return jax.vjp(f, *[primals[i] for i in active])[1](cotangents)
 
     jaxpr = open_jaxpr(jax.make_jaxpr(vjp)(structs(eqn.invars), structs([eqn.outvars[k] for k in outs])))
-    env = {v: {j: own_label(v.aval.shape, len(v.aval.shape))} for j, v in zip(outs, jaxpr.invars[len(eqn.invars) :])}
+    env: dict[Var, Labels] = {
+        v: {("output", j): own_label(v.aval.shape, len(v.aval.shape))}
+        for j, v in zip(outs, jaxpr.invars[len(eqn.invars) :])
+    }
     propagate(jaxpr.eqns, env, no_cut, None, how)
     result: list[Labels] = [{} for _ in eqn.outvars]
     for i, cotangent in zip(active, jaxpr.outvars):
-        for k, origin in ({} if isinstance(cotangent, Literal) else env.get(cotangent, {})).items():
+        for (_, k), origin in ({} if isinstance(cotangent, Literal) else env.get(cotangent, {})).items():
             if mixes(origin):
                 raise ValueError("mixes positions")
             shape = eqn.outvars[k].aval.shape
@@ -275,7 +284,7 @@ def _by_vjp(eqn, inputs, how):
     return result
 
 
-def _sent(ids: np.ndarray, origin: Label, shape: tuple[int, ...]) -> np.ndarray:
+def _sent(ids: np.ndarray, origin: Label, shape: Shape) -> np.ndarray:
     """The integers of an input at the output entries that ``origin`` names for them."""
     there = (origin[0] != NONE) & (ids != NONE)
     at, big = tuple(axis[there] for axis in origin[1:]), np.iinfo(np.int32).max

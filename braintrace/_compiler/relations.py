@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import brainstate
 import jax
 
-from .._jax import Var
+from .._jax import Atom, Var
 from .._ops.primitive import ETPPrimitive
 from .._ops.stacked import StackedPrimitive
-from .._types import Path, path_str
+from .._types import Path, PyTree, Shape, path_str
 from .cut import Fold
 from .flow import title_of
 from .groups import HiddenGroup
@@ -26,7 +26,7 @@ class _SubStep(NamedTuple):
     aval: jax.ShapeDtypeStruct
 
     @classmethod
-    def of(cls, var: Var) -> _SubStep:
+    def of(cls, var: Atom) -> _SubStep:
         return cls(jax.ShapeDtypeStruct(var.aval.shape[1:], var.aval.dtype))
 
 
@@ -71,17 +71,17 @@ class HiddenParamOpRelation(NamedTuple):
 
     key: tuple[Path, int]
     primitive: ETPPrimitive
-    x_var: Var | None
+    x_var: Atom | _SubStep | None
     y_var: Var | _SubStep
     hidden_groups: tuple[HiddenGroup, ...]
     connected_hidden_paths: tuple[Path, ...]
     eqn_params: dict[str, Any]
     path_classification: dict[Path, str]
-    trainable_vars: dict[str, Any]
+    trainable_vars: dict[str, Var]
     trainable_paths: dict[str, Path]
     trainable_leaf_indices: dict[str, int]
     trainable_param_states: dict[str, brainstate.ParamState]
-    fixed_vars: Mapping[int, Any]
+    fixed_vars: Mapping[int, Atom | _SubStep]
     constant: frozenset[int]
     op_index: int
     parameter_paths: tuple[Path, ...]
@@ -113,11 +113,11 @@ class HiddenParamOpRelation(NamedTuple):
         return {k: i for k, i in slots.items() if i in self.fixed_vars}
 
     @property
-    def weight_vars(self) -> dict[str, Any]:
+    def weight_vars(self) -> dict[str, Atom | _SubStep]:
         """Variables of the trained and the untrained operands, by key."""
         return self.trainable_vars | {k: self.fixed_vars[i] for k, i in self.untrained.items()}
 
-    def x_repr(self, x: Any, operands: Mapping[str, Any]) -> Any:
+    def x_repr(self, x: PyTree, operands: Mapping[str, jax.Array]) -> PyTree:
         """The representation of the input that the operation is linear in."""
         fixed = {k: self.fixed_vars[i].aval for k, i in self.untrained.items()}
         return self.primitive.x_repr(x, {**fixed, **operands})
@@ -138,7 +138,7 @@ class HiddenParamOpRelation(NamedTuple):
         """Where the entries of an output with several for every position of a group act."""
         return group.cut.folds.get(self.op_index)
 
-    def place(self, group: HiddenGroup, value: Any) -> Any:
+    def place(self, group: HiddenGroup, value: PyTree) -> PyTree:
         """A value per position of a group, for every entry of the output (or of the group, where y is no larger).
 
         All sub-steps have the same, so that there is no axis for them.
@@ -146,14 +146,14 @@ class HiddenParamOpRelation(NamedTuple):
         fold = self.fold(group)
         return value if fold is None else fold.place(value)
 
-    def shape_in(self, group: HiddenGroup) -> tuple[int, ...]:
+    def shape_in(self, group: HiddenGroup) -> Shape:
         """The shape that :meth:`place` gives, with sub-steps in front of it."""
         front = () if self.sub_steps is None else (self.sub_steps,)
         y = self.y_var.aval.shape
         return (*front, *group.varshape) if self.fold(group) is None else y
 
     @property
-    def x(self) -> Any | None:
+    def x(self) -> Atom | _SubStep | None:
         return self.x_var
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from .._jax import JaxprEqn, source_line
 from .._program import equations_within
 from .._types import CompilationError, Path, path_str
@@ -28,14 +30,14 @@ class Remarks:
         self.policy = policy
         self.records: list[CompilationRecord] = []
 
-    def enter(self, eqn, frame):
+    def enter(self, eqn: JaxprEqn, frame: Frame) -> None:
         if frame.depth >= self.policy.fixpoint_iteration_limit:
             raise CompilationError(
                 f"The {eqn.primitive.name}{at(eqn)} stands inside {frame.depth} loops or branches that are opened "
                 f"too: fixpoint_iteration_limit={self.policy.fixpoint_iteration_limit}. Pass a larger one."
             )
 
-    def check_weights(self, eqn, frame, kind, remedy):
+    def check_weights(self, eqn: JaxprEqn, frame: Frame, kind: str, remedy: str) -> None:
         weights = weights_of(eqn, frame)
         if weights:
             path = min(weights, key=path_str)
@@ -43,7 +45,7 @@ class Remarks:
             why = f"The parameter {path_str(path)!r} is used inside a {name}{at(eqn)}, where no trace can follow it. "
             self.refuse(kind, eqn, why + remedy, path)
 
-    def check_operations(self, eqn, frame):
+    def check_operations(self, eqn: JaxprEqn, frame: Frame) -> None:
         """Marked operations that stay inside an equation are refused, or left to plain JAX."""
         inner = sorted({e.primitive.name for e in equations_within(eqn) if is_marked(e)})
         if not inner:
@@ -60,7 +62,15 @@ class Remarks:
         text += "follows it: it is plain JAX there."
         self.note("PRIMITIVE_INSIDE_CONTROL_FLOW", "WARNING", eqn, text, primitive=inner[0])
 
-    def note(self, kind, level, eqn, message, weight_path=None, primitive=None):
+    def note(
+        self,
+        kind: str,
+        level: str,
+        eqn: JaxprEqn,
+        message: str,
+        weight_path: Path | None = None,
+        primitive: str | None = None,
+    ) -> None:
         record = CompilationRecord(
             DiagnosticKind[kind],
             DiagnosticLevel[level],
@@ -72,7 +82,9 @@ class Remarks:
         if record not in self.records:  # the sub-steps of a scan say the same
             self.records.append(record)
 
-    def refuse(self, kind, eqn, message, weight_path=None, primitive=None):
+    def refuse(
+        self, kind: str, eqn: JaxprEqn, message: str, weight_path: Path | None = None, primitive: str | None = None
+    ) -> NoReturn:
         self.note(kind, "ERROR", eqn, message, weight_path, primitive)
         emit(self.records)
         raise NotImplementedError(message)

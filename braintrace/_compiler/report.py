@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TextIO
 
 import brainstate
@@ -200,7 +200,7 @@ class CompilationReport:
         return mermaid(self.graph)
 
     def _repr_html_(self) -> str:
-        def row(cells, tag):
+        def row(cells: Iterable[str], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
         parts = []

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from .._jax import JaxprEqn, consts_of, is_tracer, open_jaxpr
+from .._types import PyTree, Shape
 from .labels import MANY, NONE, Label, own_label
 from .position_rules import combine
 from .positions import no_cut, propagate
 from .scope import Neighbourhood, Scope
-from .slices import Slice, displaced_axes, evaluate_slice, is_shared, mixed_axes, slice_labels
+from .slices import Slice, Slot, displaced_axes, evaluate_slice, is_shared, mixed_axes, slice_labels
 
 __all__ = ["Fold", "Rows"]
+
+
+Values = Sequence[jax.Array]
+Bars = tuple[list[jax.Array | None], dict[int, jax.Array]]  # of every old hidden variable, if it has one, and every y
+Cotangents = Callable[[jax.Array], Bars]  # of a seed over positions
 
 
 class Fold(NamedTuple):
@@ -31,9 +38,9 @@ class Fold(NamedTuple):
 
     positions: tuple[np.ndarray, ...]
     tiles: int | None
-    whole: tuple[int, ...] | None
+    whole: Shape | None
 
-    def place(self, value: Any) -> Any:
+    def place(self, value: PyTree) -> PyTree:
         """The value of every entry's position; axes in front of those of the group stay."""
         if value is None or jnp.ndim(value) == 0:
             return value
@@ -44,16 +51,23 @@ class Fold(NamedTuple):
         return value[(..., *self.positions)]
 
 
-def _y_shapes(part: Slice) -> dict[int, tuple[int, ...]]:
+def _y_shapes(part: Slice) -> dict[int, Shape]:
     """The shape of every operation's output, of one sub-step."""
     return {k: v.aval.shape[part.fronts[k] :] for k, v in part.ys.items()}
 
 
-def _folds(eqns, part, varshape, slots, inexact, y_labels) -> dict[int, Fold]:
+def _folds(
+    eqns: Sequence[JaxprEqn],
+    part: Slice,
+    varshape: Shape,
+    slots: Sequence[Slot],
+    inexact: Sequence[bool],
+    y_labels: Sequence[Mapping[int, Label]],
+) -> dict[int, Fold]:
     """Outputs of another shape of which every entry acts on one position: labels of F's reverse pass tell."""
     y_shapes = _y_shapes(part)
 
-    def is_candidate(k):
+    def is_candidate(k: int) -> bool:
         """Whether broadcasting does not say where the entries of an output act."""
         shape = y_shapes[k]
         if shape == varshape or not math.prod(shape) or not shape or not varshape:
@@ -69,8 +83,16 @@ def _folds(eqns, part, varshape, slots, inexact, y_labels) -> dict[int, Fold]:
         label: Label | None = None
         for a in sorted({a for a, _ in slots if inexact[a]}):
 
-            def reverse(seed, y, olds, others, externals, a=a, k=k):
-                def new_value(y):
+            def reverse(
+                seed: jax.Array,
+                y: jax.Array,
+                olds: Values,
+                others: dict[int, jax.Array],
+                externals: Values,
+                a: int = a,
+                k: int = k,
+            ) -> jax.Array:
+                def new_value(y: jax.Array) -> jax.Array:
                     return evaluate_slice(eqns, part, olds, others | {k: y}, externals)[a]
 
                 return jax.vjp(new_value, y)[1](seed)[0]
@@ -96,13 +118,13 @@ def _folds(eqns, part, varshape, slots, inexact, y_labels) -> dict[int, Fold]:
     return folds
 
 
-def _in_order(index, varshape) -> tuple[int, ...] | None:
+def _in_order(index: Sequence[np.ndarray], varshape: Shape) -> Shape | None:
     """The group's shape if the entries are its positions one after the other."""
     flat = np.ravel_multi_index(index, varshape).ravel()
     return varshape if np.array_equal(flat, np.arange(math.prod(varshape))) else None
 
 
-def _tiles(index, y_shape, varshape) -> int | None:
+def _tiles(index: Sequence[np.ndarray], y_shape: Shape, varshape: Shape) -> int | None:
     """How many equal slices of the last axis the entries are, if they are."""
     if y_shape[:-1] != varshape[:-1] or y_shape[-1] % varshape[-1]:
         return None
@@ -112,7 +134,7 @@ def _tiles(index, y_shape, varshape) -> int | None:
     return number if same else None
 
 
-def _component(cotangent, c):
+def _component(cotangent: jax.Array, c: int | None) -> jax.Array | None:
     """Of one hidden variable; ``None`` for a state that has no derivative."""
     if cotangent.dtype == jax.dtypes.float0:
         return None
@@ -120,8 +142,8 @@ def _component(cotangent, c):
 
 
 class _Row(NamedTuple):
-    D: list[Any]
-    df: dict[int, Any]
+    D: list[jax.Array | None]
+    df: dict[int, jax.Array]
 
 
 class Rows:
@@ -131,8 +153,8 @@ class Rows:
         self,
         eqns: Sequence[JaxprEqn],
         part: Slice,
-        varshape: tuple[int, ...],
-        slots: Sequence[tuple[int, int | None]],
+        varshape: Shape,
+        slots: Sequence[Slot],
         scope: Scope,
         neighbourhood: Neighbourhood | None,
     ):
@@ -144,35 +166,35 @@ class Rows:
         self.folds = _folds(eqns, part, varshape, slots, self.inexact, self.y_labels)
         self.by_position = [{k: lab for k, lab in of.items() if k not in self.folds} for of in self.y_labels]
 
-    def all(self, *values):
+    def all(self, *values: jax.Array) -> tuple[list[Bars], list[jax.Array]]:
         num_old, num_y = len(self.part.olds), len(self.part.ys)
         olds, ys, ext = values[:num_old], values[num_old : num_old + num_y], values[num_old + num_y :]
         rows = [self.of_slot(a, component, olds, ys, ext) for a, component in self.slots]
-        nothing = [None] * len(self.slots)
+        nothing: list[jax.Array | None] = [None] * len(self.slots)
         return [(nothing if self.whole else r.D, r.df) for r in rows], list(values) if self.whole else []
 
-    def of_slot(self, a, component, olds, ys, ext) -> _Row:
+    def of_slot(self, a: int, component: int | None, olds: Values, ys: Values, ext: Values) -> _Row:
         if not self.inexact[a]:
             return _Row([None] * len(self.slots), {})
         part, varshape, y_shapes, scope = self.part, self.varshape, self.y_shapes, self.scope
 
-        def new_value(olds, ys):
+        def new_value(olds: Values, ys: Values) -> jax.Array:
             return evaluate_slice(self.eqns, part, olds, dict(zip(self.keys, ys)), ext)[a]
 
         new, pull = jax.vjp(new_value, list(olds), list(ys))
         cotangents = _cotangents(new, pull, component, self.slots, self.keys)
         of_D = mixed_axes({} if self.whole else self.labels[a], {}, y_shapes, varshape)
-        along = {
+        slopes = {
             k: _along(cotangents, k, varshape, new, ys[self.keys.index(k)])
             for k, label in self.by_position[a].items()
             if is_shared(label, y_shapes[k], varshape, part.fronts[k])
         }
-        along = {k: slope for k, slope in along.items() if slope is not None}
+        along = {k: slope for k, slope in slopes.items() if slope is not None}
         own = {k: label for k, label in self.by_position[a].items() if k not in along}
         others = {k: shape for k, shape in y_shapes.items() if k not in along}
         of_df = mixed_axes({}, own, y_shapes, varshape)
 
-        def row_of(y_shapes, axes):
+        def row_of(y_shapes: Mapping[int, Shape], axes: tuple[int, ...]) -> _Row:
             return _row(cotangents, new.dtype, part.fronts, y_shapes, varshape, axes, self.folds, scope)
 
         both = tuple(sorted({*of_D, *of_df}))
@@ -185,19 +207,25 @@ class Rows:
             row = _Row(row_of({}, of_D).D, row_of(others, of_df).df)
         return _Row(row.D, {**row.df, **along})
 
-    def without(self, bad: Callable[..., Any]) -> frozenset[int]:
+    def without(self, bad: Callable[[Label, Shape, Shape], tuple[int, ...]]) -> frozenset[int]:
         """Outputs of operations on whose way to any hidden variable there are no ``bad`` axes."""
 
-        def is_fine(k, a):
+        def is_fine(k: int, a: int) -> bool:
             return k not in self.by_position[a] or not bad(self.y_labels[a][k], self.y_shapes[k], self.varshape)
 
         return frozenset(k for k in self.keys if all(is_fine(k, a) for a, _ in self.slots))
 
 
-def _cotangents(new, pull, component, slots, keys):
+def _cotangents(
+    new: jax.Array,
+    pull: Callable[[jax.Array], tuple[Values, Values]],
+    component: int | None,
+    slots: Sequence[Slot],
+    keys: Sequence[int],
+) -> Cotangents:
     """Seed over positions -> cotangents of every old hidden variable and every y."""
 
-    def of(seed):
+    def of(seed: jax.Array) -> Bars:
         full = seed if component is None else jnp.zeros_like(new).at[..., component].set(seed)
         old_bar, y_bar = pull(full)
         return [_component(old_bar[b], c) for b, c in slots], dict(zip(keys, y_bar))
@@ -205,7 +233,7 @@ def _cotangents(new, pull, component, slots, keys):
     return of
 
 
-def _along(cotangents, key, varshape, new, y):
+def _along(cotangents: Cotangents, key: int, varshape: Shape, new: jax.Array, y: jax.Array) -> jax.Array | None:
     """The derivative of every position by the entry of an output that it shares with others: forward, in one pass.
 
     Forward is the transpose of the reverse pass, as some functions have a reverse rule alone. ``None`` where that is a
@@ -220,12 +248,18 @@ def _along(cotangents, key, varshape, new, y):
         return None
 
 
-def _by_position(read, dtype, varshape, axes, scope):
+def _by_position(
+    read: Callable[[jax.Array, jax.Array], PyTree],
+    dtype: DTypeLike,
+    varshape: Shape,
+    axes: tuple[int, ...],
+    scope: Scope,
+) -> PyTree:
     """``read(seed, pick)`` for one position at a time along some axes, stacked."""
     grids = jnp.meshgrid(*(jnp.arange(varshape[k]) for k in axes), indexing="ij")
     picks = jnp.stack([g.ravel() for g in grids], axis=-1)
 
-    def at(pick):
+    def at(pick: jax.Array) -> PyTree:
         seed = jnp.ones(varshape, dtype)
         for k, i in zip(axes, pick):
             seed = seed * (jax.lax.broadcasted_iota(jnp.int32, varshape, k) == i).astype(dtype)
@@ -236,14 +270,23 @@ def _by_position(read, dtype, varshape, axes, scope):
     return jax.vmap(at)(picks) if len(picks) <= at_once else jax.lax.map(at, picks, batch_size=at_once)
 
 
-def _row(cotangents, dtype, fronts, y_shapes, varshape, mixed, folds, scope) -> _Row:
+def _row(
+    cotangents: Cotangents,
+    dtype: DTypeLike,
+    fronts: Mapping[int, int],
+    y_shapes: Mapping[int, Shape],
+    varshape: Shape,
+    mixed: tuple[int, ...],
+    folds: Mapping[int, Fold],
+    scope: Scope,
+) -> _Row:
     ones = jnp.ones(varshape, dtype)
     if not mixed:
         D, df = cotangents(ones)
         return _Row(D, {k: df[k] for k in y_shapes})
 
-    def read(seed, pick):
-        def own_position(cotangent, shape, front=0):
+    def read(seed: jax.Array, pick: jax.Array) -> Bars:
+        def own_position(cotangent: jax.Array, shape: Shape, front: int = 0) -> jax.Array:
             lead = len(varshape) - len(shape)
             for k, i in sorted(zip(mixed, pick), key=lambda ki: -ki[0]):
                 if k >= lead:
@@ -255,7 +298,7 @@ def _row(cotangents, dtype, fronts, y_shapes, varshape, mixed, folds, scope) -> 
             k: ys[k] if k in folds else own_position(ys[k], y_shapes[k], fronts[k]) for k in y_shapes
         }
 
-    def whole(stacked, front=0):
+    def whole(stacked: jax.Array, front: int = 0) -> jax.Array:
         sizes = [varshape[k] for k in mixed]
         axes = [front + k for k in mixed]
         return jnp.moveaxis(stacked.reshape(*sizes, *stacked.shape[1:]), range(len(mixed)), axes)
@@ -268,12 +311,19 @@ def _row(cotangents, dtype, fronts, y_shapes, varshape, mixed, folds, scope) -> 
     return _Row(jax.tree.map(whole, D), found)
 
 
-def _blocks(cotangents, dtype, varshape, mixed, neighbourhood, scope) -> list[Any]:
+def _blocks(
+    cotangents: Cotangents,
+    dtype: DTypeLike,
+    varshape: Shape,
+    mixed: tuple[int, ...],
+    neighbourhood: Neighbourhood,
+    scope: Scope,
+) -> list[jax.Array | None]:
     """A row of D between neighbours."""
     if not mixed:
         return jax.tree.map(neighbourhood.each_its_own, cotangents(jnp.ones(varshape, dtype))[0])
 
-    def read(seed, pick):
+    def read(seed: jax.Array, pick: jax.Array) -> list[PyTree]:
         number = jnp.ravel_multi_index(tuple(pick), tuple(varshape[k] for k in neighbourhood.axes), mode="clip")
         return jax.tree.map(lambda old: neighbourhood.columns(old, number), cotangents(seed)[0])
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from .._types import NotSupportedError
+from .._types import NotSupportedError, Shape
 
 __all__ = ["CEILING", "DIAGONAL", "Neighbourhood", "Scope", "neighbourhood", "scope_of"]
 
@@ -92,7 +94,7 @@ class Neighbourhood(NamedTuple):
     """
 
     axes: tuple[int, ...]
-    varshape: tuple[int, ...]
+    varshape: Shape
     neighbours: np.ndarray
     valid: np.ndarray
     conservative: bool
@@ -119,7 +121,7 @@ class Neighbourhood(NamedTuple):
         return self.num_neighbour == 1
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         """V, with axes of length one where all positions have the same neighbours, which are then kept in order."""
         return tuple(1 if self.is_saturated and k in self.axes else n for k, n in enumerate(self.varshape))
 
@@ -130,7 +132,7 @@ class Neighbourhood(NamedTuple):
         shape = [n if k in self.axes else 1 for k, n in enumerate(self.varshape)]
         return own.reshape(self.num_neighbour, *(shape if self.is_saturated else [1] * len(shape)))
 
-    def columns(self, row: Any, number: Any) -> Any:
+    def columns(self, row: jax.Array, number: jax.Array) -> jax.Array:
         """Of a row of a Jacobian, ``V``, what can be other than zero: ``(lead, sources)``."""
         flat = self._flat(row)
         if self.sources is None:
@@ -138,14 +140,14 @@ class Neighbourhood(NamedTuple):
         sources = jnp.asarray(self.sources)[number]
         return jnp.where(sources >= 0, flat[..., sources], 0)
 
-    def blocks(self, rows: Any) -> Any:
+    def blocks(self, rows: jax.Array) -> jax.Array:
         """:meth:`columns` of every row, stacked -> two axes of neighbours, then ``V``."""
         full = jnp.moveaxis(rows, 0, -2)
         if self.is_saturated:
             return self._alike(full, 2)
         if self.sources is None:
 
-            def of_position(neighbours, valid):
+            def of_position(neighbours: np.ndarray, valid: np.ndarray) -> jax.Array:
                 return jnp.where(valid[:, None] & valid, full[..., neighbours, :][..., neighbours], 0)
 
             return self._unflat(jax.vmap(of_position, out_axes=-3)(self.neighbours, self.valid), 2)
@@ -156,21 +158,19 @@ class Neighbourhood(NamedTuple):
         there = (at >= 0) & self.valid[:, :, None] & self.valid[:, None, :]
         return self._unflat(jnp.where(there, full[..., self.neighbours[:, :, None], at], 0), 2)
 
-    def each_its_own(self, diagonal: Any) -> Any:
+    def each_its_own(self, diagonal: jax.Array) -> jax.Array:
         """The blocks of a Jacobian without mixing, from its entries per position."""
         shape = (self.num_neighbour, self.num_neighbour, *(1,) * len(self.varshape))
         return self.gather(diagonal)[:, None] * jnp.eye(self.num_neighbour, dtype=diagonal.dtype).reshape(shape)
 
-    def gather(self, values: Any) -> Any:
-        """Values per position, ``(..., V)`` -> an axis of neighbours, then ``V``; zero for padding. ``None`` stays."""
-        if values is None:
-            return None
+    def gather(self, values: jax.Array) -> jax.Array:
+        """Values per position, ``(..., V)`` -> an axis of neighbours, then ``V``; zero for padding."""
         flat = self._flat(values)
         if self.is_saturated:
             return self._alike(flat, 1)
         return self._unflat(jnp.where(self.valid, flat[..., self.neighbours], 0), 1)
 
-    def own(self, values: Any) -> Any:
+    def own(self, values: jax.Array) -> jax.Array:
         """Of values per neighbour and position, ``(..., neighbours, V)``, those of each position itself."""
         axis = values.ndim - len(self.varshape) - 1
         if not self.is_saturated:
@@ -189,25 +189,25 @@ class Neighbourhood(NamedTuple):
         shape = [n if k in self.axes else 1 for k, n in enumerate(self.varshape)]
         return self.neighbours.T.reshape(self.num_neighbour, *shape)
 
-    def product(self, a: Any, b: Any) -> Any:
+    def product(self, a: ArrayLike, b: ArrayLike) -> ArrayLike:
         """A matrix between neighbours at every position times another one or a vector; of numbers, as they are."""
         if jnp.ndim(a) == 0 or jnp.ndim(b) == 0:
             return a * b
         columns = "k" if jnp.ndim(b) == 2 + len(self.varshape) else ""
         return jnp.einsum(f"ij...,j{columns}...->i{columns}...", a, b)
 
-    def transposed(self, a: Any, b: Any) -> Any:
+    def transposed(self, a: ArrayLike, b: ArrayLike) -> ArrayLike:
         """:meth:`product` of the transposed matrix and a vector."""
         return a * b if jnp.ndim(a) == 0 or jnp.ndim(b) == 0 else jnp.einsum("ij...,i...->j...", a, b)
 
-    def _flat(self, values):
+    def _flat(self, values: jax.Array) -> jax.Array:
         """The axes of positions behind all others, as one."""
         first = values.ndim - len(self.varshape)
         behind = range(-len(self.axes), 0)
         moved = jnp.moveaxis(values, [first + k for k in self.axes], behind)
         return moved.reshape(*moved.shape[: values.ndim - len(self.axes)], self.num_position)
 
-    def _unflat(self, values, number):
+    def _unflat(self, values: jax.Array, number: int) -> jax.Array:
         """The axes of positions back in their places, and the ``number`` axes of neighbours behind them before V."""
         lead, behind = values.shape[: -1 - number], values.shape[values.ndim - number :]
         whole = values.reshape(*lead, *(self.varshape[k] for k in self.axes), *behind)
@@ -215,7 +215,7 @@ class Neighbourhood(NamedTuple):
         whole = jnp.moveaxis(whole, range(len(lead), len(lead) + len(self.axes)), [first + k for k in self.axes])
         return jnp.moveaxis(whole, range(whole.ndim - number, whole.ndim), range(first, first + number))
 
-    def _alike(self, values, number):
+    def _alike(self, values: jax.Array, number: int) -> jax.Array:
         """What is the same for all positions: ``number`` axes of neighbours before V, where those of positions are one.
 
         They stand behind all others now, in front of them the other axes of V.
@@ -226,7 +226,7 @@ class Neighbourhood(NamedTuple):
 
 
 def neighbourhood(
-    adjacency: np.ndarray | None, axes: tuple[int, ...], varshape: tuple[int, ...], order: int, reason: str = ""
+    adjacency: np.ndarray | None, axes: tuple[int, ...], varshape: Shape, order: int, reason: str = ""
 ) -> Neighbourhood:
     """From ``adjacency[p, q]``, whether p influences q in one step (``None``: every q), to that of several steps."""
     number = math.prod(varshape[k] for k in axes)
@@ -242,7 +242,9 @@ def neighbourhood(
             if np.array_equal(further, reached):
                 break
             reached = further
-    own_first = [[p, *(q for q in np.flatnonzero(row) if q != p)] for p, row in enumerate(reached)]
+    own_first: list[list[int | np.integer]] = [
+        [p, *(q for q in np.flatnonzero(row) if q != p)] for p, row in enumerate(reached)
+    ]
     neighbours = _padded(own_first)
     valid = neighbours >= 0
     if sources is not None and sources.shape[1] == number:
@@ -251,6 +253,6 @@ def neighbourhood(
     return Neighbourhood(axes, varshape, neighbours, valid, adjacency is None, sources, order, reason)
 
 
-def _padded(rows: Any) -> np.ndarray:
+def _padded(rows: Sequence[Sequence[int | np.integer] | np.ndarray]) -> np.ndarray:
     width = max(len(r) for r in rows)
     return np.array([[*r, *[-1] * (width - len(r))] for r in rows], np.int32)

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from .._jax import JaxprEqn, Literal, Var, hashed
+from .._jax import Atom, JaxprEqn, Literal, Var, hashed
 from .._program import before, made_at, read, variables
-from .._types import Path
+from .._types import Path, Shape
 from .descent import bind_without_links
-from .flow import Flow, through_operation, y_label
+from .flow import Flow, MarkedOp, through_operation, y_label
 from .frame import is_marked
-from .labels import NONE, Label, own_label, unaligned_axes
+from .labels import NONE, Label, Labels, own_label, unaligned_axes
 from .module_info import ModuleInfo, known_constants
 from .positions import propagate
 
 __all__ = [
-    "Slice", "displaced_axes", "evaluate_slice", "is_shared", "mixed_axes", "mixed_output_axes", "slice_group",
+    "Slice", "Slot", "displaced_axes", "evaluate_slice", "is_shared", "mixed_axes", "mixed_output_axes", "slice_group",
     "slice_labels",
 ]  # fmt: skip
+
+
+Slot = tuple[int, int | None]  # of a hidden variable: the number of the member, and of its component or None
 
 
 class Slice(NamedTuple):
@@ -35,17 +39,17 @@ class Slice(NamedTuple):
     olds: tuple[Var, ...]  # old values of the members
     ys: dict[int, Var]  # operation index -> output, held fixed
     fronts: dict[int, int]  # operation index -> axes of the output in front of those of one sub-step
-    externals: tuple[Any, ...]  # everything else that F reads
-    constants: dict[Any, Any]  # known values among what it reads
-    news: tuple[Any, ...]  # new values of the members
-    passed: frozenset = frozenset()  # operations that F passes through, transparent ones apart
+    externals: tuple[Var, ...]  # everything else that F reads
+    constants: dict[Var, ArrayLike]  # known values among what it reads
+    news: tuple[Atom, ...]  # new values of the members
+    passed: frozenset[int] = frozenset()  # operations that F passes through, transparent ones apart
     mixing: bool = False  # whether F passes through what mixes positions
 
     @property
-    def inputs(self) -> tuple[Any, ...]:
+    def inputs(self) -> tuple[Var, ...]:
         return (*self.olds, *self.ys.values(), *self.externals)
 
-    def form(self, eqns: Sequence[JaxprEqn]) -> Any | None:
+    def form(self, eqns: Sequence[JaxprEqn]) -> Hashable | None:
         """Equal for two slices that differ in nothing but their variables; ``None`` where that cannot be told."""
         number = {v: i for i, v in enumerate((*self.inputs, *self.constants))}
         kind = lambda v: (v.aval.shape, v.aval.dtype)  # noqa: E731
@@ -77,18 +81,18 @@ def slice_group(info: ModuleInfo, flow: Flow, paths: Sequence[Path], mixing: boo
     member_of = {v: set(ps) for v, ps in flow.members.items()}
     ys: dict[int, Var] = {}
     fronts: dict[int, int] = {}
-    externals: dict[Any, None] = {}
+    externals: dict[Var, None] = {}
     inside: set[int] = set()
     passed: set[int] = set()
 
-    def belongs(var):
+    def belongs(var: Var) -> bool:
         return any(s[0] == "y" or s[1] in own for s in flow.labels.get(var, {}))
 
-    def passes(op):
+    def passes(op: MarkedOp) -> bool:
         read = [s for v in variables(op.eqn.invars) for s in flow.labels.get(v, {})]
         return mixing and any(s[0] != "y" and s[1] in own for s in read)
 
-    def enters(var):
+    def enters(var: Var) -> bool:
         """Whether the equation behind a variable is part of F; otherwise the variable is an input of it."""
         if var in olds:
             return False
@@ -124,7 +128,13 @@ def slice_group(info: ModuleInfo, flow: Flow, paths: Sequence[Path], mixing: boo
     )
 
 
-def evaluate_slice(eqns: Sequence[JaxprEqn], part: Slice, olds, ys, externals) -> list[Any]:
+def evaluate_slice(
+    eqns: Sequence[JaxprEqn],
+    part: Slice,
+    olds: Sequence[jax.Array],
+    ys: Mapping[int, jax.Array],
+    externals: Sequence[jax.Array],
+) -> list[jax.Array]:
     """New values of F; operations inside F add their held-fixed value's perturbation, links are cut."""
     env = part.constants | dict(zip(part.externals, externals)) | dict(zip(part.olds, olds))
     env |= {part.ys[k]: y for k, y in ys.items()}
@@ -152,7 +162,9 @@ def evaluate_slice(eqns: Sequence[JaxprEqn], part: Slice, olds, ys, externals) -
     return [jnp.asarray(read(env, v)) for v in part.news]
 
 
-def slice_labels(eqns, part, varshape):
+def slice_labels(
+    eqns: Sequence[JaxprEqn], part: Slice, varshape: Shape
+) -> tuple[list[dict[int, Label]], list[dict[int, Label]]]:
     """For each new value: its labels by old value, and by operation output."""
     env = {v: {("old", i): own_label(v.aval.shape, len(varshape))} for i, v in enumerate(part.olds)}
     env |= {v: {("y", k): y_label(v.aval.shape, part.fronts[k])} for k, v in part.ys.items()}
@@ -162,7 +174,7 @@ def slice_labels(eqns, part, varshape):
         if not behind.isdisjoint(variables(eqns[position].invars)):
             behind.update(eqns[position].outvars)
 
-    def through(eqn, inputs):
+    def through(eqn: JaxprEqn, inputs: list[Labels]) -> list[Labels] | None:
         if not is_marked(eqn):
             return None
         y = eqn.outvars[eqn.primitive.y_index]
@@ -186,7 +198,7 @@ def slice_labels(eqns, part, varshape):
     return by_old, by_y
 
 
-def mixed_output_axes(label: Label, y_shape: tuple[int, ...], varshape: tuple[int, ...]) -> tuple[int, ...]:
+def mixed_output_axes(label: Label, y_shape: Shape, varshape: Shape) -> tuple[int, ...]:
     """Group axes along which a position depends on another entry of y, or shares its entry with other positions."""
     lead = len(varshape) - len(y_shape)
     if lead < 0 or varshape[lead:] != y_shape:
@@ -194,7 +206,7 @@ def mixed_output_axes(label: Label, y_shape: tuple[int, ...], varshape: tuple[in
     return (*range(lead), *displaced_axes(label, y_shape, varshape))
 
 
-def displaced_axes(label: Label, y_shape: tuple[int, ...], varshape: tuple[int, ...]) -> tuple[int, ...]:
+def displaced_axes(label: Label, y_shape: Shape, varshape: Shape) -> tuple[int, ...]:
     """Group axes along which a position depends on another entry than the one that broadcasting gives it."""
     lead = len(varshape) - len(y_shape)
     if lead < 0 or any(n not in (1, size) for n, size in zip(y_shape, varshape[lead:])):
@@ -204,12 +216,14 @@ def displaced_axes(label: Label, y_shape: tuple[int, ...], varshape: tuple[int, 
     return tuple(k for k, at in ids.items() if not np.all((at == own[k + 1]) | (at == NONE)))
 
 
-def is_shared(label: Label, y_shape: tuple[int, ...], varshape: tuple[int, ...], front: int) -> bool:
+def is_shared(label: Label, y_shape: Shape, varshape: Shape, front: int) -> bool:
     """Whether positions share entries of y as broadcasting does, and depend on no others."""
     return not front and y_shape != varshape and not displaced_axes(label, y_shape, varshape)
 
 
-def mixed_axes(old_labels, y_labels, y_shapes, varshape) -> tuple[int, ...]:
+def mixed_axes(
+    old_labels: Mapping[int, Label], y_labels: Mapping[int, Label], y_shapes: Mapping[int, Shape], varshape: Shape
+) -> tuple[int, ...]:
     axes: set[int] = set()
     for label in old_labels.values():
         axes.update(unaligned_axes(label, varshape))

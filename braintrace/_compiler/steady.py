@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from .._jax import ClosedJaxpr, JaxprEqn, Var, call_body, open_jaxpr
 from .._program import run_program
@@ -26,7 +26,7 @@ def steady_axes(closed: ClosedJaxpr, of_inputs: Sequence[Axes] | None = None) ->
     return [_axes(v) for v in run_program(closed, inputs, _rule)]
 
 
-def _rule(eqn: JaxprEqn, values: Sequence[Any]) -> Sequence[Axes]:
+def _rule(eqn: JaxprEqn, values: Sequence[Axes | ArrayLike]) -> list[Axes]:
     name, shape, axes = eqn.primitive.name, eqn.outvars[0].aval.shape, [_axes(v) for v in values]
     body = None if name in LOOPS else call_body(eqn)
     if body is not None:
@@ -46,7 +46,7 @@ def _short(var: Var) -> Axes:
     return frozenset(k for k, n in enumerate(var.aval.shape) if n == 1)
 
 
-def _axes(value: Any) -> Axes:
+def _axes(value: Axes | ArrayLike) -> Axes:
     """Of what stands for a variable, or of a constant itself."""
     if isinstance(value, frozenset):
         return value

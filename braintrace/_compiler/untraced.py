@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import brainstate
 
-from .._jax import source_line
+from .._jax import Var, source_line
 from .._types import Path, path_str
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flow import Flow, is_product
@@ -59,7 +58,7 @@ def unmarked_parameters(info: ModuleInfo, flow: Flow, influence: Influence) -> l
 def untraced_memory(info: ModuleInfo, influence: Influence) -> list[CompilationRecord]:
     """States that are not hidden, keep what parameters or hidden values did, and are read in a later step."""
     jaxpr = info.jaxpr
-    kept: dict[Path, tuple[list[Any], list[Any]]] = {}
+    kept: dict[Path, tuple[list[Var], list[Var]]] = {}
     for path, state, numbers in zip(info.compiled_state_paths, info.compiled_model_states, info.state_leaves):
         pairs = [(jaxpr.invars[info.first_state + n], jaxpr.outvars[info.num_var_out + n]) for n in numbers]
         pairs = [(old, new) for old, new in pairs if old is not new and len(differentiable([old, new])) == 2]

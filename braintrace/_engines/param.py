@@ -103,7 +103,10 @@ class ParamEngine(Engine):
     def _met(self, signals: Signals) -> Signals:
         """Signals per slot, with an axis of neighbours where there are some; with a filter they meet filtered slots."""
         groups = self.binding.graph.hidden_groups
-        signals = [slots if g.snap is None else list(map(g.snap.gather, slots)) for g, slots in zip(groups, signals)]
+        signals = [
+            slots if g.snap is None else [None if s is None else g.snap.gather(s) for s in slots]
+            for g, slots in zip(groups, signals)
+        ]
         return signals if self.recursion.kappa is None else [[*([None] * len(slots)), *slots] for slots in signals]
 
     def carriers(self, numbers, traces, operands, fixed, weights, steps):
