@@ -285,7 +285,7 @@ class ETPPrimitive(Primitive):
             return self.apply(x, weights, params, fixed)
         if self.unbatched_twin is not None:
             return self.unbatched_twin.apply(x, weights, params, fixed)
-        return self.apply(x[None], weights, params, fixed)[0]
+        return self.apply(jax.tree.map(lambda v: v[None], x), weights, params, fixed)[0]
 
     def spread_signal(
         self, signal: jax.Array, trace: Mapping[str, jax.Array], params: Mapping[str, Any], anchors: Anchors, lead: int
