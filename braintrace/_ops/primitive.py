@@ -132,7 +132,7 @@ class ETPPrimitive(Primitive):
         y_index: int = 0,
         batched_twin: ETPPrimitive | None = None,
         sample_ndim: int | Callable[[Params], int | None] | None = None,
-    ) -> None:
+    ):
         super().__init__(name)
         self.impl_fn = impl
         self.batched = batched

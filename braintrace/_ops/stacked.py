@@ -23,7 +23,7 @@ class StackedPrimitive(ETPPrimitive):
         The operation of one sub-step; it takes the same static parameters.
     """
 
-    def __init__(self, one: ETPPrimitive, shared: frozenset[int]) -> None:
+    def __init__(self, one: ETPPrimitive, shared: frozenset[int]):
         def impl(*operands: jax.Array, **params: Static) -> jax.Array:
             axes = [None if i in shared else 0 for i in range(len(operands))]
             return jax.vmap(lambda *xs: one.outputs(xs, params)[one.y_index], in_axes=axes)(*operands)
