@@ -4,6 +4,8 @@ In the equations :math:`\\sigma` is the logistic function, :math:`\\phi` the act
 positions and :math:`[x, h]` the concatenation along the last axis; biases are left out.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -15,6 +17,7 @@ from jax.nn import sigmoid
 
 from braintrace._jax import any_rank
 from braintrace._ops import element_wise
+from braintrace._types import PyTree
 
 from ._base import Initializer, Orthogonal, Recurrent, as_activation, cat
 from ._linear import Linear
@@ -77,7 +80,7 @@ class ValinaRNNCell(Recurrent, brainstate.nn.ValinaRNNCell):
         state_init: Initializer = init.ZeroInit(),
         w_init: Initializer = init.XavierNormal(distribution="normal"),
         b_init: Initializer | None = init.ZeroInit(),
-        activation: str | Callable = "relu",
+        activation: str | Callable[..., PyTree] = "relu",
         name: str | None = None,
     ):
         super().__init__(in_size, out_size, state_init, name)
@@ -144,7 +147,7 @@ class GRUCell(Recurrent, brainstate.nn.GRUCell):
         w_init: Initializer = Orthogonal(),
         b_init: Initializer | None = init.ZeroInit(),
         state_init: Initializer = init.ZeroInit(),
-        activation: str | Callable = "tanh",
+        activation: str | Callable[..., PyTree] = "tanh",
         name: str | None = None,
     ):
         super().__init__(in_size, out_size, state_init, name)
@@ -219,7 +222,7 @@ class CFNCell(Recurrent, brainstate.nn.RNNCell):
         w_init: Initializer = Orthogonal(),
         b_init: Initializer | None = init.ZeroInit(),
         state_init: Initializer = init.ZeroInit(),
-        activation: str | Callable = "tanh",
+        activation: str | Callable[..., PyTree] = "tanh",
         name: str | None = None,
     ):
         super().__init__(in_size, out_size, state_init, name)
@@ -291,7 +294,7 @@ class MGUCell(Recurrent, brainstate.nn.MGUCell):
         w_init: Initializer = Orthogonal(),
         b_init: Initializer | None = init.ZeroInit(),
         state_init: Initializer = init.ZeroInit(),
-        activation: str | Callable = "tanh",
+        activation: str | Callable[..., PyTree] = "tanh",
         name: str | None = None,
     ):
         super().__init__(in_size, out_size, state_init, name)
@@ -366,7 +369,7 @@ class LSTMCell(Recurrent, brainstate.nn.LSTMCell):
         w_init: Initializer = init.XavierNormal(distribution="normal"),
         b_init: Initializer | None = init.ZeroInit(),
         state_init: Initializer = init.ZeroInit(),
-        activation: str | Callable = "tanh",
+        activation: str | Callable[..., PyTree] = "tanh",
         name: str | None = None,
     ):
         super().__init__(in_size, out_size, state_init, name)
@@ -447,7 +450,7 @@ class URLSTMCell(Recurrent, brainstate.nn.URLSTMCell):
         out_size: Size,
         w_init: Initializer = init.XavierNormal(distribution="normal"),
         state_init: Initializer = init.ZeroInit(),
-        activation: str | Callable = "tanh",
+        activation: str | Callable[..., PyTree] = "tanh",
         name: str | None = None,
     ):
         super().__init__(in_size, out_size, state_init, name)
@@ -525,7 +528,7 @@ class MinimalRNNCell(Recurrent, brainstate.nn.RNNCell):
         w_init: Initializer = Orthogonal(),
         b_init: Initializer | None = init.ZeroInit(),
         state_init: Initializer = init.ZeroInit(),
-        phi: Callable | None = None,
+        phi: Callable[..., PyTree] | None = None,
         name: str | None = None,
     ):
         super().__init__(in_size, out_size, state_init, name)

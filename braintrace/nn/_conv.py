@@ -1,7 +1,9 @@
 """Convolutional layers."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from functools import cached_property, partial
-from typing import Any
 
 import brainstate
 import brainunit as u
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 from brainstate.typing import ArrayLike
 
 from braintrace._ops import conv
+from braintrace._ops.linear import Hook
 
 from ._linear import masked
 
@@ -17,15 +20,15 @@ class _Conv:
     """The forward pass of a `brainstate.nn` convolution, through a marked operation."""
 
     @cached_property
-    def _kernel_fn(self: Any):
+    def _kernel_fn(self: brainstate.nn.Module) -> Hook:
         # One object for the life of the layer: operations compare their hooks by identity.
         return None if self.w_mask is None else partial(masked, self.w_mask)
 
-    def _conv_op(self: Any, x: Any, params: Any) -> ArrayLike:
+    def _conv_op(self: brainstate.nn.Module, x: ArrayLike, params: Mapping[str, ArrayLike]) -> ArrayLike:
         # brainstate's constructor evaluates this on a plain input to learn the shape of the output.
         return self._convolve(x, {k: jnp.asarray(u.get_mantissa(v)) for k, v in params.items()})
 
-    def update(self: Any, x: Any) -> ArrayLike:
+    def update(self: brainstate.nn.Module, x: ArrayLike) -> ArrayLike:
         """Convolve `x` of shape ``in_size`` or ``(batch, *in_size)``."""
         lead = x.shape[: -len(self.in_size)]
         if len(lead) > 1 or x.shape[len(lead) :] != tuple(self.in_size):
@@ -35,7 +38,7 @@ class _Conv:
             )
         return self._convolve(x, self.weight.value)
 
-    def _convolve(self: Any, x: Any, params: Any) -> ArrayLike:
+    def _convolve(self: brainstate.nn.Module, x: ArrayLike, params: Mapping[str, ArrayLike]) -> ArrayLike:
         return conv(
             x,
             params["weight"],
