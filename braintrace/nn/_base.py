@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Callable
 from typing import ClassVar, TypeAlias
 
@@ -61,6 +63,12 @@ def parameter(param_type: Callable[..., brainstate.ParamState], value: PyTree) -
             "drives a hidden state. Leave param_type out; take the layer of brainstate.nn where it shall not be."
         )
     return param_type(value)
+
+
+def fill_in(cls: type, **texts: str) -> None:
+    """Put texts into the docstring of a class: each in place of a line that has its name in braces."""
+    mark = re.compile(rf"^( *)\{{({'|'.join(texts)})\}}$", flags=re.M)
+    cls.__doc__ = cls.__doc__ and mark.sub(lambda m: textwrap.indent(texts[m[2]], m[1]), cls.__doc__)
 
 
 def set_sizes(module: brainstate.nn.Module, in_size: Size, out_size: Size) -> None:
