@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import brainunit as u
 import jax
@@ -13,9 +12,10 @@ import numpy as np
 
 from .._engines.pieces import cut_like, is_pieces
 from .._jax import placed
-from .leaves import SCALARS, decoded, encoded, is_quantity, is_whole, with_unit
+from .._types import PyTree
+from .leaves import SCALARS, Array, Json, decoded, encoded, is_quantity, is_whole, with_unit
 from .names import built, names_in, structure_of
-from .run import MODULATOR, identity_of, learner_of, named_leaves, parts_of
+from .run import MODULATOR, Learner, identity_of, learner_of, named_leaves, parts_of
 
 __all__ = ["DESCRIPTION", "description_of", "load_state_dict", "restored", "state_dict"]
 
@@ -28,7 +28,7 @@ DESCRIPTION = "description"  # among arrays, the bytes of a JSON text; in a file
 _SHOWN = 20
 
 
-def state_dict(learner: Any, optimizer: Any = None, **more: Any) -> dict[str, Any]:
+def state_dict(learner: Learner, optimizer: object = None, **more: PyTree) -> dict[str, Array]:
     """What :func:`save` writes, as arrays by name, for other libraries to keep.
 
     Parameters
@@ -80,7 +80,9 @@ def state_dict(learner: Any, optimizer: Any = None, **more: Any) -> dict[str, An
     return {DESCRIPTION: np.frombuffer(text.encode(), np.uint8), **arrays}
 
 
-def load_state_dict(learner: Any, arrays: Mapping[str, Any], optimizer: Any = None, **more: Any) -> dict[str, Any]:
+def load_state_dict(
+    learner: Learner, arrays: Mapping[str, Array], optimizer: object = None, **more: PyTree
+) -> dict[str, PyTree]:
     """Give a learner the values of :func:`state_dict`, with the checks of :func:`load`.
 
     Parameters
@@ -126,7 +128,7 @@ def load_state_dict(learner: Any, arrays: Mapping[str, Any], optimizer: Any = No
     return restored(source, description, rest, learner, optimizer, more)
 
 
-def description_of(text: bytes, source: str) -> dict[str, Any]:
+def description_of(text: bytes, source: str) -> Json:
     try:
         description = json.loads(text)
         known = description["format"] == FORMAT
@@ -144,12 +146,12 @@ def description_of(text: bytes, source: str) -> dict[str, Any]:
 
 def restored(
     source: str,
-    description: Mapping[str, Any],
-    arrays: Mapping[str, Any],
-    learner: Any,
-    optimizer: Any,
-    more: Mapping[str, Any],
-) -> dict[str, Any]:
+    description: Json,
+    arrays: Mapping[str, Array],
+    learner: Learner,
+    optimizer: object,
+    more: Mapping[str, PyTree],
+) -> dict[str, PyTree]:
     one = learner_of(learner)
     records = description["arrays"]
     named = named_leaves(parts_of(learner, optimizer, more))
@@ -174,8 +176,8 @@ def restored(
         raise ValueError(_refusal(source, problems))
     values = []
     for part, leaves in named:
-        tree: Any = jax.tree.structure(part.value, is_leaf=is_whole)
-        values.append(tree.unflatten([_fitted(arrays[name], records[name], leaf) for name, leaf in leaves.items()]))
+        fitted = [_fitted(arrays[name], records[name], leaf) for name, leaf in leaves.items()]
+        values.append(jax.tree.unflatten(jax.tree.structure(part.value, is_leaf=is_whole), fitted))
     alone = {name: with_unit(decoded(arrays[name], records[name]), records[name]) for name in free & records.keys()}
     results = {key: built(structure, alone) for key, structure in structures.items()}
     for (part, _), value in zip(named, values):
@@ -188,14 +190,14 @@ def restored(
     return {key: results[key] for key in description["more"]}
 
 
-def _stored_shape(record: Mapping[str, Any], array: Any) -> list[int]:
+def _stored_shape(record: Json, array: Array) -> list[int]:
     """The data of a JAX key have one axis more."""
     return (
         [*record["shape"], *jnp.shape(array)[len(record["shape"]) :]] if "key<" in record["dtype"] else record["shape"]
     )
 
 
-def _other_learner(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def _other_learner(saved: Json, here: Json) -> list[str]:
     problems = (
         [] if saved["rule"] == here["rule"] else [f"the rule {saved['rule']} was saved, here it is {here['rule']}"]
     )
@@ -206,7 +208,7 @@ def _other_learner(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[st
     ]
 
 
-def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def _differences(saved: Json, here: Json) -> list[str]:
     out = []
     if saved["shape"] != here["shape"] and not saved["kind"] == here["kind"] == "str":
         out.append(f"the shape {tuple(saved['shape'])} was saved, here it is {tuple(here['shape'])}")
@@ -220,7 +222,7 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
     return out
 
 
-def _computed_dtype(record: Mapping[str, Any]) -> str:
+def _computed_dtype(record: Json) -> str:
     """That of the array which JAX makes of a leaf."""
     kind, dtype = record["kind"], record["dtype"]
     if kind == "str":
@@ -230,7 +232,7 @@ def _computed_dtype(record: Mapping[str, Any]) -> str:
     return str(jnp.result_type(SCALARS[kind]) if kind in SCALARS else jax.dtypes.canonicalize_dtype(dtype))
 
 
-def _fitted(array: Any, record: Mapping[str, Any], like: Any) -> Any:
+def _fitted(array: Array, record: Json, like: PyTree) -> PyTree:
     """A saved leaf in the unit, and on the devices, of the one that it replaces."""
     if is_pieces(like):
         pieces = cut_like(decoded(array, record), like)

@@ -8,7 +8,6 @@ import os
 import uuid
 import zipfile
 from collections.abc import Iterator
-from typing import Any
 
 import brainstate
 import brainunit as u
@@ -17,15 +16,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from .._types import PyTree
 from .dicts import DESCRIPTION, description_of, restored, state_dict
-from .leaves import for_numpy
+from .leaves import Array, for_numpy
+from .run import Learner
 
 __all__ = ["load", "save"]
 
 _TEXT = f"{DESCRIPTION}.json"
 
 
-def save(path: str | os.PathLike[str], learner: Any, optimizer: Any = None, **more: Any) -> None:
+def save(path: str | os.PathLike[str], learner: Learner, optimizer: object = None, **more: PyTree) -> None:
     """Write a run to a file, whole or not at all.
 
     Saved are the states of the model (parameters, hidden and other states), traces and step counter, everything else
@@ -73,7 +74,7 @@ def save(path: str | os.PathLike[str], learner: Any, optimizer: Any = None, **mo
     {'step': 7}
     """
     arrays = state_dict(learner, optimizer, **more)
-    shared: list[Any] = [a for a in arrays.values() if isinstance(a, jax.Array) and not a.is_fully_addressable]
+    shared: list[PyTree] = [a for a in arrays.values() if isinstance(a, jax.Array) and not a.is_fully_addressable]
     if not shared:
         return _write(path, arrays)
     arrays = {name: _gathered(a) for name, a in arrays.items()}
@@ -91,12 +92,12 @@ def save(path: str | os.PathLike[str], learner: Any, optimizer: Any = None, **mo
         raise OSError(f"Process {writer}, which writes for all, could not write {os.fspath(path)!r}; it says why.")
 
 
-def _gathered(array: Any) -> Any:
+def _gathered(array: Array) -> Array:
     whole = not isinstance(array, jax.Array) or array.is_fully_addressable
     return array if whole else multihost_utils.process_allgather(array, tiled=True)
 
 
-def _anywhere(here: bool, shared: Any) -> bool:
+def _anywhere(here: bool, shared: PyTree) -> bool:
     """Whether something is so in one of the processes that have a part of an array; they wait for each other."""
     devices = np.array(sorted(shared.sharding.device_set, key=lambda device: device.id))
     sharding = NamedSharding(Mesh(devices, ("all",)), PartitionSpec("all"))
@@ -104,7 +105,7 @@ def _anywhere(here: bool, shared: Any) -> bool:
     return bool(_gathered(flags).any())
 
 
-def _write(path: str | os.PathLike[str], arrays: dict[str, Any]) -> None:
+def _write(path: str | os.PathLike[str], arrays: dict[str, Array]) -> None:
     description = json.loads(bytes(arrays.pop(DESCRIPTION)))
     versions = {m.__name__: m.__version__ for m in (jax, brainstate, u, np)}
     text = json.dumps({**description, "written_with": versions}, indent=1, ensure_ascii=False)
@@ -133,7 +134,7 @@ def _write(path: str | os.PathLike[str], arrays: dict[str, Any]) -> None:
             os.close(descriptor)
 
 
-def load(path: str | os.PathLike[str], learner: Any, optimizer: Any = None, **more: Any) -> dict[str, Any]:
+def load(path: str | os.PathLike[str], learner: Learner, optimizer: object = None, **more: PyTree) -> dict[str, PyTree]:
     """Read a run from a file of :func:`save` into a learner that was made in the same way.
 
     The state objects stay, so that functions which were jitted before go on with the new values. Of a quantity the

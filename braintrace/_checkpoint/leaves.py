@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import brainstate
 import brainunit as u
@@ -14,39 +13,43 @@ from jax.typing import DTypeLike
 
 from .._engines.pieces import is_pieces, joined
 from .._jax import is_tracer, placed
+from .._types import PyTree
 
 __all__ = [
-    "SCALARS", "decoded", "encoded", "for_numpy", "is_key", "is_leaf", "is_quantity", "is_state", "is_whole",
-    "with_unit",
+    "SCALARS", "Array", "Json", "decoded", "encoded", "for_numpy", "is_key", "is_leaf", "is_quantity", "is_state",
+    "is_whole", "with_unit",
 ]  # fmt: skip
 
 _BASE_UNITS = ("m", "kg", "s", "A", "K", "mol", "cd")
 
 
+Array: TypeAlias = jax.Array | np.ndarray
+Json: TypeAlias = dict[str, Any]  # an object of a JSON text; that of a leaf has its kind, shape, dtype and unit
+
 SCALARS = {"bool": bool, "int": int, "float": float, "complex": complex}
 
 
-def is_quantity(x: Any) -> bool:
+def is_quantity(x: object) -> bool:
     return isinstance(x, u.Quantity)
 
 
-def is_whole(x: Any) -> bool:
+def is_whole(x: object) -> bool:
     return is_quantity(x) or is_pieces(x)
 
 
-def is_state(x: Any) -> bool:
+def is_state(x: object) -> bool:
     return isinstance(x, brainstate.State)
 
 
-def is_leaf(x: Any) -> bool:
+def is_leaf(x: object) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, np.generic, bool, int, float, complex, str))
 
 
-def is_key(x: Any) -> bool:
+def is_key(x: object) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def encoded(name: str, leaf: Any) -> tuple[Any, dict[str, Any]]:
+def encoded(name: str, leaf: PyTree) -> tuple[Array, Json]:
     """A leaf as an array, and what is to be known beside it."""
     if is_pieces(leaf):
         return encoded(name, joined(leaf))
@@ -75,12 +78,12 @@ def encoded(name: str, leaf: Any) -> tuple[Any, dict[str, Any]]:
     )
 
 
-def for_numpy(array: Any) -> np.ndarray:
+def for_numpy(array: Array) -> np.ndarray:
     array = np.asarray(array)
     return array.view(f"u{array.dtype.itemsize}") if array.dtype.isbuiltin == 2 else array
 
 
-def decoded(array: Any, record: Mapping[str, Any], like: Any = None) -> Any:
+def decoded(array: Array, record: Json, like: PyTree = None) -> PyTree:
     """The leaf that was saved, without its unit; ``like`` is the one that it replaces."""
     kind, dtype = record["kind"], record["dtype"]
     if kind == "str":
@@ -104,22 +107,22 @@ def decoded(array: Any, record: Mapping[str, Any], like: Any = None) -> Any:
     return value
 
 
-def _zero(dtype: DTypeLike) -> Any:
+def _zero(dtype: DTypeLike) -> bool | int | float | complex:
     """Of the Python type that makes a weak array of this dtype."""
     return np.zeros((), dtype).item()
 
 
-def _unit_record(unit: Any) -> dict[str, Any]:
+def _unit_record(unit: u.Unit) -> Json:
     powers = {base: float(unit.dim.get_dimension(base)) for base in _BASE_UNITS}
     scales = {name: float(getattr(unit, name)) for name in ("scale", "base", "factor")}
     return {"name": str(unit), "dimensions": {k: p for k, p in powers.items() if p}, **scales}
 
 
-def _unit(record: Mapping[str, Any]) -> Any:
+def _unit(record: Json) -> u.Unit:
     dim = u.get_or_create_dimension([record["dimensions"].get(k, 0) for k in _BASE_UNITS])
     scales = {name: record[name] for name in ("scale", "base", "factor")}
     return u.Unit(dim, name=record["name"], dispname=record["name"], **scales)
 
 
-def with_unit(value: Any, record: Mapping[str, Any]) -> Any:
+def with_unit(value: PyTree, record: Json) -> PyTree:
     return u.Quantity(value, unit=_unit(record["unit"])) if "unit" in record else value

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Hashable, Iterator, Mapping
+from typing import TypeAlias
 
 import jax
 
-from .._types import path_str
-from .leaves import is_quantity
+from .._types import PyTree, path_str
+from .leaves import Json, is_quantity
 
-__all__ = ["built", "entry_name", "names_in", "segment_name", "structure_of"]
+__all__ = ["Structure", "built", "entry_name", "names_in", "segment_name", "structure_of"]
+
+Structure: TypeAlias = str | Json  # the name of a leaf, or a kind of container with its children
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def segment_name(key: Any) -> str:
+def segment_name(key: Hashable) -> str:
     text = ".".join(map(segment_name, key)) if isinstance(key, tuple) else path_str((key,))
     return _ADDRESS.sub("", text)
 
 
-def entry_name(entry: Any) -> str:
+def entry_name(entry: object) -> str:
     """One step into a pytree."""
     for attribute in ("key", "name", "idx"):
         if hasattr(entry, attribute):
@@ -29,7 +31,7 @@ def entry_name(entry: Any) -> str:
     return str(entry)
 
 
-def structure_of(tree: Any, names: Iterator[str]) -> Any:
+def structure_of(tree: PyTree, names: Iterator[str]) -> Structure:
     """A pytree as JSON: names of leaves in tagged containers."""
     if tree is None:
         return {"none": None}
@@ -44,7 +46,7 @@ def structure_of(tree: Any, names: Iterator[str]) -> Any:
     return {"dict": [list(pair) for pair in zip(keys, children)]}
 
 
-def built(structure: Any, leaves: Mapping[str, Any]) -> Any:
+def built(structure: Structure, leaves: Mapping[str, PyTree]) -> PyTree:
     if isinstance(structure, str):
         return leaves[structure]
     ((kind, children),) = structure.items()
@@ -55,7 +57,7 @@ def built(structure: Any, leaves: Mapping[str, Any]) -> Any:
     return {"list": list, "tuple": tuple}[kind](built(child, leaves) for child in children)
 
 
-def names_in(structure: Any) -> Iterator[str]:
+def names_in(structure: Structure) -> Iterator[str]:
     if isinstance(structure, str):
         yield structure
     else:

@@ -7,20 +7,23 @@ import dataclasses
 import json
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import brainstate
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from .._compiler.policy import ControlFlowPolicy
 from .._learners.base import ETraceAlgorithm
 from .._sequence import SequenceDriverMixin
-from .._types import Path
-from .leaves import is_key, is_leaf, is_state, is_whole
+from .._types import Path, PyTree
+from .leaves import Json, is_key, is_leaf, is_state, is_whole
 from .names import entry_name, segment_name
 
-__all__ = ["MODULATOR", "identity_of", "learner_of", "named_leaves", "parts_of"]
+__all__ = ["MODULATOR", "Learner", "identity_of", "learner_of", "named_leaves", "parts_of"]
+
+Learner: TypeAlias = ETraceAlgorithm | brainstate.nn.Vmap
 
 MODULATOR = "learner/modulator"
 
@@ -29,12 +32,12 @@ class Part(NamedTuple):
     """A pytree under a name; it is the value of a state, or was given under a key."""
 
     name: str
-    value: Any
+    value: PyTree
     state: brainstate.State | None = None
     key: str | None = None
 
 
-def parts_of(learner: Any, optimizer: Any, more: Mapping[str, Any]) -> list[Part]:
+def parts_of(learner: Learner, optimizer: object, more: Mapping[str, PyTree]) -> list[Part]:
     one = learner_of(learner)
     known: dict[int, brainstate.State] = {}
     parts = []
@@ -73,7 +76,7 @@ def parts_of(learner: Any, optimizer: Any, more: Mapping[str, Any]) -> list[Part
     return parts
 
 
-def named_leaves(parts: list[Part]) -> list[tuple[Part, dict[str, Any]]]:
+def named_leaves(parts: list[Part]) -> list[tuple[Part, dict[str, PyTree]]]:
     """The leaves of every part by names, which are numbered where they would be the same."""
     counts: collections.Counter[str] = collections.Counter()
     out = []
@@ -87,7 +90,7 @@ def named_leaves(parts: list[Part]) -> list[tuple[Part, dict[str, Any]]]:
     return out
 
 
-def learner_of(learner: Any) -> ETraceAlgorithm:
+def learner_of(learner: Learner) -> ETraceAlgorithm:
     one = learner
     while not isinstance(one, ETraceAlgorithm) and isinstance(one, brainstate.nn.Module) and hasattr(one, "module"):
         one = one.module
@@ -104,12 +107,12 @@ def learner_of(learner: Any) -> ETraceAlgorithm:
     return one
 
 
-def _states_in(found: Any) -> Iterator[tuple[tuple[Any, ...], brainstate.State]]:
+def _states_in(found: object) -> Iterator[tuple[Path, brainstate.State]]:
     """States that an object holds, by the attributes and keys that reach them."""
     closed = (str, bytes, np.ndarray, jax.Array, type, types.ModuleType, types.FunctionType, SequenceDriverMixin)
-    seen: dict[int, Any] = {}
+    seen: dict[int, object] = {}
 
-    def walk(x: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], brainstate.State]]:
+    def walk(x: object, path: Path) -> Iterator[tuple[Path, brainstate.State]]:
         if id(x) in seen or isinstance(x, closed):
             return
         seen[id(x)] = x
@@ -128,7 +131,7 @@ def _states_in(found: Any) -> Iterator[tuple[tuple[Any, ...], brainstate.State]]
     return walk(found, ())
 
 
-def identity_of(learner: ETraceAlgorithm) -> dict[str, Any]:
+def identity_of(learner: ETraceAlgorithm) -> Json:
     """The rule and those of its options that results depend on, as JSON has them."""
     config = getattr(learner, "config", None)
     policy = learner.executor.control_flow or ControlFlowPolicy()
@@ -142,7 +145,7 @@ def identity_of(learner: ETraceAlgorithm) -> dict[str, Any]:
     return json.loads(json.dumps({"rule": type(learner).__name__, "options": options}))
 
 
-def _plain_key(key: Any) -> Any:
+def _plain_key(key: ArrayLike | None) -> object:
     if key is None:
         return None
     key = jax.random.key(key) if isinstance(key, int) else key

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import brainstate
 import jax
@@ -12,8 +13,15 @@ from .._compiler.call import call_of
 from .._compiler.executor import ETraceGraphExecutor
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING, scope_of
+from .._compiler.step import StepRecord
+from .._types import Path, PyTree
 
 __all__ = ["ETraceVjpGraphExecutor"]
+
+Key = tuple[Path, int]  # of a relation
+Jacobians = tuple[dict[Key, jax.Array | None], dict[tuple[Key, int], jax.Array]]  # (xs, dfs)
+Values: TypeAlias = dict[Path, PyTree]  # of states
+Stepper = Callable[[PyTree, Jacobians, list[jax.Array | None]], PyTree]
 
 
 class ETraceVjpGraphExecutor(ETraceGraphExecutor):
@@ -78,8 +86,8 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
         return self.vjp_method == "multi-step"
 
     def solve_h2w_h2h_jacobian(
-        self, *args: Any, etrace_stepper: Any = None, init_etrace: Any = None
-    ) -> tuple[Any, ...]:
+        self, *args: PyTree, etrace_stepper: Stepper | None = None, init_etrace: PyTree = None
+    ) -> tuple[PyTree, ...]:
         """Run the step from the states' present values, which stay as they are, and return its derivatives.
 
         Parameters
@@ -109,8 +117,8 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
         return out, hidden, other, jacobians, Ds, trace
 
     def solve_h2w_h2h_l2h_jacobian(
-        self, *args: Any, etrace_stepper: Any = None, init_etrace: Any = None
-    ) -> tuple[Any, ...]:
+        self, *args: PyTree, etrace_stepper: Stepper | None = None, init_etrace: PyTree = None
+    ) -> tuple[PyTree, ...]:
         """As :meth:`solve_h2w_h2h_jacobian`, with the backward pass before the trace.
 
         It takes cotangents of ``(out, hidden_vals, other_vals)`` and returns those of the argument leaves, of the
@@ -118,7 +126,9 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
         """
         return self._solve(args, etrace_stepper, init_etrace, True)
 
-    def _solve(self, args, stepper, trace, backward):
+    def _solve(
+        self, args: tuple[PyTree, ...], stepper: Stepper | None, trace: PyTree, backward: bool
+    ) -> tuple[PyTree, ...]:
         call = call_of(args, {})
         states = self.select(call)
         graph = self.graph
@@ -128,7 +138,9 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
         values = {p: s.value for p, s in zip(info.compiled_state_paths, states)}
         zeros = graph.step.zeros().new
 
-        def run(leaves, values, zeros):
+        def run(
+            leaves: Sequence[jax.Array], values: Values, zeros: dict[Path, jax.Array]
+        ) -> tuple[tuple[PyTree, Values], tuple[PyTree, ...]]:
             if any(over_time):
                 return self._window(over_time, leaves, values, stepper, trace)
             out, new, record = self._step(leaves, values, zeros)
@@ -139,20 +151,22 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
         if backward:
             (out, new), pull, extra = jax.vjp(run, leaves, values, zeros, has_aux=True)
         else:
-            ((out, new), extra), pull = run(leaves, values, zeros), None
+            (out, new), extra = run(leaves, values, zeros)
         jacobians, Ds, trace = extra
         hidden = {p: new[p] for p in info.states_of(brainstate.HiddenState)}
         weights = info.states_of(brainstate.ParamState)
         other = {p: v for p, v in new.items() if p not in hidden and p not in weights}
 
-        def residuals(cotangents):
+        def residuals(cotangents: tuple[PyTree, Values, Values]) -> tuple[PyTree, ...]:
             bar, hidden_bars, other_bars = cotangents
             kept = {p: jax.tree.map(jnp.zeros_like, new[p]) for p in weights}
             return pull((bar, hidden_bars | other_bars | kept))
 
         return out, hidden, other, jacobians, Ds, residuals if backward else None, trace
 
-    def _step(self, leaves, values, zeros):
+    def _step(
+        self, leaves: Sequence[jax.Array], values: Values, zeros: dict[Path, jax.Array]
+    ) -> tuple[PyTree, Values, tuple[Jacobians, list[jax.Array | None]]]:
         """Output, new values by path, and ``((xs, dfs), Ds)``."""
         graph = self.graph
         info = graph.module_info
@@ -160,8 +174,8 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
         invals = [*leaves, *states]
         operands = [r.operand_program.operands(invals) for r in graph.operations]
         outs, record = graph.step(invals, operands, graph.step.zeros()._replace(new=zeros))
-        out, values = info.results(outs)
-        new = dict(zip(info.compiled_state_paths, values))
+        out, news = info.results(outs)
+        new = dict(zip(info.compiled_state_paths, news))
         dense = lambda g, entries: g.dense([e.read(record.varying[g.index]) for e in entries])  # noqa: E731
         xs = {r.key: x for r, x in zip(graph.hidden_param_op_relations, record.x)}
         dfs = {
@@ -171,18 +185,25 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
         }
         return out, new, ((xs, dfs), self._transitions(record))
 
-    def _transitions(self, record):
+    def _transitions(self, record: StepRecord) -> list[jax.Array | None]:
         traced = self.graph.traced
         return [g.dense_D(record.varying[g.index]) if g.index in traced else None for g in self.graph.hidden_groups]
 
-    def _window(self, over_time, leaves, values, stepper, trace):
+    def _window(
+        self,
+        over_time: Sequence[bool],
+        leaves: Sequence[jax.Array],
+        values: Values,
+        stepper: Stepper | None,
+        trace: PyTree,
+    ) -> tuple[tuple[PyTree, Values], tuple[PyTree, ...]]:
         zeros = self.graph.step.zeros().new
 
-        def body(carry, sliced):
+        def body(carry: tuple[Values, PyTree], sliced: Sequence[jax.Array]) -> tuple[tuple[Values, PyTree], PyTree]:
             values, trace = carry
-            sliced = iter(sliced)
+            parts = iter(sliced)
             out, values, record = self._step(
-                [next(sliced) if t else x for x, t in zip(leaves, over_time)], values, zeros
+                [next(parts) if t else x for x, t in zip(leaves, over_time)], values, zeros
             )
             if stepper is not None:
                 return (values, stepper(trace, *record)), (out, None)

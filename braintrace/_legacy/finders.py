@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from typing import Any
 
 import brainstate
 
@@ -16,7 +15,7 @@ from .._compiler.influence import Influence
 from .._compiler.module_info import ModuleInfo, extract_module_info
 from .._compiler.relations import HiddenParamOpRelation
 from .._compiler.scope import CEILING, scope_of
-from .._types import Path
+from .._types import Path, PyTree
 
 __all__ = [
     "find_hidden_groups_from_minfo", "find_hidden_groups_from_module", "find_hidden_param_op_relations_from_minfo",
@@ -70,11 +69,11 @@ def find_hidden_groups_from_minfo(
 
 def find_hidden_groups_from_module(
     model: brainstate.nn.Module,
-    *args: Any,
+    *args: PyTree,
     include_recurrent_mixing: bool = False,
     sparse_n: int | None = None,
     snap_max_jacobian_elements: int = CEILING,
-    **kwargs: Any,
+    **kwargs: PyTree,
 ) -> tuple[list[HiddenGroup], dict[Path, HiddenGroup]]:
     """:func:`extract_module_info`, then :func:`find_hidden_groups_from_minfo`.
 
@@ -148,7 +147,7 @@ def find_hidden_param_op_relations_from_minfo(
 
 
 def find_hidden_param_op_relations_from_module(
-    model: brainstate.nn.Module, *args: Any, **kwargs: Any
+    model: brainstate.nn.Module, *args: PyTree, **kwargs: PyTree
 ) -> tuple[HiddenParamOpRelation, ...]:
     """:func:`extract_module_info`, then groups, then relations.
 

@@ -1,8 +1,9 @@
 """Layers that other packages of the ecosystem provide, still served under their old name."""
 
+from __future__ import annotations
+
 import importlib
 import warnings
-from typing import Any
 
 _NEW_HOMES = {
     "brainpy.state": "IF LIF ALIF Expon Alpha DualExpon STP STD",
@@ -18,7 +19,7 @@ _NEW_HOMES = {
 FORWARDED = {name: module for module, names in _NEW_HOMES.items() for name in names.split()}
 
 
-def forward(name: str) -> Any:
+def forward(name: str) -> type:
     """Import the object that `braintrace.nn.<name>` stands for, with a warning that names its new home."""
     if name not in FORWARDED:
         raise AttributeError(f"module 'braintrace.nn' has no attribute {name!r}")

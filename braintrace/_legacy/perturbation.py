@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set, Sized
 from typing import Any, NamedTuple
 
 import brainstate
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from .._compiler.groups import HiddenGroup
 from .._compiler.module_info import ModuleInfo, extract_module_info
-from .._jax import Literal, Var, bind_equation, eval_jaxpr, open_jaxpr
+from .._jax import Atom, ClosedJaxpr, JaxprEqn, Literal, Var, bind_equation, eval_jaxpr, open_jaxpr
 from .._program import run_program
-from .._types import Path, path_str
+from .._types import Path, PyTree, path_str
 
 __all__ = ["HiddenPerturbation", "add_hidden_perturbation_from_minfo", "add_hidden_perturbation_in_module"]
 
@@ -42,7 +42,7 @@ class HiddenPerturbation(NamedTuple):
     perturb_vars: tuple[Var, ...]
     perturb_hidden_paths: tuple[Path, ...]
     perturb_hidden_states: tuple[brainstate.HiddenState, ...]
-    perturb_jaxpr: Any
+    perturb_jaxpr: ClosedJaxpr
     bypass_param_paths: tuple[Path, ...] = ()
     bypass_vars: tuple[Var, ...] = ()
     bypass_hidden_paths: tuple[Path, ...] = ()
@@ -54,11 +54,11 @@ class HiddenPerturbation(NamedTuple):
 
     def eval_jaxpr(
         self,
-        inputs: Sequence[Any],
-        perturb_data: Sequence[Any],
-        bypass_data: Sequence[Any] = (),
-        bypass_hidden_data: Sequence[Any] = (),
-    ) -> list[Any]:
+        inputs: Sequence[jax.Array],
+        perturb_data: Sequence[jax.Array],
+        bypass_data: Sequence[jax.Array] = (),
+        bypass_hidden_data: Sequence[jax.Array] = (),
+    ) -> list[jax.Array]:
         """Flat outputs of the step for flat inputs, one perturbation per hidden state and one value per bypass."""
         self._check_number(perturb_data, self.perturb_hidden_paths, "perturbations")
         self._check_number(bypass_data, self.bypass_param_paths, "values of bypassing parameters")
@@ -66,20 +66,20 @@ class HiddenPerturbation(NamedTuple):
         return eval_jaxpr(self.perturb_jaxpr, *inputs, *perturb_data, *bypass_data, *bypass_hidden_data)
 
     def perturb_data_to_hidden_group_data(
-        self, perturb_data: Sequence[Any], hidden_groups: Sequence[HiddenGroup]
+        self, perturb_data: Sequence[jax.Array], hidden_groups: Sequence[HiddenGroup]
     ) -> list[jax.Array]:
         """One array per hidden state, as one of shape ``V + (S,)`` per group."""
         self._check_number(perturb_data, self.perturb_hidden_paths, "perturbations")
         return _by_group(dict(zip(self.perturb_hidden_paths, perturb_data)), hidden_groups)
 
     def bypass_hidden_data_to_hidden_group_data(
-        self, bypass_hidden_data: Sequence[Any], hidden_groups: Sequence[HiddenGroup]
+        self, bypass_hidden_data: Sequence[jax.Array], hidden_groups: Sequence[HiddenGroup]
     ) -> list[jax.Array]:
         """One array per path of :attr:`bypass_hidden_paths`, as one of shape ``V + (S,)`` per group, else zero."""
         self._check_number(bypass_hidden_data, self.bypass_hidden_paths, "values of bypassing hidden states")
         return _by_group(dict(zip(self.bypass_hidden_paths, bypass_hidden_data)), hidden_groups)
 
-    def _check_number(self, data, paths, name) -> None:
+    def _check_number(self, data: Sized, paths: Sequence[Path], name: str) -> None:
         if len(data) != len(paths):
             raise ValueError(
                 f"There must be {len(paths)} {name}, one for each of {[path_str(p) for p in paths]}, got {len(data)}."
@@ -93,8 +93,8 @@ class HiddenPerturbation(NamedTuple):
         return f"HiddenPerturbation({shapes})"
 
 
-def _by_group(values: Mapping[Path, Any], groups: Sequence[HiddenGroup]) -> list[jax.Array]:
-    def member(path, old):
+def _by_group(values: Mapping[Path, jax.Array], groups: Sequence[HiddenGroup]) -> list[jax.Array]:
+    def member(path: Path, old: Var) -> jax.Array:
         return values[path] if path in values else jnp.zeros(old.aval.shape, old.aval.dtype)
 
     return [g.concat_hidden([member(p, v) for p, v in zip(g.hidden_paths, g.hidden_invars)]) for g in groups]
@@ -134,14 +134,14 @@ def add_hidden_perturbation_from_minfo(
     del descended_scan_eqn_ids, include_output_bypass, descended_hidden_paths
     jaxpr = minfo.jaxpr
     states = minfo.states_of(brainstate.HiddenState)
-    added_to: dict[Any, list[int]] = {}
+    added_to: dict[Atom, list[int]] = {}
     for i, path in enumerate(states):
         if _is_made(minfo, path):
             added_to.setdefault(minfo.hidden_path_to_outvar[path], []).append(i)
     beside = {minfo.num_var_out + n: i for i, n in _beside(minfo, states, added_to)}
 
-    def run(inputs, perturbations):
-        def shifted(eqn, values):
+    def run(inputs: Sequence[jax.Array], perturbations: Sequence[jax.Array]) -> list[jax.Array]:
+        def shifted(eqn: JaxprEqn, values: list[jax.Array]) -> list[jax.Array]:
             pairs = zip(eqn.outvars, bind_equation(eqn, values))
             return [sum((perturbations[i] for i in added_to.get(v, ())[:1]), out) for v, out in pairs]
 
@@ -155,13 +155,15 @@ def add_hidden_perturbation_from_minfo(
     return HiddenPerturbation(added, tuple(states), tuple(states.values()), closed)
 
 
-def _is_made(minfo, path) -> bool:
+def _is_made(minfo: ModuleInfo, path: Path) -> bool:
     """Whether the step computes a new value, rather than hand on a constant or an input."""
     var = minfo.hidden_path_to_outvar[path]
     return not isinstance(var, Literal) and var not in minfo.jaxpr.invars and var not in minfo.jaxpr.constvars
 
 
-def _beside(minfo, states, added_to):
+def _beside(
+    minfo: ModuleInfo, states: Mapping[Path, brainstate.State], added_to: Mapping[Atom, list[int]]
+) -> Iterator[tuple[int, int]]:
     """(hidden state number, state leaf number) where the perturbation is added to the output alone: the value is handed
     on, or shared with an earlier state."""
     numbers = dict(zip(minfo.compiled_state_paths, minfo.state_leaves))
@@ -171,7 +173,9 @@ def _beside(minfo, states, added_to):
             yield i, numbers[path][0]
 
 
-def add_hidden_perturbation_in_module(model: brainstate.nn.Module, *args: Any, **kwargs: Any) -> HiddenPerturbation:
+def add_hidden_perturbation_in_module(
+    model: brainstate.nn.Module, *args: PyTree, **kwargs: PyTree
+) -> HiddenPerturbation:
     """:func:`extract_module_info`, then :func:`add_hidden_perturbation_from_minfo`.
 
     Parameters

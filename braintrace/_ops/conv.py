@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .._jax import any_rank
+from .._types import PyTree, Shape
 from .linear import Hook, apply_hook, array_operand, rank_of, weight_and_bias, with_units
-from .primitive import ETPPrimitive, Unshared, anchored
+from .primitive import Anchors, Aval, Avals, ETPPrimitive, Gradients, Params, Static, Unshared, Weights, anchored
 
 __all__ = ["conv", "etp_conv_p", "etp_conv_v_p"]
 
@@ -26,7 +26,7 @@ GEOMETRY = (
 # has the same layout without it.
 
 
-def _sample_bias(bias, params):
+def _sample_bias(bias: jax.Array, params: Params) -> jax.Array:
     """The bias in the layout of one sample, with axes to broadcast."""
     out_spec = params["dimension_numbers"].out_spec
     if bias.ndim == 1:
@@ -36,7 +36,9 @@ def _sample_bias(bias, params):
     return bias[0] if bias.ndim == len(out_spec) else bias
 
 
-def _samples_last(x, kernel, dimension_numbers, **geometry):
+def _samples_last(
+    x: jax.Array, kernel: jax.Array, dimension_numbers: jax.lax.ConvDimensionNumbers, **geometry: Static
+) -> jax.Array:
     """A convolution whose derivative by the kernel is one in the layout of XLA's fast path, with samples as channels.
 
     XLA brings convolutions into that layout by itself, but not those in a loop.
@@ -48,11 +50,17 @@ def _samples_last(x, kernel, dimension_numbers, **geometry):
         (n - 1, 0, *range(1, n - 1)), (n - 1, 0, *range(1, n - 1)), (n - 2, n - 1, *range(n - 2))
     )
     y = jax.lax.conv_general_dilated(x, kernel, dimension_numbers=inside, **geometry)
-    return jnp.transpose(jnp.moveaxis(y, (-2, -1), (0, 1)), np.argsort(out))
+    return jnp.transpose(jnp.moveaxis(y, (-2, -1), (0, 1)), tuple(np.argsort(out)))
 
 
 @any_rank
-def _conv_impl(x, weight, *bias, convolve=jax.lax.conv_general_dilated, **params):
+def _conv_impl(
+    x: jax.Array,
+    weight: jax.Array,
+    *bias: jax.Array,
+    convolve: Callable[..., jax.Array] = jax.lax.conv_general_dilated,
+    **params: Static,
+) -> jax.Array:
     if params["batch_group_count"] != 1 and x.ndim > len(params["dimension_numbers"].lhs_spec):
         return jax.vmap(lambda x: _conv_impl(x, weight, *bias, **params))(x)
     kernel = apply_hook(params["kernel_fn"], weight)
@@ -66,12 +74,12 @@ def _conv_impl(x, weight, *bias, convolve=jax.lax.conv_general_dilated, **params
     return y + _sample_bias(apply_hook(params["bias_fn"], bias[0]), params) if bias else y
 
 
-def _conv_on_cpu(*operands, **params):
+def _conv_on_cpu(*operands: jax.Array, **params: Static) -> jax.Array:
     in_groups = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
     return _conv_impl(*operands, **params) if in_groups else _conv_impl(*operands, convolve=_samples_last, **params)
 
 
-def _patches(x, kernel_shape, params):
+def _patches(x: jax.Array, kernel_shape: Shape, params: Params) -> jax.Array:
     """What the kernel sees at every output position of one sample: shape ``(in, *kernel, *spatial_out)``."""
     lhs, rhs, _ = params["dimension_numbers"]
     window = [kernel_shape[d] for d in rhs[2:]]
@@ -81,7 +89,7 @@ def _patches(x, kernel_shape, params):
     return patches.reshape(x.shape[1], *window, *patches.shape[1:])
 
 
-def _unshare(x_aval, y_aval, weight_avals, params):
+def _unshare(x_aval: Aval, y_aval: Aval, weight_avals: Avals, params: Params) -> Unshared:
     del x_aval, weight_avals
     if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
         raise NotImplementedError(
@@ -96,7 +104,7 @@ def _unshare(x_aval, y_aval, weight_avals, params):
     y_axes = "".join(c for _, c in sorted(zip(out[1:], "o" + positions)))
     equation = f"i{window}{positions},{positions}{kernel_axes}->{y_axes}"
 
-    def expand(weights):
+    def expand(weights: Weights) -> Gradients:
         kernel = apply_hook(params["kernel_fn"], weights["weight"])
         unshared = {"weight": jnp.broadcast_to(kernel, (*spatial, *kernel.shape))}
         if params["has_bias"]:
@@ -104,7 +112,7 @@ def _unshare(x_aval, y_aval, weight_avals, params):
             unshared["bias"] = jnp.broadcast_to(bias, y_aval.shape)
         return unshared
 
-    def impl(x, unshared):
+    def impl(x: jax.Array, unshared: Weights) -> jax.Array:
         kernel = unshared["weight"]
         patches = _patches(x.astype(jnp.result_type(x, kernel)), kernel.shape[len(spatial) :], params)
         y = jnp.einsum(equation, patches, kernel)
@@ -113,13 +121,13 @@ def _unshare(x_aval, y_aval, weight_avals, params):
     return Unshared(expand, impl)
 
 
-def _anchors(y_aval, weight_avals, params):
+def _anchors(y_aval: Aval, weight_avals: Avals, params: Params) -> Anchors:
     _, rhs, out = params["dimension_numbers"]
     spatial = len(out) - 2
     axis_of = {out[1] - 1: spatial + rhs[0], **{d - 1: j for j, d in enumerate(out[2:])}}
     rank = 2 * spatial + 2
 
-    def index(axis):
+    def index(axis: int) -> np.ndarray:
         shape = [1] * rank
         shape[axis_of[axis]] = y_aval.shape[axis]
         return np.arange(y_aval.shape[axis]).reshape(shape)
@@ -128,7 +136,7 @@ def _anchors(y_aval, weight_avals, params):
     return {k: anchors[k] for k in weight_avals}
 
 
-def _sample_ndim(params):
+def _sample_ndim(params: Params) -> int | None:
     layout = params.get("dimension_numbers")
     return None if layout is None or params["batch_group_count"] != 1 else len(layout.out_spec) - 1
 
@@ -153,9 +161,9 @@ def _per_axis(name: str, value: Sequence[int] | None, rank: int) -> tuple[int, .
 
 
 def conv(
-    x: Any,
-    kernel: Any,
-    bias: Any = None,
+    x: PyTree,
+    kernel: PyTree,
+    bias: PyTree = None,
     *,
     strides: Sequence[int] = (1,),
     padding: str | Sequence[tuple[int, int]] = "SAME",
@@ -163,10 +171,10 @@ def conv(
     rhs_dilation: Sequence[int] | None = None,
     feature_group_count: int = 1,
     batch_group_count: int = 1,
-    dimension_numbers: Any = None,
+    dimension_numbers: jax.lax.ConvDimensionNumbers | tuple[str, str, str] | None = None,
     kernel_fn: Hook = None,
     bias_fn: Hook = None,
-) -> Any:
+) -> PyTree:
     r"""Marked convolution ``jax.lax.conv_general_dilated(x, f(K), ...) + g(b)``.
 
     Parameters
@@ -239,17 +247,17 @@ def conv(
         _check_bias(bias, kernel, layout)
     in_batch, out_batch = layout.lhs_spec[0], layout.out_spec[0]
 
-    def bind(x, kernel, *bias):
+    def bind(x: jax.Array, kernel: jax.Array, *bias: jax.Array) -> jax.Array:
         if not batched:
             return etp_conv_v_p.bind(x, kernel, *bias, **params)
-        bias = [jnp.moveaxis(b, out_batch, 0) if b.ndim == rank else b for b in bias]
+        bias = tuple(jnp.moveaxis(b, out_batch, 0) if b.ndim == rank else b for b in bias)
         y = etp_conv_p.bind(x if in_batch == 0 else jnp.moveaxis(x, in_batch, 0), kernel, *bias, **params)
         return y if out_batch == 0 else jnp.moveaxis(y, 0, out_batch)
 
     return with_units("conv", bind, x, {"kernel": kernel}, bias)
 
 
-def _check_bias(bias: Any, kernel: Any, layout: Any) -> None:
+def _check_bias(bias: PyTree, kernel: PyTree, layout: jax.lax.ConvDimensionNumbers) -> None:
     array_operand("conv", "bias", bias)
     out = kernel.shape[layout.rhs_spec[0]]
     full = len(bias.shape) == len(kernel.shape)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple, NoReturn
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._types import PyTree
 from .linear import Hook, apply_hook, array_operand, with_units
-from .primitive import ETPPrimitive, Unshared, anchored
+from .primitive import Anchors, Aval, Avals, ETPPrimitive, Gradients, Params, Unshared, Weights, anchored
 
 __all__ = ["einsum", "etp_einsum_p"]
 
@@ -33,7 +35,7 @@ class Equation(NamedTuple):
 
 @functools.lru_cache
 def parse(equation: str) -> Equation:
-    def refuse(why: str):
+    def refuse(why: str) -> NoReturn:
         raise ValueError(
             f"einsum: the equation {equation!r} {why}. Write 'x,w->y' in lower-case letters, such as 'bk,kn->bn', the "
             "first letter of x and y being the batch axis."
@@ -59,7 +61,7 @@ def parse(equation: str) -> Equation:
     return Equation(x, w, y)
 
 
-def _einsum_impl(x, weight, *, equation, weight_fn):
+def _einsum_impl(x: jax.Array, weight: jax.Array, *, equation: str, weight_fn: Hook) -> jax.Array:
     eq = parse(equation)
     # Further leading axes, of time say, are batch axes too.
     more = x.ndim - len(eq.x)
@@ -67,7 +69,7 @@ def _einsum_impl(x, weight, *, equation, weight_fn):
     return jnp.einsum(text, x, apply_hook(weight_fn, weight))
 
 
-def _unshare(x_aval, y_aval, weight_avals, params):
+def _unshare(x_aval: Aval, y_aval: Aval, weight_avals: Avals, params: Params) -> Unshared | None:
     del x_aval, weight_avals
     eq = parse(params["equation"])
     if not eq.shared:
@@ -75,17 +77,17 @@ def _unshare(x_aval, y_aval, weight_avals, params):
     sizes = dict(zip(eq.y[1:], y_aval.shape))
     repeats = tuple(sizes[c] for c in eq.shared)
 
-    def expand(weights):
+    def expand(weights: Weights) -> Gradients:
         w = apply_hook(params["weight_fn"], weights["weight"])
         return {"weight": jnp.broadcast_to(w, (*repeats, *w.shape))}
 
-    def impl(x, unshared):
+    def impl(x: jax.Array, unshared: Weights) -> jax.Array:
         return jnp.einsum(f"{eq.x[1:]},{eq.shared}{eq.w}->{eq.y[1:]}", x, unshared["weight"])
 
     return Unshared(expand, impl)
 
 
-def _anchors(y_aval, weight_avals, params):
+def _anchors(y_aval: Aval, weight_avals: Avals, params: Params) -> Anchors:
     del y_aval
     eq = parse(params["equation"])
     letters, shape = eq.shared + eq.w, weight_avals["weight"].shape
@@ -99,7 +101,7 @@ etp_einsum_p = ETPPrimitive("etp_einsum", _einsum_impl, batched=True)
 etp_einsum_p.register_etp_rules(unshare=_unshare, anchors=_anchors, snap_anchor=anchored)
 
 
-def einsum(equation: str, x: Any, weight: Any, *, weight_fn: Hook = None) -> Any:
+def einsum(equation: str, x: PyTree, weight: PyTree, *, weight_fn: Hook = None) -> PyTree:
     r"""Marked contraction ``jnp.einsum(equation, x, f(W))``.
 
     Parameters
@@ -146,7 +148,7 @@ def einsum(equation: str, x: Any, weight: Any, *, weight_fn: Hook = None) -> Any
                 f"{letters!r}. Pass one axis per letter."
             )
 
-    def bind(x, weight):
+    def bind(x: jax.Array, weight: jax.Array) -> jax.Array:
         return etp_einsum_p.bind(x, weight, equation=eq.text, weight_fn=weight_fn)
 
     return with_units("einsum", bind, x, {"weight": weight})

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import brainunit as u
 import jax
 import jax.numpy as jnp
 
+from .._types import PyTree
 from .linear import Hook, apply_hook, array_operand
-from .primitive import ETPPrimitive, anchored
+from .primitive import Anchors, Aval, Avals, ETPPrimitive, Params, anchored
 
 __all__ = ["embedding", "etp_emb_p", "etp_emb_v_p", "lookup"]
 
 
-def _embedding_impl(x, weight, *, weight_fn, feature_ndim):
+def _embedding_impl(x: jax.Array, weight: jax.Array, *, weight_fn: Hook, feature_ndim: int) -> jax.Array:
     del feature_ndim
     table = apply_hook(weight_fn, weight)
     if jnp.issubdtype(x.dtype, jnp.integer):
@@ -24,19 +22,19 @@ def _embedding_impl(x, weight, *, weight_fn, feature_ndim):
     return jnp.tensordot(x, table, 1)
 
 
-def _one_hot(x, weight_avals):
+def _one_hot(x: jax.Array, weight_avals: Avals) -> jax.Array:
     rows, dtype = weight_avals["weight"].shape[0], weight_avals["weight"].dtype
     if not jnp.issubdtype(x.dtype, jnp.integer):
         return x.astype(dtype)
     return jax.nn.one_hot(jnp.where(x < 0, x + rows, x), rows, dtype=dtype)
 
 
-def _anchors(y_aval, weight_avals, params):
+def _anchors(y_aval: Aval, weight_avals: Avals, params: Params) -> Anchors:
     del y_aval, params
     return dict.fromkeys(weight_avals)
 
 
-def _feature_ndim(params: Mapping[str, Any]) -> int:
+def _feature_ndim(params: Params) -> int:
     return params.get("feature_ndim", 1)
 
 
@@ -46,7 +44,7 @@ for _p in (etp_emb_p, etp_emb_v_p):
     _p.register_etp_rules(pp_x_repr=_one_hot, anchors=_anchors, snap_anchor=anchored)
 
 
-def lookup(indices: Any, weight: Any, weight_fn: Hook = None) -> Any:
+def lookup(indices: PyTree, weight: PyTree, weight_fn: Hook = None) -> PyTree:
     """:func:`embedding` for a table with any number of feature axes."""
     array_operand("embedding", "indices", indices)
     array_operand("embedding", "weight", weight)
@@ -62,7 +60,7 @@ def lookup(indices: Any, weight: Any, weight_fn: Hook = None) -> Any:
     return y if unit == u.UNITLESS else u.Quantity(y, unit=unit)
 
 
-def embedding(indices: Any, weight: Any, *, weight_fn: Hook = None) -> Any:
+def embedding(indices: PyTree, weight: PyTree, *, weight_fn: Hook = None) -> PyTree:
     r"""Marked look-up :math:`y = f(T)_i` of rows of a table.
 
     Parameters

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import brainunit as u
 import jax
@@ -11,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._jax import any_rank
-from .primitive import ETPPrimitive, anchored
+from .._types import PyTree
+from .primitive import Anchors, Aval, Avals, ETPPrimitive, Params, anchored
 
 __all__ = [
     "Hook", "apply_hook", "array_operand", "dense", "etp_gmm_p", "etp_gmv_p", "etp_mm_p", "etp_mv_p", "grouped",
@@ -25,20 +25,22 @@ def apply_hook(hook: Hook, value: jax.Array) -> jax.Array:
     return value if hook is None else hook(value)
 
 
-def weight_and_bias(params: Mapping[str, Any]) -> dict[str, int]:
+def weight_and_bias(params: Params) -> dict[str, int]:
     return {"weight": 1, "bias": 2} if params["has_bias"] else {"weight": 1}
 
 
-def rank_of(x: Any) -> int:
+def rank_of(x: PyTree) -> int:
     return jnp.ndim(u.get_mantissa(x))
 
 
-def array_operand(op: str, name: str, value: Any) -> None:
+def array_operand(op: str, name: str, value: object) -> None:
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         raise TypeError(f"{op}: {name} must be an array or a brainunit.Quantity, got {type(value).__name__}.")
 
 
-def with_units(op: str, bind: Callable[..., jax.Array], x: Any, weights: dict[str, Any], bias: Any = None) -> Any:
+def with_units(
+    op: str, bind: Callable[..., jax.Array], x: PyTree, weights: Mapping[str, PyTree], bias: PyTree = None
+) -> PyTree:
     """Run ``bind`` on mantissas; the result has the product of the units, to which the bias is converted."""
     for name, value in {"x": x, **weights, **({} if bias is None else {"bias": bias})}.items():
         array_operand(op, name, value)
@@ -58,22 +60,24 @@ def with_units(op: str, bind: Callable[..., jax.Array], x: Any, weights: dict[st
 
 
 @any_rank
-def _dense_impl(x, weight, *bias, has_bias, weight_fn, bias_fn):
+def _dense_impl(
+    x: jax.Array, weight: jax.Array, *bias: jax.Array, has_bias: bool, weight_fn: Hook, bias_fn: Hook
+) -> jax.Array:
     del has_bias
     y = jnp.matmul(x, apply_hook(weight_fn, weight))
     return y + apply_hook(bias_fn, bias[0]) if bias else y
 
 
-def _last_axes(y_aval, weight_avals, params):
+def _last_axes(y_aval: Aval, weight_avals: Avals, params: Params) -> Anchors:
     del y_aval, params
     return dict.fromkeys(weight_avals)
 
 
-def _no_hook(params):
+def _no_hook(params: Params) -> bool:
     return params["weight_fn"] is None
 
 
-def _every_pair(params, size):
+def _every_pair(params: Params, size: int) -> np.ndarray:
     del params
     return np.ones((size, size), bool)
 
@@ -84,17 +88,17 @@ for _p in (etp_mm_p, etp_mv_p):
     _p.register_etp_rules(anchors=_last_axes, snap_anchor=anchored, snap_adjacency=_every_pair, input_rows=_no_hook)
 
 
-def dense(x: Any, weight: Any, bias: Any = None, *, weight_fn: Hook = None, bias_fn: Hook = None) -> Any:
+def dense(x: PyTree, weight: PyTree, bias: PyTree = None, *, weight_fn: Hook = None, bias_fn: Hook = None) -> PyTree:
     """:func:`matmul` for an input of any rank; all leading axes are batch axes."""
     p = etp_mm_p if rank_of(x) > 1 else etp_mv_p
 
-    def bind(*operands):
+    def bind(*operands: jax.Array) -> jax.Array:
         return p.bind(*operands, has_bias=bias is not None, weight_fn=weight_fn, bias_fn=bias_fn)
 
     return with_units("matmul", bind, x, {"weight": weight}, bias)
 
 
-def matmul(x: Any, weight: Any, bias: Any = None, *, weight_fn: Hook = None, bias_fn: Hook = None) -> Any:
+def matmul(x: PyTree, weight: PyTree, bias: PyTree = None, *, weight_fn: Hook = None, bias_fn: Hook = None) -> PyTree:
     r"""Marked matrix product :math:`y = x\, f(W) + g(b)`.
 
     Parameters
@@ -140,13 +144,15 @@ def matmul(x: Any, weight: Any, bias: Any = None, *, weight_fn: Hook = None, bia
 
 
 @any_rank
-def _grouped_impl(x, weight, *bias, has_bias, weight_fn, bias_fn):
+def _grouped_impl(
+    x: jax.Array, weight: jax.Array, *bias: jax.Array, has_bias: bool, weight_fn: Hook, bias_fn: Hook
+) -> jax.Array:
     del has_bias
     y = jnp.einsum("...gk,gkn->...gn", x, apply_hook(weight_fn, weight))
     return y + apply_hook(bias_fn, bias[0]) if bias else y
 
 
-def _grouped_anchors(y_aval, weight_avals, params):
+def _grouped_anchors(y_aval: Aval, weight_avals: Avals, params: Params) -> Anchors:
     del params
     groups, width = y_aval.shape
     anchors = {"weight": (np.arange(groups)[:, None, None], np.arange(width)), "bias": None}
@@ -159,7 +165,7 @@ for _p in (etp_gmm_p, etp_gmv_p):
     _p.register_etp_rules(anchors=_grouped_anchors, snap_anchor=anchored)
 
 
-def grouped(x: Any, weight: Any, bias: Any = None, *, weight_fn: Hook = None, bias_fn: Hook = None) -> Any:
+def grouped(x: PyTree, weight: PyTree, bias: PyTree = None, *, weight_fn: Hook = None, bias_fn: Hook = None) -> PyTree:
     """:func:`grouped_matmul` for an input of any rank; all axes in front of the groups are batch axes."""
     for name, value, rank in (("weight", weight, 3), ("bias", bias, 2)):
         if value is not None:
@@ -176,13 +182,15 @@ def grouped(x: Any, weight: Any, bias: Any = None, *, weight_fn: Hook = None, bi
         )
     p = etp_gmm_p if rank_of(x) > 2 else etp_gmv_p
 
-    def bind(*operands):
+    def bind(*operands: jax.Array) -> jax.Array:
         return p.bind(*operands, has_bias=bias is not None, weight_fn=weight_fn, bias_fn=bias_fn)
 
     return with_units("grouped_matmul", bind, x, {"weight": weight}, bias)
 
 
-def grouped_matmul(x: Any, weight: Any, bias: Any = None, *, weight_fn: Hook = None, bias_fn: Hook = None) -> Any:
+def grouped_matmul(
+    x: PyTree, weight: PyTree, bias: PyTree = None, *, weight_fn: Hook = None, bias_fn: Hook = None
+) -> PyTree:
     r"""Marked matrix product of every group by itself, :math:`y_g = x_g\, f(W)_g + g(b)_g`.
 
     Parameters

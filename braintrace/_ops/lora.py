@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from .._jax import any_rank
+from .._types import PyTree
 from .linear import Hook, apply_hook, array_operand, rank_of, with_units
-from .primitive import ETPPrimitive, Unshared, anchored
+from .primitive import Anchors, Aval, Avals, ETPPrimitive, Gradients, Params, Unshared, Weights, anchored
 
 __all__ = ["etp_lora_mm_p", "etp_lora_mv_p", "lora_matmul", "low_rank"]
 
 
 @any_rank
-def _lora_impl(x, b, a, *bias, alpha, has_bias, b_fn, a_fn, bias_fn):
+def _lora_impl(
+    x: jax.Array,
+    b: jax.Array,
+    a: jax.Array,
+    *bias: jax.Array,
+    alpha: float,
+    has_bias: bool,
+    b_fn: Hook,
+    a_fn: Hook,
+    bias_fn: Hook,
+) -> jax.Array:
     del has_bias
     y = jnp.matmul(jnp.matmul(x, apply_hook(b_fn, b)), apply_hook(a_fn, a))
     y = y if alpha == 1.0 else y * alpha
     return y + apply_hook(bias_fn, bias[0]) if bias else y
 
 
-def _trainables(params):
+def _trainables(params: Params) -> dict[str, int]:
     return {"lora_b": 1, "lora_a": 2, **({"bias": 3} if params["has_bias"] else {})}
 
 
-def _unshare(x_aval, y_aval, weight_avals, params):
+def _unshare(x_aval: Aval, y_aval: Aval, weight_avals: Avals, params: Params) -> Unshared:
     """An entry of B acts on every output; an entry of the product alpha f(B) g(A) acts on one.
 
     With an A that is another one at every step there is no product: B then has an entry for every output.
@@ -34,7 +43,7 @@ def _unshare(x_aval, y_aval, weight_avals, params):
     del x_aval
     steady = "lora_a" in weight_avals
 
-    def expand(weights):
+    def expand(weights: Weights) -> Gradients:
         b = params["alpha"] * apply_hook(params["b_fn"], weights["lora_b"])
         a = apply_hook(params["a_fn"], weights["lora_a"])
         own = b @ jax.lax.stop_gradient(a) if steady else jnp.broadcast_to(b[..., None], (*b.shape, *y_aval.shape))
@@ -43,7 +52,7 @@ def _unshare(x_aval, y_aval, weight_avals, params):
             out["bias"] = apply_hook(params["bias_fn"], weights["bias"])
         return out
 
-    def impl(x, unshared):
+    def impl(x: jax.Array, unshared: Weights) -> jax.Array:
         a = unshared["lora_a"]
         # The product has the value; A, beside it, adds nothing but its own derivative.
         beside_value = a - jax.lax.stop_gradient(a)
@@ -54,7 +63,7 @@ def _unshare(x_aval, y_aval, weight_avals, params):
     return Unshared(expand, impl)
 
 
-def _anchors(y_aval, weight_avals, params):
+def _anchors(y_aval: Aval, weight_avals: Avals, params: Params) -> Anchors:
     del y_aval, params
     return dict.fromkeys(weight_avals)
 
@@ -66,16 +75,16 @@ for _p in (etp_lora_mm_p, etp_lora_mv_p):
 
 
 def low_rank(
-    x: Any,
-    B: Any,
-    A: Any,
+    x: PyTree,
+    B: PyTree,
+    A: PyTree,
     *,
     alpha: float = 1.0,
-    bias: Any = None,
+    bias: PyTree = None,
     b_fn: Hook = None,
     a_fn: Hook = None,
     bias_fn: Hook = None,
-) -> Any:
+) -> PyTree:
     """:func:`lora_matmul` for an input of any rank; all leading axes are batch axes."""
     p = etp_lora_mm_p if rank_of(x) > 1 else etp_lora_mv_p
     static = dict(alpha=float(alpha), has_bias=bias is not None, b_fn=b_fn, a_fn=a_fn, bias_fn=bias_fn)
@@ -83,16 +92,16 @@ def low_rank(
 
 
 def lora_matmul(
-    x: Any,
-    B: Any,
-    A: Any,
+    x: PyTree,
+    B: PyTree,
+    A: PyTree,
     *,
     alpha: float = 1.0,
-    bias: Any = None,
+    bias: PyTree = None,
     b_fn: Hook = None,
     a_fn: Hook = None,
     bias_fn: Hook = None,
-) -> Any:
+) -> PyTree:
     r"""Marked product with a matrix of low rank, :math:`y = \alpha\, x\, f(B)\, g(A) + h(b)`.
 
     Parameters

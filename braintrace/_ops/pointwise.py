@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import brainunit as u
+import jax
 import jax.numpy as jnp
 
+from .._types import PyTree
 from .linear import Hook, array_operand
 from .primitive import ETPPrimitive, anchored
 
 __all__ = ["element_wise", "etp_elemwise_p"]
 
 
-def _element_wise_impl(weight, *, weight_fn):
+def _element_wise_impl(weight: jax.Array, *, weight_fn: Hook) -> jax.Array:
     # A marked value must differ from the parameter itself, also without a function.
     return jnp.copy(weight) if weight_fn is None else weight_fn(weight)
 
@@ -22,7 +22,7 @@ etp_elemwise_p = ETPPrimitive("etp_elemwise", _element_wise_impl, trainables=lam
 etp_elemwise_p.register_etp_rules(snap_anchor=anchored)
 
 
-def element_wise(weight: Any, fn: Hook = None, *, weight_fn: Hook = None) -> Any:
+def element_wise(weight: PyTree, fn: Hook = None, *, weight_fn: Hook = None) -> PyTree:
     r"""Marked parameter :math:`y = f(w)`, used entry by entry.
 
     Parameters

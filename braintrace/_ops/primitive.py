@@ -10,19 +10,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._jax import Primitive, define_primitive, traced_once, where_compiled
-from .._types import CompilationWarning
+from .._types import CompilationWarning, PyTree
 from .._warn import warn
 
 __all__ = ["ETPPrimitive", "Unshared", "anchored", "register_primitive"]
 
+Aval: TypeAlias = "jax.ShapeDtypeStruct | jax.core.ShapedArray"  # shape and dtype of a value
+Impl = Callable[..., PyTree]  # (operands, static parameters) -> the output, or several
+Input: TypeAlias = "jax.Array | None"  # None where an operation has none
 Weights = Mapping[str, jax.Array]
-Anchors = Mapping[str, Any]  # key -> index into the output positions that gives every weight entry its own, or None
+Gradients: TypeAlias = dict[str, jax.Array]
+Avals = Mapping[str, Aval]  # those of weights
+Fixed = Mapping[int, jax.Array]  # operands that are neither the input nor trained, by position
+Static: TypeAlias = Any  # a static parameter, such as a number or a function
+Params = Mapping[str, Static]
+Items = tuple[tuple[str, Static], ...]  # the same, to compare them
+Trainables = Callable[[Params], dict[str, int]]  # static parameters -> position of every trained operand
+# key -> index into the output positions that gives every weight entry its own, or None
+Anchors = Mapping[str, tuple[np.ndarray, ...] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +51,8 @@ class Unshared:
         an entry of an unshared weight is zero but at one output position.
     """
 
-    expand: Callable[[Weights], dict[str, jax.Array]]
-    impl: Callable[[Any, Weights], jax.Array]
+    expand: Callable[[Weights], Gradients]
+    impl: Callable[[jax.Array, Weights], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,26 +69,26 @@ class Rules:
     faster there.
     """
 
-    xy_to_dw: Callable[..., dict[str, jax.Array]] | None = None
-    dt_to_t: Callable[..., dict[str, jax.Array]] | None = None
-    init_drtrl: Callable[..., dict[str, jax.Array]] | None = None
+    xy_to_dw: Callable[..., Gradients] | None = None
+    dt_to_t: Callable[..., Gradients] | None = None
+    init_drtrl: Callable[..., Gradients] | None = None
     init_pp: Callable[..., jax.Array] | None = None
-    fast_path: Any = None
+    fast_path: object = None
     pp_x_repr: Callable[..., jax.Array] | None = None
     snap_anchor: Callable[..., bool] | None = None
-    snap_adjacency: Callable[..., Any] | None = None
+    snap_adjacency: Callable[..., np.ndarray | None] | None = None
     unshare: Callable[..., Unshared | None] | None = None
     anchors: Callable[..., Anchors] | None = None
     input_rows: Callable[..., bool] | None = None
-    impl_on_cpu: Callable[..., Any] | None = None
+    impl_on_cpu: Impl | None = None
 
 
-def _only_weight(params: Mapping[str, Any]) -> dict[str, int]:
+def _only_weight(params: Params) -> dict[str, int]:
     del params
     return {"weight": 1}
 
 
-def anchored(params: Mapping[str, Any]) -> bool:
+def anchored(params: Params) -> bool:
     """The rule ``snap_anchor`` of operations whose every (unshared) weight entry acts on one output position."""
     del params
     return True
@@ -111,15 +123,15 @@ class ETPPrimitive(Primitive):
     def __init__(
         self,
         name: str,
-        impl: Callable[..., Any],
+        impl: Impl,
         *,
         batched: bool = False,
         gradient_enabled: bool = False,
-        trainables: Callable[[Mapping[str, Any]], dict[str, int]] | None = None,
+        trainables: Trainables | None = None,
         x_index: int | None = 0,
         y_index: int = 0,
         batched_twin: ETPPrimitive | None = None,
-        sample_ndim: int | Callable[[Mapping[str, Any]], int | None] | None = None,
+        sample_ndim: int | Callable[[Params], int | None] | None = None,
     ):
         super().__init__(name)
         self.impl_fn = impl
@@ -139,14 +151,12 @@ class ETPPrimitive(Primitive):
 
     # -- what an engine asks ------------------------------------------------------------------------------------
 
-    def outputs(
-        self, operands: Sequence[Any], params: Mapping[str, Any], impl: Callable[..., Any] | None = None
-    ) -> list[Any]:
+    def outputs(self, operands: Sequence[jax.Array], params: Params, impl: Impl | None = None) -> list[jax.Array]:
         """All outputs for the given operands, as plain JAX."""
         out = (impl or self.impl_fn)(*operands, **params)
         return list(out) if self.multiple_results else [out]
 
-    def x_repr(self, x: Any, weights: Mapping[str, Any]) -> Any:
+    def x_repr(self, x: jax.Array, weights: Weights) -> jax.Array:
         """The representation of the input that the operation is linear in and that an x-trace filters."""
         if self.rules.pp_x_repr is not None:
             avals = {k: jax.ShapeDtypeStruct(w.shape, w.dtype) for k, w in weights.items()}
@@ -156,14 +166,8 @@ class ETPPrimitive(Primitive):
         return x.astype(jnp.result_type(*(w.dtype for w in weights.values())))
 
     def weight_vjp(
-        self,
-        x: Any,
-        cotangent: jax.Array,
-        weights: Weights,
-        params: Mapping[str, Any],
-        fixed: Mapping[int, Any],
-        bound: bool = False,
-    ) -> dict[str, jax.Array]:
+        self, x: Input, cotangent: jax.Array, weights: Weights, params: Params, fixed: Fixed, bound: bool = False
+    ) -> Gradients:
         """Gradient of the trained operands ``weights`` for input (representation) ``x`` and a cotangent of the output.
 
         ``fixed`` holds the other operands by position. ``bound``: ``x`` is the input itself, which a rule written for
@@ -178,31 +182,24 @@ class ETPPrimitive(Primitive):
         y, pull = jax.vjp(lambda ws: self.apply(x, ws, params, fixed), dict(weights))
         return pull(cotangent.astype(y.dtype))[0]
 
-    def apply(
-        self,
-        x: Any,
-        weights: Weights,
-        params: Mapping[str, Any],
-        fixed: Mapping[int, Any],
-        impl: Callable[..., Any] | None = None,
-    ) -> jax.Array:
+    def apply(self, x: Input, weights: Weights, params: Params, fixed: Fixed, impl: Impl | None = None) -> jax.Array:
         """The traced output, as plain JAX; ``impl`` takes the place of the implementation."""
         slots = self.trainables(params)
-        operands = dict(fixed) | {slots[k]: w for k, w in weights.items()}
+        operands: dict[int, PyTree] = dict(fixed) | {slots[k]: w for k, w in weights.items()}
         if self.x_index is not None:
             operands[self.x_index] = x
         return self.outputs([operands[i] for i in sorted(operands)], params, impl)[self.y_index]
 
-    def lead(self, y_aval: Any, params: Mapping[str, Any] | None = None) -> int:
+    def lead(self, y_aval: Aval, params: Params | None = None) -> int:
         """Number of batch axes of an output: samples that share the weights."""
         n = self._sample_ndim(params or {})
         return int(self.batched) if n is None else y_aval.ndim - n
 
-    def _sample_ndim(self, params: Mapping[str, Any]) -> int | None:
+    def _sample_ndim(self, params: Params) -> int | None:
         """Number of axes of one sample's output, where axes in front of them may be merged."""
         return self.sample_ndim(params) if callable(self.sample_ndim) else self.sample_ndim
 
-    def lift(self, x: Any, weights: Weights, params: Mapping[str, Any], fixed: Mapping[int, Any], y: Any) -> jax.Array:
+    def lift(self, x: Input, weights: Weights, params: Params, fixed: Fixed, y: Aval) -> jax.Array:
         """An array like the output ``y`` whose cotangent ``c`` reaches the weights as ``weight_vjp(x, c)``.
 
         Being the operation itself (or the transpose of its own rule), it keeps ``jax.vmap`` and ``jax.grad`` on the
@@ -215,15 +212,8 @@ class ETPPrimitive(Primitive):
         return transpose(dict(weights))[0]
 
     def summed_vjp(
-        self,
-        x: Any,
-        cotangent: jax.Array,
-        weights: Weights,
-        params: Mapping[str, Any],
-        fixed: Mapping[int, Any],
-        axes: int,
-        bound: bool,
-    ) -> dict[str, jax.Array]:
+        self, x: Input, cotangent: jax.Array, weights: Weights, params: Params, fixed: Fixed, axes: int, bound: bool
+    ) -> Gradients:
         """:meth:`weight_vjp` summed over ``axes`` leading axes (time, mapped samples) of all but the weights."""
         if self.rules.pp_x_repr is not None and self.rules.xy_to_dw is not None and not bound:
             return self._summed_own(x, cotangent, weights, params, fixed, axes)
@@ -240,9 +230,11 @@ class ETPPrimitive(Primitive):
             ETPPrimitive._summed_merged, ETPPrimitive._summed_apart, *args, static=(self, static, axes)
         )
 
-    def _summed_apart(self, params, axes, x, cotangent, weights, fixed):
-        def apply(ws):
-            def one(x, fixed):
+    def _summed_apart(
+        self, params: Items, axes: int, x: Input, cotangent: jax.Array, weights: Weights, fixed: Fixed
+    ) -> Gradients:
+        def apply(ws: Weights) -> jax.Array:
+            def one(x: Input, fixed: Fixed) -> jax.Array:
                 return self.apply(x, ws, dict(params), fixed)
 
             for _ in range(axes):
@@ -252,11 +244,14 @@ class ETPPrimitive(Primitive):
         y, pull = jax.vjp(apply, weights)
         return pull(cotangent.astype(y.dtype))[0]
 
-    def _summed_merged(self, params, axes, x, cotangent, weights, fixed):
+    def _summed_merged(
+        self, params: Items, axes: int, x: jax.Array, cotangent: jax.Array, weights: Weights, fixed: Fixed
+    ) -> Gradients:
         lead, whole = axes + int(self.batched), self if self.batched else self.batched_twin
+        assert whole is not None
         x, cotangent = (v.reshape((-1, *v.shape[lead:])) for v in (x, cotangent))
 
-        def gradient(impl, x, cotangent, weights):
+        def gradient(impl: Impl | None, x: jax.Array, cotangent: jax.Array, weights: Weights) -> Gradients:
             y, pull = jax.vjp(lambda ws: whole.apply(x, ws, dict(params), fixed, impl), weights)
             return pull(cotangent.astype(y.dtype))[0]
 
@@ -266,35 +261,37 @@ class ETPPrimitive(Primitive):
         of_cpu = functools.partial(gradient, whole.rules.impl_on_cpu)
         return jax.lax.platform_dependent(x, cotangent, weights, cpu=of_cpu, default=of_default)
 
-    def _summed_own(self, x, cotangent, weights, params, fixed, axes):
+    def _summed_own(
+        self, x: Input, cotangent: jax.Array, weights: Weights, params: Params, fixed: Fixed, axes: int
+    ) -> Gradients:
         whole = self if self.batched else self.batched_twin
         if whole is not None and not fixed:
             axes += int(self.batched)
-            merged = [v.reshape((-1, *v.shape[axes:])) for v in (x, cotangent)]
-            return whole.weight_vjp(*merged, weights, params, {})
+            x, cotangent = jax.tree.map(lambda v: v.reshape((-1, *v.shape[axes:])), (x, cotangent))
+            return whole.weight_vjp(x, cotangent, weights, params, {})
 
-        def add(total, item):
+        def add(total: Gradients, item: tuple[Input, jax.Array, Fixed]) -> tuple[Gradients, None]:
             return jax.tree.map(jnp.add, total, self.weight_vjp(item[0], item[1], weights, params, item[2])), None
 
         items = jax.tree.map(lambda v: v.reshape((-1, *v.shape[axes:])), (x, cotangent, dict(fixed)))
         return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, dict(weights)), items)[0]
 
-    def apply_sample(self, x: Any, weights: Weights, params: Mapping[str, Any], fixed: Mapping[int, Any]) -> jax.Array:
+    def apply_sample(self, x: Input, weights: Weights, params: Params, fixed: Fixed) -> jax.Array:
         """The output of one sample, whether or not the operation has a batch axis."""
         if not self.batched:
             return self.apply(x, weights, params, fixed)
         if self.unbatched_twin is not None:
             return self.unbatched_twin.apply(x, weights, params, fixed)
-        return self.apply(x[None], weights, params, fixed)[0]
+        return self.apply(jax.tree.map(lambda v: v[None], x), weights, params, fixed)[0]
 
     def spread_signal(
-        self, signal: jax.Array, trace: Mapping[str, jax.Array], params: Mapping[str, Any], anchors: Anchors, lead: int
-    ) -> dict[str, jax.Array]:
+        self, signal: jax.Array, trace: Weights, params: Params, anchors: Anchors, lead: int
+    ) -> Gradients:
         """Every trace entry times the signal of the output position that it belongs to; ``lead`` batch axes."""
         own = self.rules.dt_to_t
         untrained = dict.fromkeys(self.trainables(params).keys() - trace.keys(), jnp.zeros(()))
 
-        def of_sample(signal, trace):
+        def of_sample(signal: jax.Array, trace: Weights) -> Gradients:
             if own is not None:
                 spread = own(signal, {**untrained, **trace}, **params)
                 return {k: spread[k] for k in trace}
@@ -306,42 +303,44 @@ class ETPPrimitive(Primitive):
 
     # -- registration of overrides ------------------------------------------------------------------------------
 
-    def register_etp_rules(self, **rules: Any) -> ETPPrimitive:
+    def register_etp_rules(self, **rules: Callable[..., PyTree] | None) -> ETPPrimitive:
         """Replace derived rules; see the fields of :class:`Rules`. Unknown names are a ``TypeError``."""
         self.rules = dataclasses.replace(self.rules, **{k: v for k, v in rules.items() if v is not None})
         return self
 
-    def register_xy_to_dw(self, fn: Callable[..., dict[str, jax.Array]]) -> Callable[..., Any]:
+    def register_xy_to_dw(self, fn: Callable[..., Gradients]) -> Callable[..., Gradients]:
         """``(x, cotangent, weights, **params) -> {key: gradient}``."""
         self.register_etp_rules(xy_to_dw=fn)
         return fn
 
-    def register_dt_to_t(self, fn: Callable[..., dict[str, jax.Array]]) -> Callable[..., Any]:
+    def register_dt_to_t(self, fn: Callable[..., Gradients]) -> Callable[..., Gradients]:
         """``(cotangent, trace, **params) -> trace`` times the cotangent of the output position of each entry."""
         self.register_etp_rules(dt_to_t=fn)
         return fn
 
-    def register_init_drtrl(self, fn: Callable[..., dict[str, jax.Array]]) -> Callable[..., Any]:
+    def register_init_drtrl(self, fn: Callable[..., Gradients]) -> Callable[..., Gradients]:
         """``(x_var, y_var, weight_vars, S) -> {key: zeros}``."""
         self.register_etp_rules(init_drtrl=fn)
         return fn
 
-    def register_init_pp(self, fn: Callable[..., jax.Array]) -> Callable[..., Any]:
+    def register_init_pp(self, fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         """``(x_var, y_var, weight_vars, S) -> zeros`` of shape ``y.shape + (S,)``."""
         self.register_etp_rules(init_pp=fn)
         return fn
 
     # -- jax.vmap -------------------------------------------------------------------------------------------------
 
-    def _batch(self, operands, dims, **params):
-        mapped = [i for i, d in enumerate(dims) if d is not None]
-        if self.batched_twin is not None and mapped == [self.x_index]:
+    def _batch(
+        self, operands: Sequence[jax.Array], dims: Sequence[int | None], **params: Static
+    ) -> tuple[PyTree, PyTree]:
+        mapped = {i: d for i, d in enumerate(dims) if d is not None}
+        if self.batched_twin is not None and list(mapped) == [self.x_index]:
             operands = list(operands)
-            i = mapped[0]
-            operands[i] = jnp.moveaxis(operands[i], dims[i], 0)
+            ((i, d),) = mapped.items()
+            operands[i] = jnp.moveaxis(operands[i], d, 0)
             return self.batched_twin.bind(*operands, **params), 0
         warn(
-            f"jax.vmap over {self.name!r} maps operands {mapped}, which is not a batch of its input alone: "
+            f"jax.vmap over {self.name!r} maps operands {list(mapped)}, which is not a batch of its input alone: "
             "it becomes plain JAX here, and its weight is invisible to online learning. "
             "Map only the input, or give the operation a batch axis.",
             CompilationWarning,
@@ -352,11 +351,11 @@ class ETPPrimitive(Primitive):
 
 def register_primitive(
     name: str,
-    impl_fn: Callable[..., Any],
+    impl_fn: Callable[..., PyTree],
     *,
     batched: bool = False,
     gradient_enabled: bool = False,
-    trainable_invars_fn: Callable[[Mapping[str, Any]], dict[str, int]] | None = None,
+    trainable_invars_fn: Callable[[Params], dict[str, int]] | None = None,
     x_invar_index: int | None = 0,
     y_outvar_index: int = 0,
 ) -> ETPPrimitive:

@@ -10,19 +10,24 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Hashable
+from typing import TypeAlias
 
 import brainunit as u
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from .._jax import any_rank
+from .._types import PyTree, Shape
 from .linear import Hook, apply_hook, array_operand, rank_of, weight_and_bias, with_units
-from .primitive import ETPPrimitive, Unshared, anchored
+from .primitive import Anchors, Aval, Avals, ETPPrimitive, Gradients, Params, Unshared, Weights, anchored
 
 __all__ = ["Pattern", "etp_sp_mm_p", "etp_sp_mv_p", "pattern_of", "sparse_matmul", "sparse_product"]
+
+Matrix: TypeAlias = PyTree  # a sparse one, of brainevent, brainunit or jax.experimental.sparse
+Places: TypeAlias = np.ndarray | jax.Array  # integers
 
 # From this density on a dense product is faster on a CPU, with a batch by far.
 DENSE_FROM = 0.02
@@ -50,10 +55,10 @@ class Pattern:
     cols: np.ndarray
     entries: np.ndarray
     shape: tuple[int, int]
-    data_shape: tuple[int, ...]
+    data_shape: Shape
 
     @functools.cached_property
-    def _content(self) -> tuple[Any, ...]:
+    def _content(self) -> tuple[Hashable, ...]:
         digests = (hashlib.sha256(a.tobytes()).digest() for a in (self.rows, self.cols, self.entries))
         return (self.shape, self.data_shape, *digests)
 
@@ -113,7 +118,7 @@ class Pattern:
         return y[..., : self.shape[1] // self.parts].reshape(*x.shape[:-1], self.shape[1])
 
 
-def _product(x, stored, rows, cols, shape):
+def _product(x: jax.Array, stored: jax.Array, rows: Places, cols: Places, shape: tuple[int, int]) -> jax.Array:
     if len(rows) >= DENSE_FROM * math.prod(shape):
         return x @ _add_up(jnp.zeros(shape, stored.dtype), (rows, cols), stored)
     if x.ndim == 1:
@@ -129,7 +134,7 @@ def _product(x, stored, rows, cols, shape):
     return y.reshape(*x.shape[:-1], shape[1])
 
 
-def _sum(terms, cols, columns):
+def _sum(terms: jax.Array, cols: Places, columns: int) -> jax.Array:
     """Sum the terms ``(n, ...)`` of each column."""
     total = _add_up(jnp.zeros((columns, *terms.shape[1:]), terms.dtype), cols, terms)
     # Nothing but a border for XLA: it fuses what computes a cotangent into the look-ups of the cotangent, once per
@@ -138,21 +143,21 @@ def _sum(terms, cols, columns):
 
 
 # The places are known to be inside; JAX would compute with them at every step, or fold millions of constants.
-def _pick(x: jax.Array, places: Any) -> jax.Array:
+def _pick(x: jax.Array, places: Places) -> jax.Array:
     return x.at[places].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
-def _add_up(zeros: jax.Array, places: Any, terms: jax.Array) -> jax.Array:
+def _add_up(zeros: jax.Array, places: Places | tuple[Places, Places], terms: jax.Array) -> jax.Array:
     return zeros.at[places].add(terms, mode="promise_in_bounds", wrap_negative_indices=False)
 
 
-def _from_pointers(indices: Any, pointers: Any) -> tuple[np.ndarray, np.ndarray]:
+def _from_pointers(indices: ArrayLike, pointers: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Minor and major index of every entry of a compressed matrix."""
     pointers = np.asarray(pointers)
     return np.asarray(indices), np.repeat(np.arange(len(pointers) - 1), np.diff(pointers))
 
 
-def _places(matrix: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _places(matrix: Matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Row, column and entry of the data for every stored place."""
     kind = type(matrix).__name__
     if kind.startswith("JITC"):
@@ -176,7 +181,7 @@ def _places(matrix: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rows, cols, entries
 
 
-def _generated_places(matrix: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _generated_places(matrix: Matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     kind = type(matrix).__name__
     if isinstance(matrix.data, tuple):
         raise TypeError(
@@ -194,11 +199,11 @@ def _generated_places(matrix: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rows, cols, np.zeros(len(rows), int)
 
 
-def _data_shape(matrix: Any) -> tuple[int, ...]:
+def _data_shape(matrix: Matrix) -> Shape:
     return tuple(jnp.shape(u.get_mantissa(matrix.data)))
 
 
-def is_sparse(matrix: Any) -> bool:
+def is_sparse(matrix: object) -> bool:
     """Whether it is a brainevent representation, a brainunit sparse matrix, or a sparse matrix of JAX."""
     if isinstance(matrix, u.sparse.SparseMatrix):
         return True
@@ -206,7 +211,7 @@ def is_sparse(matrix: Any) -> bool:
     return kind.__name__ in ("BCOO", "BCSR") and kind.__module__.startswith("jax.experimental.sparse")
 
 
-def pattern_of(matrix: Any) -> Pattern:
+def pattern_of(matrix: Matrix | Pattern) -> Pattern:
     """The places of the stored entries of a sparse matrix.
 
     Raises
@@ -238,7 +243,7 @@ def pattern_of(matrix: Any) -> Pattern:
     return Pattern(rows, cols, entries, tuple(matrix.shape), _data_shape(matrix))
 
 
-def columns_in_parts(sparse_mat: Any, parts: int) -> u.sparse.COO:
+def columns_in_parts(sparse_mat: Matrix, parts: int) -> u.sparse.COO:
     """The same matrix, with its entries in an order that lets devices have columns of their own.
 
     The entries of the first columns come first, those of the next ones then, and every part gets as many entries as the
@@ -300,35 +305,43 @@ def _stored(pattern: Pattern, weight: jax.Array, hook: Hook) -> jax.Array:
 
 
 @any_rank
-def _sparse_impl(x, weight, *bias, sparse_mat, has_bias, weight_fn, bias_fn):
+def _sparse_impl(
+    x: jax.Array,
+    weight: jax.Array,
+    *bias: jax.Array,
+    sparse_mat: Pattern,
+    has_bias: bool,
+    weight_fn: Hook,
+    bias_fn: Hook,
+) -> jax.Array:
     del has_bias
     y = sparse_mat.product(x, _stored(sparse_mat, weight, weight_fn))
     return y + apply_hook(bias_fn, bias[0]) if bias else y
 
 
-def _unshare(x_aval, y_aval, weight_avals, params):
+def _unshare(x_aval: Aval, y_aval: Aval, weight_avals: Avals, params: Params) -> Unshared | None:
     del x_aval, y_aval, weight_avals
     pattern = params["sparse_mat"]
     if not pattern.shared:
         return None
 
-    def expand(weights):
+    def expand(weights: Weights) -> Gradients:
         unshared = {"weight": _stored(pattern, weights["weight"], params["weight_fn"])}
         if params["has_bias"]:
             unshared["bias"] = apply_hook(params["bias_fn"], weights["bias"])
         return unshared
 
-    def impl(x, unshared):
+    def impl(x: jax.Array, unshared: Weights) -> jax.Array:
         y = pattern.product(x, unshared["weight"])
         return y + unshared["bias"] if params["has_bias"] else y
 
     return Unshared(expand, impl)
 
 
-def _anchors(y_aval, weight_avals: Mapping[str, Any], params):
+def _anchors(y_aval: Aval, weight_avals: Avals, params: Params) -> Anchors:
     del y_aval
     pattern = params["sparse_mat"]
-    anchors: dict[str, Any] = dict.fromkeys(weight_avals)
+    anchors: dict[str, tuple[np.ndarray] | None] = dict.fromkeys(weight_avals)
     if pattern.shared:
         anchors["weight"] = (pattern.cols,)
     elif "weight" in anchors:
@@ -338,7 +351,7 @@ def _anchors(y_aval, weight_avals: Mapping[str, Any], params):
     return anchors
 
 
-def _stored_pairs(params, size):
+def _stored_pairs(params: Params, size: int) -> np.ndarray:
     pattern = params["sparse_mat"]
     pairs = np.zeros((size, size), bool)
     pairs[pattern.cols, pattern.rows] = True
@@ -352,8 +365,8 @@ for _p in (etp_sp_mm_p, etp_sp_mv_p):
 
 
 def sparse_product(
-    x: Any, weight: Any, pattern: Pattern, bias: Any = None, *, weight_fn: Hook = None, bias_fn: Hook = None
-) -> Any:
+    x: PyTree, weight: PyTree, pattern: Pattern, bias: PyTree = None, *, weight_fn: Hook = None, bias_fn: Hook = None
+) -> PyTree:
     """:func:`sparse_matmul` for an input of any rank; all leading axes are batch axes."""
     array_operand("sparse_matmul", "x", x)
     array_operand("sparse_matmul", "weight", weight)
@@ -374,15 +387,15 @@ def sparse_product(
 
 
 def sparse_matmul(
-    x: Any,
-    weight: Any = None,
+    x: PyTree,
+    weight: PyTree = None,
     *,
-    sparse_mat: Any,
-    bias: Any = None,
+    sparse_mat: Matrix | Pattern,
+    bias: PyTree = None,
     weight_fn: Hook = None,
     bias_fn: Hook = None,
-    weight_data: Any = None,
-) -> Any:
+    weight_data: PyTree = None,
+) -> PyTree:
     r"""Marked product with a sparse matrix, :math:`y = x\, S(f(w)) + g(b)`; the stored entries are trained.
 
     Parameters

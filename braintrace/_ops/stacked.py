@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 
-from .primitive import ETPPrimitive, Rules, Weights
+from .primitive import Aval, ETPPrimitive, Fixed, Gradients, Input, Params, Rules, Static, Weights
 
 __all__ = ["StackedPrimitive", "stacked"]
 
@@ -26,7 +24,7 @@ class StackedPrimitive(ETPPrimitive):
     """
 
     def __init__(self, one: ETPPrimitive, shared: frozenset[int]):
-        def impl(*operands, **params):
+        def impl(*operands: jax.Array, **params: Static) -> jax.Array:
             axes = [None if i in shared else 0 for i in range(len(operands))]
             return jax.vmap(lambda *xs: one.outputs(xs, params)[one.y_index], in_axes=axes)(*operands)
 
@@ -36,17 +34,21 @@ class StackedPrimitive(ETPPrimitive):
         self.one = one
         self.rules = dataclasses.replace(Rules(), pp_x_repr=one.rules.pp_x_repr)
 
-    def x_repr(self, x: Any, weights: Mapping[str, Any]) -> Any:
+    def x_repr(self, x: jax.Array, weights: Weights) -> jax.Array:
         return jax.vmap(lambda x: self.one.x_repr(x, weights))(x)
 
-    def lift(self, x: Any, weights: Weights, params: Mapping[str, Any], fixed: Mapping[int, Any], y: Any) -> jax.Array:
+    def lift(self, x: Input, weights: Weights, params: Params, fixed: Fixed, y: Aval) -> jax.Array:
         one_y = jax.ShapeDtypeStruct(y.shape[1:], y.dtype)
         return jax.vmap(lambda x, fixed: self.one.lift(x, weights, params, fixed, one_y))(x, dict(fixed))
 
-    def weight_vjp(self, x, cotangent, weights, params, fixed, bound=False):
+    def weight_vjp(
+        self, x: Input, cotangent: jax.Array, weights: Weights, params: Params, fixed: Fixed, bound: bool = False
+    ) -> Gradients:
         return self.summed_vjp(x, cotangent, weights, params, fixed, 0, bound)
 
-    def summed_vjp(self, x, cotangent, weights, params, fixed, axes, bound):
+    def summed_vjp(
+        self, x: Input, cotangent: jax.Array, weights: Weights, params: Params, fixed: Fixed, axes: int, bound: bool
+    ) -> Gradients:
         return self.one.summed_vjp(x, cotangent, weights, params, fixed, axes + 1, bound)
 
 

@@ -1,7 +1,11 @@
 """What the layers share: sizes, initial values and hidden states."""
 
+from __future__ import annotations
+
+import re
+import textwrap
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
 import brainstate
 import brainunit as u
@@ -11,7 +15,9 @@ import numpy as np
 from brainstate.nn import init
 from brainstate.typing import ArrayLike, Size
 
-Initializer: TypeAlias = Callable[..., Any] | ArrayLike  # a callable of the shape, or the values themselves
+from braintrace._types import PyTree, Shape
+
+Initializer: TypeAlias = Callable[..., PyTree] | ArrayLike  # a callable of the shape, or the values themselves
 
 
 class Orthogonal(init.Orthogonal):
@@ -20,7 +26,7 @@ class Orthogonal(init.Orthogonal):
     `brainstate.nn.init.Orthogonal` draws the transpose of a matrix with more columns than rows: another one of a seed.
     """
 
-    def __call__(self, shape, **kwargs):
+    def __call__(self, shape: Shape, **kwargs: object) -> ArrayLike:
         del kwargs
         rows, cols = shape
         normal = self.rng.normal(size=shape)
@@ -30,7 +36,7 @@ class Orthogonal(init.Orthogonal):
         return u.maybe_decimal(u.Quantity(q if rows >= cols else q.T, unit=self.unit))
 
 
-def initialize(initializer: Initializer, shape: tuple[int, ...]) -> ArrayLike:
+def initialize(initializer: Initializer, shape: Shape) -> ArrayLike:
     """Make an array of exactly `shape`.
 
     A number fills it, an array is broadcast to it, a callable is called with the whole shape. Units pass through.
@@ -48,7 +54,7 @@ def initialize(initializer: Initializer, shape: tuple[int, ...]) -> ArrayLike:
 OF_OLDER_LAYERS = frozenset("ETraceParam ElemWiseParam NonTempParam FakeETraceParam FakeElemWiseParam".split())
 
 
-def parameter(param_type: Callable[..., Any], value: Any) -> Any:
+def parameter(param_type: Callable[..., brainstate.ParamState], value: PyTree) -> brainstate.ParamState:
     """Make a layer's parameter."""
     name = getattr(param_type, "__name__", "")
     if name in OF_OLDER_LAYERS:
@@ -57,6 +63,12 @@ def parameter(param_type: Callable[..., Any], value: Any) -> Any:
             "drives a hidden state. Leave param_type out; take the layer of brainstate.nn where it shall not be."
         )
     return param_type(value)
+
+
+def fill_in(cls: type, **texts: str) -> None:
+    """Put texts into the docstring of a class: each in place of a line that has its name in braces."""
+    mark = re.compile(rf"^( *)\{{({'|'.join(texts)})\}}$", flags=re.M)
+    cls.__doc__ = cls.__doc__ and mark.sub(lambda m: textwrap.indent(texts[m[2]], m[1]), cls.__doc__)
 
 
 def set_sizes(module: brainstate.nn.Module, in_size: Size, out_size: Size) -> None:
@@ -70,7 +82,7 @@ def set_sizes(module: brainstate.nn.Module, in_size: Size, out_size: Size) -> No
         )
 
 
-def as_activation(activation: str | Callable) -> Callable:
+def as_activation(activation: str | Callable[..., PyTree]) -> Callable[..., PyTree]:
     """Resolve an activation: a callable as it is, a string as the function of that name in `brainstate.nn`."""
     if isinstance(activation, str):
         return getattr(brainstate.nn, activation)
@@ -99,13 +111,13 @@ class Recurrent(brainstate.nn.Module):
         set_sizes(self, in_size, out_size)
         self.state_init = state_init
 
-    def init_state(self, batch_size: int | None = None, **kwargs):
+    def init_state(self, batch_size: int | None = None, **kwargs: object) -> None:
         """Create the hidden states, each of shape `(batch_size, *out_size)`, or `out_size` without a batch."""
         del kwargs
         for name in self.hidden:
             setattr(self, name, brainstate.HiddenState(self._initial(batch_size)))
 
-    def reset_state(self, batch_size: int | None = None, **kwargs):
+    def reset_state(self, batch_size: int | None = None, **kwargs: object) -> None:
         """Refill the existing hidden states with their initial values."""
         del kwargs
         for name in self.hidden:

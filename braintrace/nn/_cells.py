@@ -4,6 +4,9 @@ In the equations :math:`\\sigma` is the logistic function, :math:`\\phi` the act
 positions and :math:`[x, h]` the concatenation along the last axis; biases are left out.
 """
 
+from __future__ import annotations
+
+import inspect
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -15,36 +18,112 @@ from jax.nn import sigmoid
 
 from braintrace._jax import any_rank
 from braintrace._ops import element_wise
+from braintrace._types import PyTree
 
-from ._base import Initializer, Orthogonal, Recurrent, as_activation, cat
+from ._base import Initializer, Orthogonal, Recurrent, as_activation, cat, fill_in
 from ._linear import Linear
 
+# Lines that the docstrings have in common: of a parameter, alone or together with the one in front of it.
+_PARAMETERS = {
+    "out_size": """in_size, out_size : int or tuple of int
+    Size of one input and of one hidden state. Axes in front of the last must agree.""",
+    "b_init": """w_init, b_init : callable or array, optional
+    Initial weight and bias of each layer; ``b_init=None`` leaves the biases out.""",
+    "state_init": """state_init : callable or array, optional
+    Initial hidden state.""",
+    "activation": r"""activation : str or callable, optional
+    The function :math:`\phi`, or its name in `brainstate.nn`.""",
+    "phi": """phi : callable, optional
+    Embedding of the input, from ``(..., in)`` to ``(..., out)``. ``None`` trains a `Linear`.""",
+    "name": """name : str, optional
+    Name of the layer.""",
+}
+_RAISES = """Raises
+------
+AssertionError
+    If the sizes differ in an axis in front of the last, or `activation` cannot be called.
+AttributeError
+    If `brainstate.nn` has no function named `activation`."""
+_EXAMPLES = """Examples
+--------
+>>> import jax.numpy as jnp
+>>> import braintrace
+>>> cell = braintrace.nn.{name}(3, 4)
+>>> cell.init_state(batch_size=2)
+>>> cell(jnp.ones((2, 3))).shape
+(2, 4)"""
 
-def _gate(cell: Recurrent, w_init: Initializer, b_init: Initializer | None) -> Linear:
-    """A linear map of the input joined with the hidden state to a hidden state."""
-    *lead, width = cell.in_size
-    return Linear((*lead, width + cell.out_size[-1]), cell.out_size, w_init, b_init)
+
+class Cell(Recurrent):
+    """A cell made of linear maps to its hidden state.
+
+    A subclass names them in `_maps`, in the order in which they are drawn, with what they take: the input, ``x``, or
+    the input joined with a hidden state, ``xh``. In its docstring, marks stand for what all have in common.
+    """
+
+    _maps: ClassVar[dict[str, str]] = {}
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "{examples}" not in (cls.__doc__ or ""):
+            return
+        names = list(inspect.signature(cls.__init__).parameters)
+        fill_in(
+            cls,
+            parameters="\n".join(["Parameters", "----------", *(_PARAMETERS[n] for n in names if n in _PARAMETERS)]),
+            raises=_RAISES,
+            examples=_EXAMPLES.format(name=cls.__name__),
+        )
+
+    def _make_maps(self, w_init: Initializer, b_init: Initializer | None) -> None:
+        *lead, width = self.in_size
+        sizes = {"x": self.in_size, "xh": (*lead, width + self.out_size[-1])}
+        for name, reads in self._maps.items():
+            setattr(self, name, Linear(sizes[reads], self.out_size, w_init, b_init))
 
 
-class ValinaRNNCell(Recurrent, brainstate.nn.ValinaRNNCell):
+class GatedCell(Cell):
+    """The constructor of cells with an activation."""
+
+    def __init__(
+        self,
+        in_size: Size,
+        out_size: Size,
+        w_init: Initializer = Orthogonal(),
+        b_init: Initializer | None = init.ZeroInit(),
+        state_init: Initializer = init.ZeroInit(),
+        activation: str | Callable[..., PyTree] = "tanh",
+        name: str | None = None,
+    ):
+        super().__init__(in_size, out_size, state_init, name)
+        self.activation = as_activation(activation)
+        self._make_maps(w_init, b_init)
+
+
+class MiniCell(Cell):
+    """The constructor of cells without an activation."""
+
+    def __init__(
+        self,
+        in_size: Size,
+        out_size: Size,
+        w_init: Initializer = Orthogonal(),
+        b_init: Initializer | None = init.ZeroInit(),
+        state_init: Initializer = init.ZeroInit(),
+        name: str | None = None,
+    ):
+        super().__init__(in_size, out_size, state_init, name)
+        self._make_maps(w_init, b_init)
+
+
+class ValinaRNNCell(Cell, brainstate.nn.ValinaRNNCell):
     r"""Plain recurrent cell.
 
     .. math::
 
         h_t = \phi(W [x_t, h_{t-1}])
 
-    Parameters
-    ----------
-    in_size, out_size : int or tuple of int
-        Size of one input and of one hidden state. Axes in front of the last must agree.
-    state_init : callable or array, optional
-        Initial hidden state.
-    w_init, b_init : callable or array, optional
-        Initial weight and bias of each layer; ``b_init=None`` leaves the biases out.
-    activation : str or callable, optional
-        The function :math:`\phi`, or its name in `brainstate.nn`.
-    name : str, optional
-        Name of the layer.
+    {parameters}
 
     Attributes
     ----------
@@ -53,22 +132,12 @@ class ValinaRNNCell(Recurrent, brainstate.nn.ValinaRNNCell):
     W : Linear
         Map of :math:`[x, h]`, the input first.
 
-    Raises
-    ------
-    AssertionError
-        If the sizes differ in an axis in front of the last, or `activation` cannot be called.
-    AttributeError
-        If `brainstate.nn` has no function named `activation`.
+    {raises}
 
-    Examples
-    --------
-    >>> import jax.numpy as jnp
-    >>> import braintrace
-    >>> cell = braintrace.nn.ValinaRNNCell(3, 4)
-    >>> cell.init_state(batch_size=2)
-    >>> cell(jnp.ones((2, 3))).shape
-    (2, 4)
+    {examples}
     """
+
+    _maps: ClassVar = {"W": "xh"}
 
     def __init__(
         self,
@@ -77,12 +146,12 @@ class ValinaRNNCell(Recurrent, brainstate.nn.ValinaRNNCell):
         state_init: Initializer = init.ZeroInit(),
         w_init: Initializer = init.XavierNormal(distribution="normal"),
         b_init: Initializer | None = init.ZeroInit(),
-        activation: str | Callable = "relu",
+        activation: str | Callable[..., PyTree] = "relu",
         name: str | None = None,
     ):
         super().__init__(in_size, out_size, state_init, name)
         self.activation = as_activation(activation)
-        self.W = _gate(self, w_init, b_init)
+        self._make_maps(w_init, b_init)
 
     def update(self, x: ArrayLike) -> ArrayLike:
         """Take one step with `x` of shape ``(..., in)`` and return the new ``h``."""
@@ -90,7 +159,7 @@ class ValinaRNNCell(Recurrent, brainstate.nn.ValinaRNNCell):
         return self.h.value
 
 
-class GRUCell(Recurrent, brainstate.nn.GRUCell):
+class GRUCell(GatedCell, brainstate.nn.GRUCell):
     r"""Gated recurrent unit.
 
     .. math::
@@ -100,18 +169,7 @@ class GRUCell(Recurrent, brainstate.nn.GRUCell):
         \tilde h_t &= \phi(W_h [x_t, r_t \circ h_{t-1}]) \\
         h_t &= (1 - z_t) \circ h_{t-1} + z_t \circ \tilde h_t
 
-    Parameters
-    ----------
-    in_size, out_size : int or tuple of int
-        Size of one input and of one hidden state. Axes in front of the last must agree.
-    w_init, b_init : callable or array, optional
-        Initial weight and bias of each layer; ``b_init=None`` leaves the biases out.
-    state_init : callable or array, optional
-        Initial hidden state.
-    activation : str or callable, optional
-        The function :math:`\phi`, or its name in `brainstate.nn`.
-    name : str, optional
-        Name of the layer.
+    {parameters}
 
     Attributes
     ----------
@@ -120,38 +178,12 @@ class GRUCell(Recurrent, brainstate.nn.GRUCell):
     Wz, Wr, Wh : Linear
         Maps of :math:`[x, h]` or :math:`[x, r \circ h]`, the input first.
 
-    Raises
-    ------
-    AssertionError
-        If the sizes differ in an axis in front of the last, or `activation` cannot be called.
-    AttributeError
-        If `brainstate.nn` has no function named `activation`.
+    {raises}
 
-    Examples
-    --------
-    >>> import jax.numpy as jnp
-    >>> import braintrace
-    >>> cell = braintrace.nn.GRUCell(3, 4)
-    >>> cell.init_state(batch_size=2)
-    >>> cell(jnp.ones((2, 3))).shape
-    (2, 4)
+    {examples}
     """
 
-    def __init__(
-        self,
-        in_size: Size,
-        out_size: Size,
-        w_init: Initializer = Orthogonal(),
-        b_init: Initializer | None = init.ZeroInit(),
-        state_init: Initializer = init.ZeroInit(),
-        activation: str | Callable = "tanh",
-        name: str | None = None,
-    ):
-        super().__init__(in_size, out_size, state_init, name)
-        self.activation = as_activation(activation)
-        self.Wz = _gate(self, w_init, b_init)
-        self.Wr = _gate(self, w_init, b_init)
-        self.Wh = _gate(self, w_init, b_init)
+    _maps: ClassVar = {"Wz": "xh", "Wr": "xh", "Wh": "xh"}
 
     def update(self, x: ArrayLike) -> ArrayLike:
         """Take one step with `x` of shape ``(..., in)`` and return the new ``h``."""
@@ -164,7 +196,7 @@ class GRUCell(Recurrent, brainstate.nn.GRUCell):
         return self.h.value
 
 
-class CFNCell(Recurrent, brainstate.nn.RNNCell):
+class CFNCell(GatedCell, brainstate.nn.RNNCell):
     r"""Chaos-free network cell.
 
     .. math::
@@ -173,18 +205,7 @@ class CFNCell(Recurrent, brainstate.nn.RNNCell):
         i_t &= \sigma(W_i [x_t, h_{t-1}]) \\
         h_t &= f_t \circ \phi(h_{t-1}) + i_t \circ \phi(W_h x_t)
 
-    Parameters
-    ----------
-    in_size, out_size : int or tuple of int
-        Size of one input and of one hidden state. Axes in front of the last must agree.
-    w_init, b_init : callable or array, optional
-        Initial weight and bias of each layer; ``b_init=None`` leaves the biases out.
-    state_init : callable or array, optional
-        Initial hidden state.
-    activation : str or callable, optional
-        The function :math:`\phi`, or its name in `brainstate.nn`.
-    name : str, optional
-        Name of the layer.
+    {parameters}
 
     Attributes
     ----------
@@ -195,38 +216,12 @@ class CFNCell(Recurrent, brainstate.nn.RNNCell):
     Wh : Linear
         Map of :math:`x`.
 
-    Raises
-    ------
-    AssertionError
-        If the sizes differ in an axis in front of the last, or `activation` cannot be called.
-    AttributeError
-        If `brainstate.nn` has no function named `activation`.
+    {raises}
 
-    Examples
-    --------
-    >>> import jax.numpy as jnp
-    >>> import braintrace
-    >>> cell = braintrace.nn.CFNCell(3, 4)
-    >>> cell.init_state(batch_size=2)
-    >>> cell(jnp.ones((2, 3))).shape
-    (2, 4)
+    {examples}
     """
 
-    def __init__(
-        self,
-        in_size: Size,
-        out_size: Size,
-        w_init: Initializer = Orthogonal(),
-        b_init: Initializer | None = init.ZeroInit(),
-        state_init: Initializer = init.ZeroInit(),
-        activation: str | Callable = "tanh",
-        name: str | None = None,
-    ):
-        super().__init__(in_size, out_size, state_init, name)
-        self.activation = as_activation(activation)
-        self.Wf = _gate(self, w_init, b_init)
-        self.Wi = _gate(self, w_init, b_init)
-        self.Wh = Linear(in_size, out_size, w_init, b_init)
+    _maps: ClassVar = {"Wf": "xh", "Wi": "xh", "Wh": "x"}
 
     def update(self, x: ArrayLike) -> ArrayLike:
         """Take one step with `x` of shape ``(..., in)`` and return the new ``h``."""
@@ -238,7 +233,7 @@ class CFNCell(Recurrent, brainstate.nn.RNNCell):
         return self.h.value
 
 
-class MGUCell(Recurrent, brainstate.nn.MGUCell):
+class MGUCell(GatedCell, brainstate.nn.MGUCell):
     r"""Minimal gated unit.
 
     .. math::
@@ -247,18 +242,7 @@ class MGUCell(Recurrent, brainstate.nn.MGUCell):
         \tilde h_t &= \phi(W_h [x_t, f_t \circ h_{t-1}]) \\
         h_t &= (1 - f_t) \circ h_{t-1} + f_t \circ \tilde h_t
 
-    Parameters
-    ----------
-    in_size, out_size : int or tuple of int
-        Size of one input and of one hidden state. Axes in front of the last must agree.
-    w_init, b_init : callable or array, optional
-        Initial weight and bias of each layer; ``b_init=None`` leaves the biases out.
-    state_init : callable or array, optional
-        Initial hidden state.
-    activation : str or callable, optional
-        The function :math:`\phi`, or its name in `brainstate.nn`.
-    name : str, optional
-        Name of the layer.
+    {parameters}
 
     Attributes
     ----------
@@ -267,37 +251,12 @@ class MGUCell(Recurrent, brainstate.nn.MGUCell):
     Wf, Wh : Linear
         Maps of :math:`[x, h]` and :math:`[x, f \circ h]`, the input first.
 
-    Raises
-    ------
-    AssertionError
-        If the sizes differ in an axis in front of the last, or `activation` cannot be called.
-    AttributeError
-        If `brainstate.nn` has no function named `activation`.
+    {raises}
 
-    Examples
-    --------
-    >>> import jax.numpy as jnp
-    >>> import braintrace
-    >>> cell = braintrace.nn.MGUCell(3, 4)
-    >>> cell.init_state(batch_size=2)
-    >>> cell(jnp.ones((2, 3))).shape
-    (2, 4)
+    {examples}
     """
 
-    def __init__(
-        self,
-        in_size: Size,
-        out_size: Size,
-        w_init: Initializer = Orthogonal(),
-        b_init: Initializer | None = init.ZeroInit(),
-        state_init: Initializer = init.ZeroInit(),
-        activation: str | Callable = "tanh",
-        name: str | None = None,
-    ):
-        super().__init__(in_size, out_size, state_init, name)
-        self.activation = as_activation(activation)
-        self.Wf = _gate(self, w_init, b_init)
-        self.Wh = _gate(self, w_init, b_init)
+    _maps: ClassVar = {"Wf": "xh", "Wh": "xh"}
 
     def update(self, x: ArrayLike) -> ArrayLike:
         """Take one step with `x` of shape ``(..., in)`` and return the new ``h``."""
@@ -308,7 +267,7 @@ class MGUCell(Recurrent, brainstate.nn.MGUCell):
         return self.h.value
 
 
-class LSTMCell(Recurrent, brainstate.nn.LSTMCell):
+class LSTMCell(GatedCell, brainstate.nn.LSTMCell):
     r"""Long short-term memory.
 
     .. math::
@@ -320,18 +279,7 @@ class LSTMCell(Recurrent, brainstate.nn.LSTMCell):
         c_t &= f_t \circ c_{t-1} + i_t \circ g_t \\
         h_t &= o_t \circ \phi(c_t)
 
-    Parameters
-    ----------
-    in_size, out_size : int or tuple of int
-        Size of one input and of one hidden state. Axes in front of the last must agree.
-    w_init, b_init : callable or array, optional
-        Initial weight and bias of each layer; ``b_init=None`` leaves the biases out.
-    state_init : callable or array, optional
-        Initial hidden state.
-    activation : str or callable, optional
-        The function :math:`\phi`, or its name in `brainstate.nn`.
-    name : str, optional
-        Name of the layer.
+    {parameters}
 
     Attributes
     ----------
@@ -340,24 +288,13 @@ class LSTMCell(Recurrent, brainstate.nn.LSTMCell):
     Wi, Wg, Wf, Wo : Linear
         Maps of :math:`[x, h]`, the input first.
 
-    Raises
-    ------
-    AssertionError
-        If the sizes differ in an axis in front of the last, or `activation` cannot be called.
-    AttributeError
-        If `brainstate.nn` has no function named `activation`.
+    {raises}
 
-    Examples
-    --------
-    >>> import jax.numpy as jnp
-    >>> import braintrace
-    >>> cell = braintrace.nn.LSTMCell(3, 4)
-    >>> cell.init_state(batch_size=2)
-    >>> cell(jnp.ones((2, 3))).shape
-    (2, 4)
+    {examples}
     """
 
     hidden: ClassVar = ("c", "h")
+    _maps: ClassVar = {"Wi": "xh", "Wg": "xh", "Wf": "xh", "Wo": "xh"}
 
     def __init__(
         self,
@@ -366,15 +303,10 @@ class LSTMCell(Recurrent, brainstate.nn.LSTMCell):
         w_init: Initializer = init.XavierNormal(distribution="normal"),
         b_init: Initializer | None = init.ZeroInit(),
         state_init: Initializer = init.ZeroInit(),
-        activation: str | Callable = "tanh",
+        activation: str | Callable[..., PyTree] = "tanh",
         name: str | None = None,
     ):
-        super().__init__(in_size, out_size, state_init, name)
-        self.activation = as_activation(activation)
-        self.Wi = _gate(self, w_init, b_init)
-        self.Wg = _gate(self, w_init, b_init)
-        self.Wf = _gate(self, w_init, b_init)
-        self.Wo = _gate(self, w_init, b_init)
+        super().__init__(in_size, out_size, w_init, b_init, state_init, activation, name)
 
     def update(self, x: ArrayLike) -> ArrayLike:
         """Take one step with `x` of shape ``(..., in)`` and return the new ``h``."""
@@ -389,7 +321,7 @@ class LSTMCell(Recurrent, brainstate.nn.LSTMCell):
         return self.h.value
 
 
-class URLSTMCell(Recurrent, brainstate.nn.URLSTMCell):
+class URLSTMCell(Cell, brainstate.nn.URLSTMCell):
     r"""Long short-term memory with uniform gate initialisation and a refine gate.
 
     .. math::
@@ -422,24 +354,13 @@ class URLSTMCell(Recurrent, brainstate.nn.URLSTMCell):
     bias : ParamState
         The bias :math:`b` of shape ``out_size``, whose :math:`\sigma(b)` starts uniform in :math:`(1/n, 1 - 1/n)`.
 
-    Raises
-    ------
-    AssertionError
-        If the sizes differ in an axis in front of the last, or `activation` cannot be called.
-    AttributeError
-        If `brainstate.nn` has no function named `activation`.
+    {raises}
 
-    Examples
-    --------
-    >>> import jax.numpy as jnp
-    >>> import braintrace
-    >>> cell = braintrace.nn.URLSTMCell(3, 4)
-    >>> cell.init_state(batch_size=2)
-    >>> cell(jnp.ones((2, 3))).shape
-    (2, 4)
+    {examples}
     """
 
     hidden: ClassVar = ("c", "h")
+    _maps: ClassVar = {"Wu": "xh", "Wf": "xh", "Wr": "xh", "Wo": "xh"}
 
     def __init__(
         self,
@@ -447,15 +368,12 @@ class URLSTMCell(Recurrent, brainstate.nn.URLSTMCell):
         out_size: Size,
         w_init: Initializer = init.XavierNormal(distribution="normal"),
         state_init: Initializer = init.ZeroInit(),
-        activation: str | Callable = "tanh",
+        activation: str | Callable[..., PyTree] = "tanh",
         name: str | None = None,
     ):
         super().__init__(in_size, out_size, state_init, name)
         self.activation = as_activation(activation)
-        self.Wu = _gate(self, w_init, None)
-        self.Wf = _gate(self, w_init, None)
-        self.Wr = _gate(self, w_init, None)
-        self.Wo = _gate(self, w_init, None)
+        self._make_maps(w_init, None)
         n = self.out_size[-1]
         self.bias = brainstate.ParamState(-jnp.log(1 / brainstate.random.uniform(1 / n, 1 - 1 / n, (n,)) - 1))
 
@@ -472,7 +390,7 @@ class URLSTMCell(Recurrent, brainstate.nn.URLSTMCell):
         return self.h.value
 
 
-class MinimalRNNCell(Recurrent, brainstate.nn.RNNCell):
+class MinimalRNNCell(Cell, brainstate.nn.RNNCell):
     r"""Minimal recurrent cell, which gates an embedding of the input.
 
     .. math::
@@ -481,18 +399,7 @@ class MinimalRNNCell(Recurrent, brainstate.nn.RNNCell):
         f_t &= \sigma(W_u [z_t, h_{t-1}]) \\
         h_t &= f_t \circ h_{t-1} + (1 - f_t) \circ z_t
 
-    Parameters
-    ----------
-    in_size, out_size : int or tuple of int
-        Size of one input and of one hidden state. Axes in front of the last must agree.
-    w_init, b_init : callable or array, optional
-        Initial weight and bias of each layer; ``b_init=None`` leaves the biases out.
-    state_init : callable or array, optional
-        Initial hidden state.
-    phi : callable, optional
-        Embedding of the input, from ``(..., in)`` to ``(..., out)``. ``None`` trains a `Linear`.
-    name : str, optional
-        Name of the layer.
+    {parameters}
 
     Attributes
     ----------
@@ -508,14 +415,7 @@ class MinimalRNNCell(Recurrent, brainstate.nn.RNNCell):
     AssertionError
         If the sizes differ in an axis in front of the last, or `phi` cannot be called.
 
-    Examples
-    --------
-    >>> import jax.numpy as jnp
-    >>> import braintrace
-    >>> cell = braintrace.nn.MinimalRNNCell(3, 4)
-    >>> cell.init_state(batch_size=2)
-    >>> cell(jnp.ones((2, 3))).shape
-    (2, 4)
+    {examples}
     """
 
     def __init__(
@@ -525,7 +425,7 @@ class MinimalRNNCell(Recurrent, brainstate.nn.RNNCell):
         w_init: Initializer = Orthogonal(),
         b_init: Initializer | None = init.ZeroInit(),
         state_init: Initializer = init.ZeroInit(),
-        phi: Callable | None = None,
+        phi: Callable[..., PyTree] | None = None,
         name: str | None = None,
     ):
         super().__init__(in_size, out_size, state_init, name)
@@ -541,7 +441,7 @@ class MinimalRNNCell(Recurrent, brainstate.nn.RNNCell):
         return self.h.value
 
 
-class MiniGRU(Recurrent, brainstate.nn.RNNCell):
+class MiniGRU(MiniCell, brainstate.nn.RNNCell):
     r"""Gated recurrent unit with a candidate that depends on the input only.
 
     .. math::
@@ -549,16 +449,7 @@ class MiniGRU(Recurrent, brainstate.nn.RNNCell):
         z_t &= \sigma(W_z [x_t, h_{t-1}]) \\
         h_t &= (1 - z_t) \circ h_{t-1} + z_t \circ W_x x_t
 
-    Parameters
-    ----------
-    in_size, out_size : int or tuple of int
-        Size of one input and of one hidden state. Axes in front of the last must agree.
-    w_init, b_init : callable or array, optional
-        Initial weight and bias of each layer; ``b_init=None`` leaves the biases out.
-    state_init : callable or array, optional
-        Initial hidden state.
-    name : str, optional
-        Name of the layer.
+    {parameters}
 
     Attributes
     ----------
@@ -574,28 +465,10 @@ class MiniGRU(Recurrent, brainstate.nn.RNNCell):
     AssertionError
         If the sizes differ in an axis in front of the last.
 
-    Examples
-    --------
-    >>> import jax.numpy as jnp
-    >>> import braintrace
-    >>> cell = braintrace.nn.MiniGRU(3, 4)
-    >>> cell.init_state(batch_size=2)
-    >>> cell(jnp.ones((2, 3))).shape
-    (2, 4)
+    {examples}
     """
 
-    def __init__(
-        self,
-        in_size: Size,
-        out_size: Size,
-        w_init: Initializer = Orthogonal(),
-        b_init: Initializer | None = init.ZeroInit(),
-        state_init: Initializer = init.ZeroInit(),
-        name: str | None = None,
-    ):
-        super().__init__(in_size, out_size, state_init, name)
-        self.W_x = Linear(in_size, out_size, w_init, b_init)
-        self.W_z = _gate(self, w_init, b_init)
+    _maps: ClassVar = {"W_x": "x", "W_z": "xh"}
 
     def update(self, x: ArrayLike) -> ArrayLike:
         """Take one step with `x` of shape ``(..., in)`` and return the new ``h``."""
@@ -605,7 +478,7 @@ class MiniGRU(Recurrent, brainstate.nn.RNNCell):
         return self.h.value
 
 
-class MiniLSTM(Recurrent, brainstate.nn.RNNCell):
+class MiniLSTM(MiniCell, brainstate.nn.RNNCell):
     r"""Long short-term memory with one state and a candidate that depends on the input only.
 
     .. math::
@@ -614,16 +487,7 @@ class MiniLSTM(Recurrent, brainstate.nn.RNNCell):
         i_t &= \sigma(W_i [x_t, h_{t-1}]) \\
         h_t &= f_t \circ h_{t-1} + i_t \circ W_x x_t
 
-    Parameters
-    ----------
-    in_size, out_size : int or tuple of int
-        Size of one input and of one hidden state. Axes in front of the last must agree.
-    w_init, b_init : callable or array, optional
-        Initial weight and bias of each layer; ``b_init=None`` leaves the biases out.
-    state_init : callable or array, optional
-        Initial hidden state.
-    name : str, optional
-        Name of the layer.
+    {parameters}
 
     Attributes
     ----------
@@ -639,29 +503,10 @@ class MiniLSTM(Recurrent, brainstate.nn.RNNCell):
     AssertionError
         If the sizes differ in an axis in front of the last.
 
-    Examples
-    --------
-    >>> import jax.numpy as jnp
-    >>> import braintrace
-    >>> cell = braintrace.nn.MiniLSTM(3, 4)
-    >>> cell.init_state(batch_size=2)
-    >>> cell(jnp.ones((2, 3))).shape
-    (2, 4)
+    {examples}
     """
 
-    def __init__(
-        self,
-        in_size: Size,
-        out_size: Size,
-        w_init: Initializer = Orthogonal(),
-        b_init: Initializer | None = init.ZeroInit(),
-        state_init: Initializer = init.ZeroInit(),
-        name: str | None = None,
-    ):
-        super().__init__(in_size, out_size, state_init, name)
-        self.W_x = Linear(in_size, out_size, w_init, b_init)
-        self.W_f = _gate(self, w_init, b_init)
-        self.W_i = _gate(self, w_init, b_init)
+    _maps: ClassVar = {"W_x": "x", "W_f": "xh", "W_i": "xh"}
 
     def update(self, x: ArrayLike) -> ArrayLike:
         """Take one step with `x` of shape ``(..., in)`` and return the new ``h``."""

@@ -1,6 +1,6 @@
 """Tables of vectors."""
 
-from typing import Any
+from __future__ import annotations
 
 import brainstate
 import numpy as np
@@ -79,7 +79,7 @@ class Embedding(brainstate.nn.Embedding):
         self.weight = parameter(param_type, initialize(embedding_init, (self.num_embeddings, *self.out_size)))
 
     def _refuse_options(self) -> None:
-        given: dict[str, Any] = {
+        given: dict[str, object] = {
             "padding_idx": self.padding_idx is not None and self.padding_idx,
             "max_norm": self.max_norm is not None and self.max_norm,
             "scale_grad_by_freq": self.scale_grad_by_freq,

@@ -1,5 +1,7 @@
 """Dense linear layers."""
 
+from __future__ import annotations
+
 from functools import partial
 
 import brainstate

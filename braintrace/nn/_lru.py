@@ -1,5 +1,7 @@
 """Recurrences that turn and shrink a complex value per unit: the linear recurrent unit, and recurrent trace units."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -10,6 +12,7 @@ from brainstate.typing import ArrayLike
 
 from braintrace._jax import any_rank
 from braintrace._ops import element_wise
+from braintrace._types import PyTree
 
 from ._base import Initializer, Recurrent, as_activation
 from ._linear import Linear
@@ -174,7 +177,7 @@ class RTUCell(_Rotation):
         max_phase: float = 6.28,
         w_init: Initializer = init.LecunNormal(distribution="normal"),
         state_init: Initializer = init.ZeroInit(),
-        activation: str | Callable = "tanh",
+        activation: str | Callable[..., PyTree] = "tanh",
         name: str | None = None,
     ):
         super().__init__(in_size, out_size, state_init, name)

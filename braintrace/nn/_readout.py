@@ -1,5 +1,7 @@
 """Readouts with a memory."""
 
+from __future__ import annotations
+
 from typing import ClassVar
 
 import brainstate

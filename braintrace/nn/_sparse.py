@@ -1,7 +1,8 @@
 """Linear layers with few weights: stored entries of a sparse matrix, factors of low rank, groups."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
 
 import brainstate
 import numpy as np
@@ -9,11 +10,13 @@ from brainstate.nn import init
 from brainstate.typing import ArrayLike, Size
 
 from braintrace._ops import grouped, low_rank, pattern_of, sparse_product
+from braintrace._ops.sparse import Matrix
+from braintrace._types import PyTree, Shape
 
 from ._base import Initializer, initialize, parameter, set_sizes
 
 
-def _as_tuple(size: Size) -> tuple[int, ...]:
+def _as_tuple(size: Size) -> Shape:
     return tuple(int(n) for n in np.ravel(size))
 
 
@@ -117,7 +120,7 @@ class SparseLinear(brainstate.nn.SparseLinear):
 
     def __init__(
         self,
-        spar_mat: Any,
+        spar_mat: Matrix,
         b_init: Initializer | None = None,
         in_size: Size | None = None,
         name: str | None = None,
@@ -189,7 +192,7 @@ class LoRA(brainstate.nn.LoRA):
         lora_rank: int,
         out_features: Size,
         *,
-        base_module: Callable[..., Any] | None = None,
+        base_module: Callable[..., PyTree] | None = None,
         kernel_init: Initializer | tuple[Initializer, Initializer] = init.LecunNormal(),
         param_type: type = brainstate.ParamState,
         in_size: Size | None = None,
