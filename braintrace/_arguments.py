@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
 
 import brainstate
 import brainunit as u
@@ -93,7 +92,7 @@ def check_step_arguments(step_fn: Callable[..., PyTree], sequences: int) -> None
         ) from None
 
 
-def check_weights(weights: object) -> Mapping[Any, brainstate.State]:
+def check_weights(weights: object) -> Mapping[Hashable, brainstate.State]:
     advice = (
         "Pass a mapping of keys to parameters, such as learner.param_states or model.states(brainstate.ParamState)."
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 import brainstate
 import jax
@@ -333,11 +333,11 @@ class ChunkedGradient(_Chunked):
         objective: Callable[..., tuple[jax.Array, PyTree]],
         vmap_shape: Shape,
         chunk: int | None,
-        weights: Mapping[Any, brainstate.State],
+        weights: Mapping[Hashable, brainstate.State],
     ):
         super().__init__(learner, objective, vmap_shape, chunk)
         self.weights = weights
-        self.numbers: dict[Any, list[int]] = {}  # of the leaves of each key's value, among all of them
+        self.numbers: dict[Hashable, list[int]] = {}  # of the leaves of each key's value, among all of them
         for key, state in weights.items():
             first = sum(map(len, self.numbers.values()))
             self.numbers[key] = list(range(first, first + len(jax.tree.leaves(state.value))))
@@ -355,10 +355,10 @@ class ChunkedGradient(_Chunked):
         (grads, bars), more = gradient(slices, m, zeros)
         return self._leaves(grads), bars, *more
 
-    def _leaves(self, by_key: Mapping[Any, PyTree]) -> list[jax.Array]:
+    def _leaves(self, by_key: Mapping[Hashable, PyTree]) -> list[jax.Array]:
         return [leaf for key in self.weights for leaf in jax.tree.leaves(by_key[key])]
 
-    def run(self, items: tuple[PyTree, PyTree]) -> tuple[dict[Any, PyTree], jax.Array, PyTree]:
+    def run(self, items: tuple[PyTree, PyTree]) -> tuple[dict[Hashable, PyTree], jax.Array, PyTree]:
         """Gradients by the keys of ``weights``, losses and auxiliary data."""
         known = known_outputs(self.program, look_inside=False)
         leaves = self._leaves({k: s.value for k, s in self.weights.items()})
@@ -376,7 +376,7 @@ class ChunkedGradient(_Chunked):
         leaves = binding.leaf_gradients(gradients, binding.of_parameters(states))
         return {p: [leaves.get(n) for n in binding.leaf_numbers(p)] for p in states}
 
-    def _by_key(self, plain: dict[int, jax.Array], traced: dict[int, Gradients]) -> dict[Any, PyTree]:
+    def _by_key(self, plain: dict[int, jax.Array], traced: dict[int, Gradients]) -> dict[Hashable, PyTree]:
         path_of = self.learner.state_id_to_path
         by_path = self._by_path(traced)
         out = {}

@@ -237,7 +237,7 @@ def _vector(tree: PyTree) -> np.ndarray:
     return np.concatenate([np.ravel(x).astype(np.float64) for x in parts] or [np.zeros(0)])
 
 
-def _vectors(gradient: Mapping[Any, PyTree]) -> dict[Path | str, np.ndarray]:
+def _vectors(gradient: Mapping[Path | str, PyTree]) -> dict[Path | str, np.ndarray]:
     found: dict[Path | str, np.ndarray] = {path: _vector(value) for path, value in gradient.items()}
     return {**found, ALL: np.concatenate([*found.values()] or [np.zeros(0)])}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import NoReturn, ParamSpec, TypeAlias, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeAlias, TypeVar
 
 import brainstate
 import jax
@@ -347,7 +347,7 @@ def define_bilinear(
 
 def is_on_one_device(ctx: mlir.LoweringRuleContext) -> bool:
     """Whether a program is compiled for one device, or for what one device does of a mesh (under ``shard_map``)."""
-    axes = ctx.module_context.axis_context
+    axes: Any = ctx.module_context.axis_context
     if hasattr(axes, "manual_axes"):
         return axes.manual_axes == frozenset(axes.mesh.axis_names)
     return getattr(axes, "num_devices", None) == 1

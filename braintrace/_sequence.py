@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Literal
 
 import brainstate
@@ -274,15 +274,15 @@ class SequenceDriverMixin:
 
 def _step_by_step(
     objective: Callable[..., tuple[jax.Array, tuple[jax.Array, PyTree]]],
-    weights: Mapping[Any, brainstate.State],
+    weights: Mapping[Hashable, brainstate.State],
     items: tuple[PyTree, PyTree],
-) -> tuple[dict[Any, PyTree], jax.Array, PyTree]:
+) -> tuple[dict[Hashable, PyTree], jax.Array, PyTree]:
     """The gradient of a sequence as a sum of gradients of its steps."""
     gradient = brainstate.transform.grad(objective, weights, has_aux=True)
 
     def body(
-        total: dict[Any, PyTree], item: tuple[tuple[PyTree, ...], jax.Array]
-    ) -> tuple[dict[Any, PyTree], tuple[jax.Array, PyTree]]:
+        total: dict[Hashable, PyTree], item: tuple[tuple[PyTree, ...], jax.Array]
+    ) -> tuple[dict[Hashable, PyTree], tuple[jax.Array, PyTree]]:
         slices, m = item
         if m.ndim:  # of a window: one weight per loss in it
             grads, (loss, aux) = gradient(slices, m)
