@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
 
 import brainstate
 import brainunit as u
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._types import MultiStepData, SingleStepData
+from ._types import MultiStepData, PyTree, Shape, SingleStepData
 
 __all__ = [
     "check_mask", "check_step_arguments", "check_weights", "chunk_length", "common_length", "loss_and_aux",
@@ -20,7 +19,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def loss_and_aux(result: Any, has_aux: bool, shape: tuple[int, ...]) -> tuple[Any, Any]:
+def loss_and_aux(result: PyTree, has_aux: bool, shape: Shape) -> tuple[PyTree, PyTree]:
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
         raise TypeError(f"With has_aux=True step_fn must return a pair (loss, aux), got {type(result).__name__}.")
     loss, aux = result if has_aux else (result, None)
@@ -41,7 +40,7 @@ def loss_and_aux(result: Any, has_aux: bool, shape: tuple[int, ...]) -> tuple[An
     return loss, aux
 
 
-def chunk_length(trace_chunk: Any) -> int | None:
+def chunk_length(trace_chunk: object) -> int | None:
     if trace_chunk is None:
         return None
     if isinstance(trace_chunk, bool) or not isinstance(trace_chunk, int):
@@ -51,12 +50,12 @@ def chunk_length(trace_chunk: Any) -> int | None:
     return trace_chunk
 
 
-def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
 
 
-def common_length(sequences: tuple[Any, ...]) -> int:
+def common_length(sequences: tuple[PyTree, ...]) -> int:
     if not sequences:
         raise ValueError("Pass at least one sequence.")
     wrapped = lambda x: isinstance(x, (SingleStepData, MultiStepData))  # noqa: E731
@@ -79,7 +78,7 @@ def common_length(sequences: tuple[Any, ...]) -> int:
     return length
 
 
-def check_step_arguments(step_fn: Callable[..., Any], sequences: int) -> None:
+def check_step_arguments(step_fn: Callable[..., PyTree], sequences: int) -> None:
     try:
         signature = inspect.signature(step_fn)
     except (TypeError, ValueError):  # not every callable has one
@@ -93,7 +92,7 @@ def check_step_arguments(step_fn: Callable[..., Any], sequences: int) -> None:
         ) from None
 
 
-def check_weights(weights: Any) -> Mapping[Any, brainstate.State]:
+def check_weights(weights: object) -> Mapping[Hashable, brainstate.State]:
     advice = (
         "Pass a mapping of keys to parameters, such as learner.param_states or model.states(brainstate.ParamState)."
     )
@@ -113,7 +112,7 @@ def check_weights(weights: Any) -> Mapping[Any, brainstate.State]:
     return weights
 
 
-def check_mask(mask: Any, length: int) -> jax.Array:
+def check_mask(mask: PyTree, length: int) -> jax.Array:
     if mask is None:
         return jnp.ones(length)
     mask = jnp.asarray(mask)
@@ -124,5 +123,5 @@ def check_mask(mask: Any, length: int) -> jax.Array:
     return mask if jnp.issubdtype(mask.dtype, jnp.floating) else mask.astype(jnp.result_type(float))
 
 
-def windows(tree: Any, k: int | None) -> Any:
+def windows(tree: PyTree, k: int | None) -> PyTree:
     return tree if k is None else jax.tree.map(lambda x: jnp.reshape(x, (-1, k, *jnp.shape(x)[1:])), tree)

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import brainstate
 import brainunit as u
 import jax
 import jax.numpy as jnp
+from jax.tree_util import PyTreeDef
 from jax.typing import DTypeLike
 
 from ._compiler.call import Call
 from ._compiler.graph import ETraceGraph
-from ._types import Path
+from ._types import Path, PyTree
 
-__all__ = ["Binding", "Signals", "Slots", "Values", "first_step"]
+__all__ = ["Binding", "Fixed", "Gradients", "Operands", "Signals", "Slots", "Values", "first_step"]
 
-Slots = list[Any]  # one array of shape V per hidden variable of a group, or None for a known zero
+Slots = list[jax.Array | None]  # one array of shape V per hidden variable of a group, or None for a known zero
 Signals = list[Slots]  # per group
+Operands = Mapping[str, jax.Array]  # of one operation, those that are trained, by key
+Fixed = Mapping[int, jax.Array]  # those that are not, beside the input, by position
+Gradients = dict[str, jax.Array]  # of the trained operands of one operation
 
 
 class Values(NamedTuple):
     """Values of all states that a call touches, as lists in the graph's order."""
 
-    weights: list[Any]
-    hidden: list[Any]
-    others: list[Any]
+    weights: list[PyTree]
+    hidden: list[PyTree]
+    others: list[PyTree]
 
 
 class Binding:
@@ -50,49 +54,49 @@ class Binding:
         more = info.environment_leaves(call.inputs)
         return [*leaves, *more], [*call.over_time, *([False] * len(more))]
 
-    def state_value(self, path: Path, state: brainstate.State) -> Any:
+    def state_value(self, path: Path, state: brainstate.State) -> PyTree:
         """A state's value in its compiled dtype."""
-        tree: Any
+        tree: PyTreeDef
         leaves, tree = jax.tree.flatten(state.value)
         return tree.unflatten([_as(x, a.dtype) for x, a in zip(leaves, self._info.state_avals(path))])
 
     def values(self, states: Sequence[brainstate.State]) -> Values:
         return self.split([self.state_value(p, s) for p, s in zip(self._info.compiled_state_paths, states)])
 
-    def split(self, values: Sequence[Any]) -> Values:
+    def split(self, values: Sequence[PyTree]) -> Values:
         """What stands for the states, in their order, by kind of state."""
         out = Values([], [], [])
         for state, value in zip(self._info.compiled_model_states, values):
             out[_kind(state)].append(value)
         return out
 
-    def invals(self, leaves: Sequence[Any], values: Values) -> list[Any]:
+    def invals(self, leaves: Sequence[jax.Array], values: Values) -> list[jax.Array]:
         parts = tuple(map(iter, values))
         out, info = list(leaves), self._info
         for path, state in zip(info.compiled_state_paths, info.compiled_model_states):
             out.extend(info.reals(path, x) for x in jax.tree.leaves(next(parts[_kind(state)])))
         return out
 
-    def outvals(self, outs: list[Any]) -> tuple[Any, Values]:
+    def outvals(self, outs: list[jax.Array]) -> tuple[PyTree, Values]:
         out, values = self._info.results(outs)
         return out, self.split(values)
 
     # -- hidden values
 
-    def hidden_by_path(self, hidden: Sequence[Any]) -> dict[Path, Any]:
+    def hidden_by_path(self, hidden: Sequence[PyTree]) -> dict[Path, PyTree]:
         return dict(zip(self._info.states_of(brainstate.HiddenState), hidden))
 
     def hidden_zeros(self) -> dict[Path, jax.Array]:
         """Without units, as everything that meets the traces."""
         return {p: jnp.zeros(v.aval.shape, v.aval.dtype) for p, v in self._info.hidden_path_to_invar.items()}
 
-    def shifted(self, hidden: Sequence[Any], zeros: Mapping[Path, jax.Array]) -> list[Any]:
+    def shifted(self, hidden: Sequence[PyTree], zeros: Mapping[Path, jax.Array]) -> list[PyTree]:
         """Hidden values plus reals without units."""
         info = self._info
         of = {p: info.complex_hidden[p].join(z) if p in info.complex_hidden else z for p, z in zeros.items()}
         return [jax.tree.map(lambda v, z=of[p]: v + z, h) for p, h in self.hidden_by_path(hidden).items()]
 
-    def reals(self, by_path: Mapping[Path, Any]) -> dict[Path, Any]:
+    def reals(self, by_path: Mapping[Path, PyTree]) -> dict[Path, jax.Array]:
         """Hidden values without units, complex ones as their parts."""
         return {p: self._info.reals(p, u.get_mantissa(v)) for p, v in by_path.items()}
 
@@ -108,7 +112,7 @@ class Binding:
 
     # -- parameters and the operands that they give
 
-    def weights_by_path(self, weights: Sequence[Any]) -> dict[Path, Any]:
+    def weights_by_path(self, weights: Sequence[PyTree]) -> dict[Path, PyTree]:
         return dict(zip(self._info.states_of(brainstate.ParamState), weights))
 
     def leaf_numbers(self, path: Path) -> list[int]:
@@ -116,20 +120,20 @@ class Binding:
         info = self._info
         return [info.first_state + n for n in info.state_leaves[info.compiled_state_paths.index(path)]]
 
-    def of_parameters(self, states: Mapping[Path, brainstate.ParamState]) -> list[Any]:
+    def of_parameters(self, states: Mapping[Path, brainstate.ParamState]) -> list[jax.Array | None]:
         """The step's inputs, those alone that parameters give."""
-        invals: list[Any] = [None] * len(self._info.jaxpr.invars)
+        invals: list[jax.Array | None] = [None] * len(self._info.jaxpr.invars)
         for path, state in states.items():
             for n, leaf in zip(self.leaf_numbers(path), jax.tree.leaves(self.state_value(path, state))):
                 invals[n] = leaf
         return invals
 
-    def operands(self, invals: Sequence[Any]) -> list[dict[str, jax.Array]]:
+    def operands(self, invals: Sequence[jax.Array | None]) -> list[Operands]:
         """The trained operands of every operation."""
         return [r.operand_program.operands(invals) for r in self.graph.operations]
 
     def leaf_gradients(
-        self, gradients: Mapping[int, dict[str, jax.Array]], invals: Sequence[Any]
+        self, gradients: Mapping[int, Gradients | None], invals: Sequence[jax.Array | None]
     ) -> dict[int, jax.Array]:
         """Gradients of operations' operands -> those of the parameter leaves, by number among the step's inputs."""
         leaves: dict[int, jax.Array] = {}
@@ -145,7 +149,7 @@ class Binding:
         return next(i for i, r in enumerate(operations) if r.x_var is operations[number].x_var)
 
 
-def first_step(over_time: Sequence[bool], length: int | None, leaves: Sequence[Any]) -> Sequence[Any]:
+def first_step(over_time: Sequence[bool], length: int | None, leaves: Sequence[jax.Array]) -> Sequence[jax.Array]:
     """Argument leaves of the first step of a window, or of the one step."""
     return leaves if length is None else [x[0] if m else x for x, m in zip(leaves, over_time)]
 
@@ -155,7 +159,7 @@ def _kind(state: brainstate.State) -> int:
     return 0 if isinstance(state, brainstate.ParamState) else 1 if isinstance(state, brainstate.HiddenState) else 2
 
 
-def _as(value: Any, dtype: DTypeLike) -> Any:
+def _as(value: PyTree, dtype: DTypeLike) -> jax.Array:
     if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
         return value
     same = jnp.result_type(value) == dtype and hasattr(value, "dtype")

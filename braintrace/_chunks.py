@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 import brainstate
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import PyTreeDef
 
-from ._binding import first_step
+from ._binding import Fixed, Gradients, Operands, Values, first_step
 from ._compiler.constants import known_outputs
-from ._compiler.step import Zeros
+from ._compiler.step import StepRecord, Zeros
 from ._credit import NO_WINDOW
 from ._engines.engine import Cotangents, Emitted, bytes_of
 from ._engines.record import add, contraction, read_record
 from ._jax import any_rank, open_jaxpr, trace_context
-from ._online import OnlineStep, over_window, silent
+from ._online import Extras, OnlineStep, over_window, silent
 from ._precision import wide
-from ._types import head
+from ._types import Path, PyTree, Shape, head
+
+if TYPE_CHECKING:
+    from ._learners.vjp import ETraceVjpAlgorithm
 
 __all__ = ["ChunkedEvolution", "ChunkedGradient", "Recorder", "zeros_to_add"]
+
+
+ZerosOfCall: TypeAlias = Zeros | dict[Path, jax.Array]  # of a step, or of hidden values at the entry of a window
+
+Recorded: TypeAlias = tuple[StepRecord, Extras]
+# Per number of a leaf of the weights its sum, and per operation those of its operands.
+Total: TypeAlias = tuple[dict[int, jax.Array], dict[int, Gradients]]
 
 
 class Recorder:
@@ -33,18 +44,26 @@ class Recorder:
     to the hidden values at the entry of a window.
     """
 
-    def __init__(self, online: OnlineStep, single_step: bool, zeros: Any):
+    def __init__(self, online: OnlineStep, single_step: bool, zeros: PyTree):
         self.online, self.single_step, self.zeros = online, single_step, zeros
         self.context = trace_context()
         self.calls = 0
-        self.recorded: Any = None
+        self.recorded: Recorded | None = None
         self.length: int | None = None
 
     @staticmethod
-    def zeros_of(online: OnlineStep, single_step: bool) -> Any:
+    def zeros_of(online: OnlineStep, single_step: bool) -> ZerosOfCall:
         return online.binding.graph.step.zeros() if single_step else online.binding.hidden_zeros()
 
-    def run(self, online, over_time, length, leaves, values, aux):
+    def run(
+        self,
+        online: OnlineStep,
+        over_time: Sequence[bool],
+        length: int | None,
+        leaves: Sequence[jax.Array],
+        values: Values,
+        aux: PyTree,
+    ) -> tuple[PyTree, Values]:
         """The call itself, without traces: its output and new values."""
         binding = online.binding
         if binding.graph is not self.online.binding.graph:
@@ -60,7 +79,9 @@ class Recorder:
             return binding.outvals(outs)
         hidden = binding.shifted(values.hidden, self.zeros)
 
-        def step(carry, leaves):
+        def step(
+            carry: tuple[list[PyTree], list[PyTree]], leaves: Sequence[jax.Array]
+        ) -> tuple[tuple[list[PyTree], list[PyTree]], tuple[PyTree, StepRecord]]:
             hidden, others = carry
             out, new, record, *_ = online.plain_step(leaves, values._replace(hidden=hidden, others=others))
             return (new.hidden, new.others), (out, record)
@@ -69,7 +90,7 @@ class Recorder:
         self.take(record, extras, length)
         return out, values._replace(hidden=hidden, others=others)
 
-    def take(self, record, extras, length):
+    def take(self, record: StepRecord, extras: Extras, length: int | None) -> None:
         """Keep what a call leaves; ``length``: the number of steps of a window."""
         self.calls += 1
         self.recorded, self.length = (record, extras), length
@@ -83,7 +104,15 @@ class _Records:
         self.binding, self.engine = online.binding, online.engine
 
     @any_rank
-    def step(self, carry, index, recorded, bars, operands, length) -> tuple[Any, Emitted]:
+    def step(
+        self,
+        carry: PyTree,
+        index: jax.Array,
+        recorded: Recorded,
+        bars: PyTree,
+        operands: Sequence[Operands],
+        length: int | None,
+    ) -> tuple[PyTree, Emitted]:
         """From the record of a call and the cotangents of its zeros to what the end of the chunk needs.
 
         Everything emitted has a leading axis: the ``length`` steps of a window, or one.
@@ -99,7 +128,9 @@ class _Records:
             carry, emitted = self._emit(carry, index, record, Cotangents(silent(entry), entry, {}), operands)
             return carry, jax.tree.map(lambda v: v[None], emitted)
 
-        def body(state, item):
+        def body(
+            state: tuple[PyTree, jax.Array], item: tuple[StepRecord, jax.Array]
+        ) -> tuple[tuple[PyTree, jax.Array], Emitted]:
             carry, index = state
             record, first = item
             old = [[None if s is None else jnp.where(first, s, jnp.zeros_like(s)) for s in slots] for slots in entry]
@@ -109,15 +140,30 @@ class _Records:
         (carry, _), emitted = jax.lax.scan(body, (carry, index), (record, jnp.arange(length) == 0))
         return carry, emitted
 
-    def _emit(self, carry, index, record, cotangents, operands):
+    def _emit(
+        self,
+        carry: PyTree,
+        index: jax.Array,
+        record: StepRecord,
+        cotangents: Cotangents,
+        operands: Sequence[Operands],
+    ) -> tuple[PyTree, Emitted]:
         carry, of_engine, needed = self.engine.chunk_step(carry, index, record, operands, cotangents)
         needed = needed | set(cotangents.residual)
-        sources = {self.binding.source(i) for i in needed if record.x[i] is not None}
-        fixed = {i: record.fixed[i] for i in needed if record.fixed[i]}
-        return carry, Emitted(of_engine, {i: record.x[i] for i in sources}, fixed, cotangents.residual)
+        read = {i: x for i in {self.binding.source(i) for i in needed} if (x := record.x[i]) is not None}
+        fixed: dict[int, Fixed] = {i: record.fixed[i] for i in needed if record.fixed[i]}
+        return carry, Emitted(of_engine, read, fixed, cotangents.residual)
 
     @any_rank
-    def end(self, traces, carry, emitted, operands, vmap_shape, length):
+    def end(
+        self,
+        traces: PyTree,
+        carry: PyTree,
+        emitted: Emitted,
+        operands: Sequence[Operands],
+        vmap_shape: Shape,
+        length: int,
+    ) -> tuple[PyTree, dict[int, Gradients | None]]:
         """Traces after a chunk, and the gradients of all operations' operands."""
         traces, gradients = self.engine.chunk_end(traces, carry, emitted, operands, vmap_shape, length)
         for i, cotangent in emitted.residual.items():
@@ -127,7 +173,7 @@ class _Records:
             gradients[i] = add([gradients.get(i), more])
         return traces, gradients
 
-    def bytes_of(self, traces) -> tuple[int, int]:
+    def bytes_of(self, traces: PyTree) -> tuple[int, int]:
         """Bytes of traces and operands, and of what one step of one sample leaves until the end of its chunk."""
         operations = self.binding.graph.operations
         held = bytes_of(traces) + sum(bytes_of(v.aval) for r in operations for v in r.trainable_vars.values())
@@ -154,11 +200,18 @@ class _Chunked:
     and the algebra of the traces follows for a chunk of records together, as products over time.
     """
 
-    def __init__(self, learner: Any, function: Callable, vmap_shape: tuple[int, ...], chunk: int | None = None):
+    def __init__(
+        self,
+        learner: ETraceVjpAlgorithm,
+        function: Callable[..., PyTree],
+        vmap_shape: Shape,
+        chunk: int | None = None,
+    ):
         self.learner, self.function, self.vmap_shape, self.chunk = learner, function, vmap_shape, chunk
-        self.calls, self.length = 0, None
+        self.calls = 0
+        self.length: int | None = None
 
-    def applies(self, items: Any) -> bool:
+    def applies(self, items: PyTree) -> bool:
         """Whether the learner's call can be recorded: one is made, not inside of another transformation."""
         if not self.learner._can_record():
             return False
@@ -171,14 +224,14 @@ class _Chunked:
             if self.learner.graph is graph:
                 return self.calls == 1
 
-    def _one_call(self, *item: Any) -> Any:
+    def _one_call(self, *item: PyTree) -> tuple[list[jax.Array], ZerosOfCall, PyTree, Recorded | None]:
         """Gradients of plain uses of parameters, cotangents of the zeros, result, and what the learner's call left.
 
         The last of the items are the zeros.
         """
         raise NotImplementedError
 
-    def _recorded(self, zeros: Any, *args: Any) -> Any:
+    def _recorded(self, zeros: PyTree, *args: PyTree) -> tuple[PyTree, Recorded | None]:
         """What the function returns, and what the learner's call in it left."""
         with self.learner._recording(zeros) as recorder:
             result = self.function(*args)
@@ -186,16 +239,16 @@ class _Chunked:
         self.calls, self.length = recorder.calls, recorder.length
         return result, recorder.recorded
 
-    def _zeros(self):
+    def _zeros(self) -> ZerosOfCall:
         zeros = Recorder.zeros_of(self.records.online, self.records.single_step)
         return jax.tree.map(lambda z: jnp.zeros((*self.vmap_shape, *z.shape), z.dtype), zeros)
 
-    def _operands(self):
+    def _operands(self) -> list[Operands]:
         """The trained operands of every operation, from the present parameters."""
         binding = self.records.binding
         return binding.operands(binding.of_parameters(self.learner.param_states))
 
-    def _over_chunks(self, total: Any, items: Any) -> tuple[Any, Any]:
+    def _over_chunks(self, total: Total, items: PyTree) -> tuple[Total, PyTree]:
         """``total`` (sums for plain uses, and for operands) after all calls, and their results."""
         self.operands = jax.lax.stop_gradient(self._operands())
         calls = jax.tree.leaves(items)[0].shape[0]
@@ -215,12 +268,14 @@ class _Chunked:
             results.append(out)
         return total, results[0] if len(results) == 1 else jax.tree.map(lambda *v: jnp.concatenate(v), *results)
 
-    def _chunk(self, total, items):
+    def _chunk(self, total: Total, items: PyTree) -> tuple[Total, PyTree]:
         plain, traced = total
         learner, records = self.learner, self.records
         traces = learner._get_etrace_data()
 
-        def body(carry, item):
+        def body(
+            carry: tuple[dict[int, jax.Array], PyTree], item: tuple[PyTree, ...]
+        ) -> tuple[tuple[dict[int, jax.Array], PyTree], tuple[Emitted, PyTree]]:
             plain, engine = carry
             index = learner.running_index.value
             grads, bars, result, recorded = self.step(*item, self._zeros())
@@ -239,11 +294,7 @@ class _Chunked:
         length = jax.tree.leaves(items)[0].shape[0] * (self.length or 1)
         traces, found = records.end(traces, engine, emitted, self.operands, self.vmap_shape, length)
         learner._assign_etrace_data(traces)
-        traced = {
-            i: {k: v + found[i][k].astype(v.dtype) if found.get(i) else v for k, v in ws.items()}
-            for i, ws in traced.items()
-        }
-        return (plain, traced), result
+        return (plain, {i: _plus(sums, found.get(i)) for i, sums in traced.items()}), result
 
     def _automatic(self, calls: int) -> int:
         """As many calls as their records are smaller than what is then touched once instead of at every step."""
@@ -261,11 +312,13 @@ class _Chunked:
 class ChunkedEvolution(_Chunked):
     """Calls without a loss."""
 
-    def _one_call(self, slices, zeros):
+    def _one_call(
+        self, slices: tuple[PyTree, ...], zeros: ZerosOfCall
+    ) -> tuple[list[jax.Array], ZerosOfCall, PyTree, Recorded | None]:
         result, recorded = self._recorded(zeros, slices)
-        return {}, Zeros({}, {}, {}) if self.records.single_step else {}, result, recorded
+        return [], Zeros({}, {}, {}) if self.records.single_step else {}, result, recorded
 
-    def run(self, items: Any) -> Any:
+    def run(self, items: tuple[PyTree, ...]) -> PyTree:
         _, outputs = self._over_chunks(({}, {}), (items,))
         for state in self.learner.path_to_states.values():
             if not isinstance(state, brainstate.ParamState):
@@ -279,21 +332,25 @@ class ChunkedGradient(_Chunked):
 
     def __init__(
         self,
-        learner: Any,
-        objective: Callable,
-        vmap_shape: tuple[int, ...],
+        learner: ETraceVjpAlgorithm,
+        objective: Callable[..., tuple[jax.Array, PyTree]],
+        vmap_shape: Shape,
         chunk: int | None,
-        weights: Mapping[Any, brainstate.State],
+        weights: Mapping[Hashable, brainstate.State],
     ):
         super().__init__(learner, objective, vmap_shape, chunk)
         self.weights = weights
-        self.numbers: dict[Any, list[int]] = {}  # of the leaves of each key's value, among all of them
+        self.numbers: dict[Hashable, list[int]] = {}  # of the leaves of each key's value, among all of them
         for key, state in weights.items():
             first = sum(map(len, self.numbers.values()))
             self.numbers[key] = list(range(first, first + len(jax.tree.leaves(state.value))))
 
-    def _one_call(self, slices, m, zeros):
-        def differentiable(slices, m, zeros):
+    def _one_call(
+        self, slices: tuple[PyTree, ...], m: jax.Array, zeros: ZerosOfCall
+    ) -> tuple[list[jax.Array], ZerosOfCall, PyTree, Recorded | None]:
+        def differentiable(
+            slices: tuple[PyTree, ...], m: jax.Array, zeros: ZerosOfCall
+        ) -> tuple[jax.Array, tuple[PyTree, Recorded | None]]:
             (value, result), recorded = self._recorded(zeros, slices, m)
             return value, (result, recorded)
 
@@ -301,10 +358,10 @@ class ChunkedGradient(_Chunked):
         (grads, bars), more = gradient(slices, m, zeros)
         return self._leaves(grads), bars, *more
 
-    def _leaves(self, by_key):
+    def _leaves(self, by_key: Mapping[Hashable, PyTree]) -> list[jax.Array]:
         return [leaf for key in self.weights for leaf in jax.tree.leaves(by_key[key])]
 
-    def run(self, items: Any) -> Any:
+    def run(self, items: tuple[PyTree, PyTree]) -> tuple[dict[Hashable, PyTree], jax.Array, PyTree]:
         """Gradients by the keys of ``weights``, losses and auxiliary data."""
         known = known_outputs(self.program, look_inside=False)
         leaves = self._leaves({k: s.value for k, s in self.weights.items()})
@@ -316,19 +373,20 @@ class ChunkedGradient(_Chunked):
         return self._by_key(*total), losses, aux
 
     @any_rank
-    def _by_path(self, gradients):
+    def _by_path(self, gradients: Mapping[int, Gradients]) -> dict[Path, list[jax.Array | None]]:
         """Gradients of operands -> path -> gradients of the parameter's leaves, ``None`` where there is none."""
         states, binding = self.learner.param_states, self.records.binding
         leaves = binding.leaf_gradients(gradients, binding.of_parameters(states))
         return {p: [leaves.get(n) for n in binding.leaf_numbers(p)] for p in states}
 
-    def _by_key(self, plain, traced):
+    def _by_key(self, plain: dict[int, jax.Array], traced: dict[int, Gradients]) -> dict[Hashable, PyTree]:
         path_of = self.learner.state_id_to_path
         by_path = self._by_path(traced)
         out = {}
         for key, state in self.weights.items():
+            tree: PyTreeDef
             leaves, tree = jax.tree.flatten(state.value)
-            traced_ones = by_path.get(path_of.get(id(state)), [None] * len(leaves))
+            traced_ones = by_path.get(path_of.get(id(state), ()), [None] * len(leaves))
             found = []
             for number, leaf, extra in zip(self.numbers[key], leaves, traced_ones):
                 parts = [g for g in (plain.get(number), extra) if g is not None] or [zeros_to_add(leaf)]
@@ -338,13 +396,13 @@ class ChunkedGradient(_Chunked):
 
 
 @jax.custom_vjp
-def no_gradient(outputs, parameters):
+def no_gradient(outputs: PyTree, parameters: PyTree) -> PyTree:
     """``outputs``, which refuse a gradient with respect to ``parameters``, also where none would flow."""
     del parameters
     return outputs
 
 
-def _refuse_gradient(residuals, bars):
+def _refuse_gradient(residuals: None, bars: PyTree) -> NoReturn:
     raise NotImplementedError(
         "The outputs of etrace_evolve have no gradient: it advances the model and the traces without one. Use "
         "etrace_grad with the loss in its step_fn, or call the learner in a loop of your own."
@@ -354,9 +412,13 @@ def _refuse_gradient(residuals, bars):
 no_gradient.defvjp(lambda outputs, parameters: (outputs, None), _refuse_gradient)
 
 
-def zeros_to_add(tree: Any) -> Any:
+def zeros_to_add(tree: PyTree) -> PyTree:
     """To be summed to over time."""
     return jax.tree.map(lambda v: jnp.zeros(v.shape, wide(v.dtype)), tree)
+
+
+def _plus(sums: Gradients, more: Gradients | None) -> Gradients:
+    return {k: v + more[k].astype(v.dtype) for k, v in sums.items()} if more else sums
 
 
 def _merged(value: jax.Array) -> jax.Array:
@@ -364,5 +426,5 @@ def _merged(value: jax.Array) -> jax.Array:
     return value.reshape((value.shape[0] * value.shape[1], *value.shape[2:]))
 
 
-def _part(tree: Any, start: Any, size: int) -> Any:
+def _part(tree: PyTree, start: int | jax.Array, size: int) -> PyTree:
     return jax.tree.map(lambda v: jax.lax.dynamic_slice_in_dim(v, start, size), tree)

@@ -12,23 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._arguments import check_mask, common_length
-from ._compared import CONVENTION, Run, run_of_learner, run_of_model, shares_by_lag, takes, undone
+from ._compared import CONVENTION, Rules, Run, run_of_learner, run_of_model, shares_by_lag, takes, undone
 from ._comparison import BPTT, Comparison
 from ._compile import _find
 from ._jax import is_outside
 from ._learners.config import ETraceConfig
 from ._sequence import SequenceDriverMixin
+from ._types import PyTree
 
 __all__ = ["compare"]
 
 
 def compare(
-    subject: Any,
-    *sequences: Any,
-    step_fn: Callable[..., Any],
+    subject: brainstate.nn.Module | SequenceDriverMixin,
+    *sequences: PyTree,
+    step_fn: Callable[..., PyTree],
     rules: Any = None,
     decays: Iterable[float] = (),
-    mask: Any = None,
+    mask: PyTree = None,
     lags: int | Iterable[int] | None = None,
     at: int | Iterable[int] | None = None,
     batch_size: int | None = None,
@@ -130,13 +131,13 @@ def compare(
     return Comparison(gradients, lags, shares)
 
 
-def _labelled(rules: Any, decays: Iterable[float]) -> dict[str, tuple[Any, dict[str, Any]]]:
+def _labelled(rules: Any, decays: Iterable[float]) -> Rules:
     is_pair = lambda x: isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], Mapping)  # noqa: E731
     if isinstance(rules, (str, type, ETraceConfig)) or is_pair(rules):
         rules = [rules]
     entries = [*rules.items()] if isinstance(rules, Mapping) else [(None, rule) for rule in rules or ()]
     entries += [(f"pp_prop {decay}", ("pp_prop", {"decay_or_rank": decay})) for decay in decays]
-    found: dict[str, tuple[Any, dict[str, Any]]] = {}
+    found: Rules = {}
     for label, entry in entries:
         rule, options = entry if is_pair(entry) else (entry, {})
         _find(rule)
@@ -154,10 +155,10 @@ def _labelled(rules: Any, decays: Iterable[float]) -> dict[str, tuple[Any, dict[
     return found
 
 
-def _by_call(learner: Any, step_fn: Callable[..., Any]) -> Callable[..., Any]:
+def _by_call(learner: SequenceDriverMixin, step_fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
     """A function that calls a learner itself, as one of what runs the step."""
 
-    def of_call(call, *slices):
+    def of_call(call: Callable[..., PyTree], *slices: PyTree) -> PyTree:
         if call is learner:
             return step_fn(*slices)
         with learner._replaced_by(call):
@@ -166,7 +167,7 @@ def _by_call(learner: Any, step_fn: Callable[..., Any]) -> Callable[..., Any]:
     return of_call
 
 
-def _check_step_fn(step_fn: Any, sequences: int) -> None:
+def _check_step_fn(step_fn: object, sequences: int) -> None:
     if not callable(step_fn):
         raise TypeError(f"step_fn must be a function, got {step_fn!r}. {CONVENTION}.")
     error = takes(step_fn, sequences + 1)
@@ -200,5 +201,5 @@ def _lags_and_ends(lags: Any, at: Any, mask: np.ndarray) -> tuple[tuple[int, ...
     return tuple(map(int, found)), tuple(map(int, ends))
 
 
-def _is_int(x: Any) -> bool:
+def _is_int(x: object) -> bool:
     return isinstance(x, (int, np.integer)) and not isinstance(x, bool)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import html
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
-from ._types import path_str
+from ._types import Path, PyTree, path_str
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["ALL", "BPTT", "Comparison"]
 
@@ -21,13 +24,13 @@ BPTT, ALL = "BPTT", "all"
 class Agreement(NamedTuple):
     """How near a gradient is to that of BPTT: numbers, or arrays over lags."""
 
-    cosine: Any
-    norm_ratio: Any
-    sign_agreement: Any
+    cosine: PyTree
+    norm_ratio: PyTree
+    sign_agreement: PyTree
 
 
 class Row(NamedTuple):
-    parameter: Any
+    parameter: Path | str
     rule: str
     cosine: float
     norm_ratio: float
@@ -80,7 +83,12 @@ class Comparison:
 
     __module__ = "braintrace"
 
-    def __init__(self, gradients: Any, lags: tuple[int, ...] = (), gradients_by_lag: Any = None):
+    def __init__(
+        self,
+        gradients: Mapping[str, Mapping[Any, PyTree]],
+        lags: tuple[int, ...] = (),
+        gradients_by_lag: Mapping[str, Mapping[Any, PyTree]] | None = None,
+    ):
         self.gradients = gradients
         self.lags = lags
         self.gradients_by_lag = gradients_by_lag
@@ -90,7 +98,7 @@ class Comparison:
         return [label for label in self.gradients if label != BPTT]
 
     @functools.cached_property
-    def agreement(self) -> dict[str, dict[Any, Agreement]]:
+    def agreement(self) -> dict[str, dict[Path | str, Agreement]]:
         vectors = {label: _vectors(found) for label, found in self.gradients.items()}
         return {
             label: {path: _agreement(v, vectors[BPTT][path]) for path, v in vectors[label].items()}
@@ -98,8 +106,8 @@ class Comparison:
         }
 
     @functools.cached_property
-    def by_lag(self) -> dict[str, dict[Any, Agreement]]:
-        if not self.lags:
+    def by_lag(self) -> dict[str, dict[Path | str, Agreement]]:
+        if not self.lags or self.gradients_by_lag is None:
             raise ValueError("There is nothing by lag. Pass lags to compare: lags=20 for the lags 0 to 19.")
         places = range(len(self.lags))
         vectors = {
@@ -122,15 +130,15 @@ class Comparison:
         return [Row(path, label, *self.agreement[label][path]) for path in paths for label in self.rules]
 
     @property
-    def best(self) -> dict[Any, str | None]:
-        found: dict[Any, str | None] = {}
+    def best(self) -> dict[Path | str, str | None]:
+        found: dict[Path | str, str | None] = {}
         for path in [*self.gradients[BPTT], ALL]:
             cosines = {label: round(self.agreement[label][path].cosine, 6) for label in self.rules}
             known = [label for label, cosine in cosines.items() if not math.isnan(cosine)]
             found[path] = max(known, key=lambda label: cosines[label]) if known else None
         return found
 
-    def plot(self, ax: Any = None, *, parameter: Any = ALL, quantity: str = "cosine") -> Any:
+    def plot(self, ax: Axes | None = None, *, parameter: Path | str = ALL, quantity: str = "cosine") -> Axes:
         """Draw the agreement over the lags, or, without lags, a bar for each parameter and rule.
 
         Parameters
@@ -202,7 +210,7 @@ class Comparison:
         return "\n\n".join(parts)
 
     def _repr_html_(self) -> str:
-        def row(cells, tag):
+        def row(cells: Sequence[str], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
         return "".join(
@@ -214,23 +222,23 @@ class Comparison:
         return f"Comparison(rules={self.rules}, parameters={len(self.gradients[BPTT])}, lags={len(self.lags)})"
 
 
-def _name(path: Any) -> str:
-    return path if path == ALL else path_str(path)
+def _name(path: Path | str) -> str:
+    return path if isinstance(path, str) else path_str(path)
 
 
-def _number(x: Any) -> str:
+def _number(x: float) -> str:
     return "-" if math.isnan(x) else f"{x:.4f}" if abs(x) < 1e4 else f"{x:.1e}"
 
 
-def _vector(tree: Any) -> np.ndarray:
+def _vector(tree: PyTree) -> np.ndarray:
     """All entries as real float64 numbers."""
     leaves = [np.ravel(np.asarray(x)) for x in jax.tree.leaves(tree)]
     parts = [np.stack([x.real, x.imag]) if np.iscomplexobj(x) else x for x in leaves]
     return np.concatenate([np.ravel(x).astype(np.float64) for x in parts] or [np.zeros(0)])
 
 
-def _vectors(gradient: Any) -> dict[Any, np.ndarray]:
-    found: dict[Any, np.ndarray] = {path: _vector(value) for path, value in gradient.items()}
+def _vectors(gradient: Mapping[Path | str, PyTree]) -> dict[Path | str, np.ndarray]:
+    found: dict[Path | str, np.ndarray] = {path: _vector(value) for path, value in gradient.items()}
     return {**found, ALL: np.concatenate([*found.values()] or [np.zeros(0)])}
 
 

@@ -21,7 +21,7 @@ from ._learners.projection import UORO, RandomProjectionVjpAlgorithm
 from ._learners.rules import D_RTRL, EProp, Immediate, OSTLFeedforward, OSTLRecurrent, ThreeFactor
 from ._learners.vjp import ETraceVjpAlgorithm
 from ._mapped import ETraceVmap
-from ._types import head
+from ._types import PyTree, head
 
 __all__ = ["compile"]
 
@@ -61,7 +61,7 @@ Rule: TypeAlias = RuleName | type[ETraceAlgorithm] | ETraceConfig
 def compile(
     model: brainstate.nn.Module,
     algorithm: Rule,
-    *example_inputs: Any,
+    *example_inputs: PyTree,
     batch_size: int | None = None,
     seed: int | None = None,
     verbose: Literal[0, 1, 2] = 0,
@@ -74,7 +74,7 @@ def compile(
 def compile(
     model: brainstate.nn.Module,
     algorithm: Rule,
-    *example_inputs: Any,
+    *example_inputs: PyTree,
     batch_size: int,
     seed: int | None = None,
     verbose: Literal[0, 1, 2] = 0,
@@ -86,7 +86,7 @@ def compile(
 def compile(
     model: brainstate.nn.Module,
     algorithm: str | type[ETraceAlgorithm] | ETraceConfig,
-    *example_inputs: Any,
+    *example_inputs: PyTree,
     batch_size: int | None = None,
     seed: int | None = None,
     verbose: int = 0,
@@ -157,7 +157,7 @@ def compile(
             learner._mapped_samples = batch_size or 1
 
             @brainstate.transform.vmap_new_states(state_tag="new", axis_size=batch_size)
-            def initialise():
+            def initialise() -> None:
                 brainstate.nn.init_all_states(model)
                 learner.compile_graph(*sample)
 
@@ -171,7 +171,7 @@ def compile(
     return ETraceVmap(learner, vmap_states="new") if vmap else learner
 
 
-def _check_arguments(model: brainstate.nn.Module, inputs: tuple[Any, ...]) -> None:
+def _check_arguments(model: brainstate.nn.Module, inputs: tuple[PyTree, ...]) -> None:
     if type(model).__call__ is not brainstate.nn.Module.__call__:
         return
     signature = inspect.signature(model.update)
@@ -187,7 +187,7 @@ def _check_arguments(model: brainstate.nn.Module, inputs: tuple[Any, ...]) -> No
 
 
 @contextlib.contextmanager
-def _batch_in_place(batch_size: int | None, inputs: tuple[Any, ...]) -> Iterator[None]:
+def _batch_in_place(batch_size: int | None, inputs: tuple[PyTree, ...]) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -201,7 +201,7 @@ def _batch_in_place(batch_size: int | None, inputs: tuple[Any, ...]) -> Iterator
         ) from error
 
 
-def _first_sample(inputs: tuple[Any, ...], batch_size: int | None) -> Any:
+def _first_sample(inputs: tuple[PyTree, ...], batch_size: int | None) -> PyTree:
     if batch_size is None:
         raise ValueError("With vmap=True pass batch_size, the size of the mapped axis.")
     for leaf in jax.tree.leaves(inputs):
@@ -213,7 +213,7 @@ def _first_sample(inputs: tuple[Any, ...], batch_size: int | None) -> Any:
     return jax.tree.map(head, inputs)
 
 
-def _find(algorithm: Any) -> type[ETraceAlgorithm]:
+def _find(algorithm: object) -> type[ETraceAlgorithm]:
     if isinstance(algorithm, ETraceConfig):
         return ENGINES[algorithm.trace_factorization]
     if isinstance(algorithm, str):

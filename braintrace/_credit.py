@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from ._jax import any_rank, refuses
+from ._types import PyTree
 
 __all__ = ["NO_WINDOW", "credit", "no_window_gradient", "reverse_only", "with_cotangent"]
 
 
 @jax.custom_vjp
-def reverse_only(x):
+def reverse_only(x: jax.Array) -> jax.Array:
     """Identity without forward mode: traces are constants, so that forward and reverse mode would disagree."""
     return x
 
@@ -20,7 +23,7 @@ reverse_only.defvjp(lambda x: (x, None), lambda _, bar: (bar,))
 
 
 @jax.custom_vjp
-def with_cotangent(result, scalar):
+def with_cotangent(result: PyTree, scalar: jax.Array) -> PyTree:
     """``result``; where it is differentiated, ``scalar`` is too, as if it were added to the loss."""
     del scalar
     return result
@@ -38,7 +41,13 @@ NO_WINDOW = (
 no_window_gradient = refuses(NO_WINDOW)
 
 
-def credit(reverse, zeros, lifted, held, weights):
+def credit(
+    reverse: Callable[[PyTree, PyTree], PyTree],
+    zeros: PyTree,
+    lifted: PyTree,
+    held: tuple[PyTree, ...],
+    weights: PyTree,
+) -> PyTree:
     """``zeros``, whose cotangents ``bars`` reach the arrays ``lifted`` as ``reverse(held, bars)``.
 
     ``held`` begins with the traces. ``weights``: parameters in which this has no second derivative.
@@ -47,7 +56,7 @@ def credit(reverse, zeros, lifted, held, weights):
     shapes, like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (zeros, lifted))
 
     @jax.custom_vjp
-    def zeros_of(lifted, held, weights):
+    def zeros_of(lifted: PyTree, held: tuple[PyTree, ...], weights: PyTree) -> PyTree:
         del weights
         # Under jax.vmap the zeros must be mapped like what they stand for, or the signals of all samples were summed.
         found = [x for x in jax.tree.leaves((lifted, held[0])) if jnp.issubdtype(x.dtype, jnp.inexact)]
@@ -57,18 +66,20 @@ def credit(reverse, zeros, lifted, held, weights):
             shapes,
         )
 
-    def forward(lifted, held, weights):
+    def forward(
+        lifted: PyTree, held: tuple[PyTree, ...], weights: PyTree
+    ) -> tuple[PyTree, tuple[tuple[PyTree, ...], PyTree]]:
         return zeros_of(lifted, held, weights), (held, jax.tree.map(_first_order, weights))
 
     @any_rank
-    def backward(residuals, bars):
+    def backward(residuals: tuple[tuple[PyTree, ...], PyTree], bars: PyTree) -> tuple[PyTree, None, None]:
         return _filled(reverse(residuals[0], bars), like), None, None
 
     zeros_of.defvjp(forward, backward)
     return zeros_of(lifted, held, weights)
 
 
-def _filled(tree, like):
+def _filled(tree: PyTree, like: PyTree) -> PyTree:
     """``tree`` in the dtypes of ``like``, with zeros in the place of ``None``."""
     if isinstance(like, (jax.Array, jax.ShapeDtypeStruct)):
         return jnp.zeros(like.shape, like.dtype) if tree is None else tree.astype(like.dtype)

@@ -6,9 +6,9 @@ Everything here is decided by capability (``hasattr``, ``isinstance``), never by
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, ParamSpec, TypeAlias, TypeVar
 
 import brainstate
 import jax
@@ -20,7 +20,11 @@ from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
+from jax.sharding import Sharding
+from jax.tree_util import PyTreeDef
 from jax.typing import DTypeLike
+
+from ._types import PyTree, Shape
 
 __all__ = [
     'Atom', 'ClosedJaxpr', 'Jaxpr', 'JaxprEqn', 'Literal', 'Primitive', 'Var', 'any_rank', 'at_source', 'bind_equation',
@@ -30,29 +34,33 @@ __all__ = [
     'source_line', 'structs', 'sub_jaxprs', 'trace_context', 'where_compiled', 'zeros',
 ]  # fmt: skip
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Atom: TypeAlias = "Var | Literal"  # what an equation reads
+Shapes: TypeAlias = tuple[tuple[Shape, DTypeLike], ...]
+Flat: TypeAlias = Callable[..., Sequence[jax.Array]]  # of arrays to arrays
 JIT_NAMES = frozenset("jit pjit closed_call core_call core_closed_call custom_lin_call eval_jaxpr xla_call".split())
 LOOP_NAMES = ("scan", "checkpoint_scan", "while", "bounded_while")  # of what brainstate traces
 REMAT_NAMES = frozenset({"checkpoint", "remat", "remat2", "remat_call"})
 
 
-def open_jaxpr(jaxpr: Jaxpr) -> Any:
+def open_jaxpr(jaxpr: Jaxpr | ClosedJaxpr) -> Jaxpr:
     """The object that has ``eqns``, ``invars`` and ``outvars`` (the jaxpr itself where JAX has only one class)."""
     return jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr
 
 
-def any_rank(function: Callable[..., Any]) -> Callable[..., Any]:
+def any_rank(function: Callable[P, T]) -> Callable[P, T]:
     """``function``, which broadcasts between arrays of different ranks whatever ``jax_numpy_rank_promotion`` says."""
 
     @functools.wraps(function)
-    def run(*args, **kwargs):
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
         with jax.numpy_rank_promotion("allow"):
             return function(*args, **kwargs)
 
     return run
 
 
-def consts_of(jaxpr: Jaxpr) -> Sequence[Any]:
+def consts_of(jaxpr: Jaxpr | ClosedJaxpr) -> tuple[PyTree, ...]:
     return tuple(getattr(jaxpr, "consts", ()))
 
 
@@ -61,16 +69,16 @@ def structs(variables: Sequence[Var]) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables]
 
 
-def eval_jaxpr(jaxpr: Jaxpr, *args: Any) -> list[Any]:
+def eval_jaxpr(jaxpr: ClosedJaxpr, *args: PyTree) -> list[jax.Array]:
     """Evaluate a closed jaxpr."""
     return jax.core.eval_jaxpr(open_jaxpr(jaxpr), consts_of(jaxpr), *args)
 
 
-def close(jaxpr: Jaxpr, consts: Sequence[Any]) -> Any:
+def close(jaxpr: Jaxpr, consts: Sequence[PyTree]) -> ClosedJaxpr:
     return ClosedJaxpr(jaxpr, list(consts))
 
 
-def is_tracer(x: Any) -> bool:
+def is_tracer(x: object) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
@@ -85,7 +93,7 @@ def runs_on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def placed(x: jax.Array, sharding: Any) -> jax.Array:
+def placed(x: jax.Array, sharding: Sharding) -> jax.Array:
     """``x`` laid out; other processes with a part of it have to hold an equal array (``AssertionError``)."""
     if sharding.is_fully_addressable or not x.is_fully_addressable:
         return jax.device_put(x, sharding)
@@ -97,21 +105,21 @@ def placed(x: jax.Array, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda part: whole[part])
 
 
-def refuses(message: str) -> Any:
+def refuses(message: str) -> Callable[[T], T]:
     """An identity that cannot be differentiated, and says why."""
 
     @jax.custom_jvp
-    def identity(x):
+    def identity(x: T) -> T:
         return x
 
     @identity.defjvp
-    def refuse(primals, tangents):
+    def refuse(primals: PyTree, tangents: PyTree) -> NoReturn:
         raise NotImplementedError(message)
 
     return identity
 
 
-def trace_context() -> Any:
+def trace_context() -> object:
     """An object equal to another one if both were made directly under the same transformation."""
     home = jax.extend.core if hasattr(jax.extend.core, "get_opaque_trace_state") else jax.core
     return home.get_opaque_trace_state(convention="nnx")
@@ -146,15 +154,15 @@ def has_custom_rule(eqn: JaxprEqn) -> bool:
     return any(name in eqn.params for name in ("jvp_jaxpr_fun", "jvp_jaxpr_thunk", "bwd"))
 
 
-def call_body(eqn: JaxprEqn) -> Any | None:
+def call_body(eqn: JaxprEqn) -> ClosedJaxpr | None:
     """The one jaxpr that a call-like equation (jit, custom_jvp, custom_vjp, checkpoint, ...) runs on its operands."""
 
-    def shapes(variables):
+    def shapes(variables: Sequence[Atom]) -> list[Shape]:
         return [v.aval.shape for v in variables]
 
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
         body = eqn.params.get(name)
-        inner: Any = open_jaxpr(body)
+        inner = open_jaxpr(body)
         if not (hasattr(inner, "invars") and hasattr(inner, "eqns")):
             continue
         if shapes(inner.invars) == shapes(eqn.invars) and shapes(inner.outvars) == shapes(eqn.outvars):
@@ -178,7 +186,7 @@ def is_builtin(eqn: JaxprEqn) -> bool:
     return module.split(".")[0] in ("", "jax", "jaxlib")
 
 
-def primitive_body(eqn: JaxprEqn) -> Any | None:
+def primitive_body(eqn: JaxprEqn) -> ClosedJaxpr | None:
     """The function behind a primitive that is not built in, as a closed jaxpr, if it is made of other primitives."""
     primitive = eqn.primitive
     try:
@@ -194,7 +202,7 @@ def primitive_body(eqn: JaxprEqn) -> Any | None:
     return body
 
 
-def sub_jaxprs(eqn: JaxprEqn) -> Iterator[Any]:
+def sub_jaxprs(eqn: JaxprEqn) -> Iterator[Jaxpr | ClosedJaxpr]:
     """Every jaxpr found in the parameters of an equation."""
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
@@ -202,7 +210,7 @@ def sub_jaxprs(eqn: JaxprEqn) -> Iterator[Any]:
                 yield item
 
 
-def hashed(*items: Any) -> Any | None:
+def hashed(*items: object) -> tuple[Hashable, ...] | None:
     """The items as a key, or ``None`` where one of them cannot be part of a key."""
     try:
         hash(items)
@@ -211,16 +219,16 @@ def hashed(*items: Any) -> Any | None:
     return items
 
 
-def at_source(eqn: JaxprEqn) -> AbstractContextManager[Any]:
+def at_source(eqn: JaxprEqn) -> AbstractContextManager[object]:
     """What is traced within says that it was made where the equation was."""
     info = eqn.source_info
     return source_info_util.user_context(info.traceback, name_stack=info.name_stack)
 
 
-def bind_equation(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+def bind_equation(eqn: JaxprEqn, values: Sequence[PyTree]) -> list[jax.Array]:
     """Apply one equation to values; always returns a list."""
     primitive, params = eqn.primitive, eqn.params
-    functions: Sequence[Any] = ()
+    functions: Sequence[Callable[..., PyTree]] = ()
     if hasattr(primitive, "get_bind_params"):
         bound = primitive.get_bind_params(params)
         # Either the parameters alone (functions among them), or a pair (functions, parameters).
@@ -230,7 +238,7 @@ def bind_equation(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     return list(out) if primitive.multiple_results else [out]
 
 
-def prune(closed: ClosedJaxpr, used_outputs: Sequence[bool] | None = None) -> Any:
+def prune(closed: ClosedJaxpr, used_outputs: Sequence[bool] | None = None) -> ClosedJaxpr:
     """The closed jaxpr, still with all of its inputs, without the outputs not asked for and what only they need."""
     jaxpr = open_jaxpr(closed)
     used = [True] * len(jaxpr.outvars) if used_outputs is None else list(used_outputs)
@@ -254,9 +262,9 @@ def source_line(eqn: JaxprEqn) -> str:
 
 def define_primitive(
     primitive: Primitive,
-    impl: Callable[..., Any],
-    batch_rule: Callable[..., Any],
-    jvp_rule: Callable[..., Any] | None = None,
+    impl: Callable[..., PyTree],
+    batch_rule: Callable[..., tuple[PyTree, PyTree]],
+    jvp_rule: Callable[..., tuple[PyTree, PyTree]] | None = None,
 ) -> None:
     """Give a primitive all its JAX rules, those that are not given derived from ``impl`` (ordinary JAX).
 
@@ -264,7 +272,7 @@ def define_primitive(
     """
     primitive.def_impl(impl)
 
-    def abstract_eval(*avals, **params):
+    def abstract_eval(*avals: jax.core.ShapedArray, **params: object) -> PyTree:
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
         out = jax.eval_shape(lambda *xs: impl(*xs, **params), *shapes)
         return jax.tree.map(lambda s: jax.core.ShapedArray(s.shape, s.dtype), out)
@@ -272,12 +280,12 @@ def define_primitive(
     primitive.def_abstract_eval(abstract_eval)
     mlir.register_lowering(primitive, mlir.lower_fun(impl, multiple_results=primitive.multiple_results))
 
-    def jvp(primals, tangents, **params):
+    def jvp(primals: Sequence[jax.Array], tangents: Sequence[PyTree], **params: object) -> tuple[PyTree, PyTree]:
         # Keep the primal marked; the tangent is linear, hence ordinary JAX that transposes by itself.
         out = primitive.bind(*primals, **params)
         active = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
 
-        def of_active(*xs):
+        def of_active(*xs: jax.Array) -> PyTree:
             values = list(primals)
             for i, x in zip(active, xs):
                 values[i] = x
@@ -286,7 +294,8 @@ def define_primitive(
         _, out_dot = jax.jvp(of_active, [primals[i] for i in active], [tangents[i] for i in active])
         return out, out_dot
 
-    def given_jvp(primals, tangents, **params):
+    def given_jvp(primals: Sequence[jax.Array], tangents: Sequence[PyTree], **params: object) -> tuple[PyTree, PyTree]:
+        assert jvp_rule is not None
         return jvp_rule(primals, [ad.instantiate_zeros(t) for t in tangents], **params)
 
     ad.primitive_jvps[primitive] = jvp if jvp_rule is None else given_jvp
@@ -295,11 +304,11 @@ def define_primitive(
 
 def define_bilinear(
     primitive: Primitive,
-    impl: Callable[..., Any],
-    batch_rule: Callable[..., Any],
-    transpose_first: Callable[..., Any],
-    transpose_others: Callable[..., Sequence[Any]],
-    on_one_cpu: Callable[..., Any] | None = None,
+    impl: Callable[..., jax.Array],
+    batch_rule: Callable[..., tuple[jax.Array, int | None]],
+    transpose_first: Callable[..., jax.Array],
+    transpose_others: Callable[..., Sequence[jax.Array | None]],
+    on_one_cpu: Callable[..., jax.Array] | None = None,
 ) -> None:
     """The rules of a primitive that is linear in its first operand, and in all others together.
 
@@ -308,7 +317,7 @@ def define_bilinear(
     """
     define_primitive(primitive, impl, batch_rule)
 
-    def jvp(primals, tangents, **params):
+    def jvp(primals: Sequence[jax.Array], tangents: Sequence[PyTree], **params: object) -> tuple[jax.Array, jax.Array]:
         first, *others = (None if type(t) is ad.Zero else t for t in tangents)
         terms = [] if first is None else [primitive.bind(first, *primals[1:], **params)]
         if any(t is not None for t in others):
@@ -316,7 +325,7 @@ def define_bilinear(
             terms.append(primitive.bind(primals[0], *others, **params))
         return primitive.bind(*primals, **params), sum(terms[1:], terms[0])
 
-    def transpose(bar, first, *others, **params):
+    def transpose(bar: PyTree, first: PyTree, *others: PyTree, **params: object) -> list[jax.Array | None]:
         shapes = [x.aval if ad.is_undefined_primal(x) else x for x in (first, *others)]
         if type(bar) is ad.Zero:
             return [None] * len(shapes)
@@ -327,7 +336,7 @@ def define_bilinear(
     ad.primitive_jvps[primitive] = jvp
     ad.primitive_transposes[primitive] = transpose
 
-    def lower(ctx, *args, **params):
+    def lower(ctx: mlir.LoweringRuleContext, *args: PyTree, **params: object) -> PyTree:
         chosen = on_one_cpu if is_on_one_device(ctx) and on_one_cpu is not None else impl
         return mlir.lower_fun(chosen, multiple_results=False)(ctx, *args, **params)
 
@@ -336,15 +345,20 @@ def define_bilinear(
         mlir.register_lowering(primitive, lower, platform="cpu")
 
 
-def is_on_one_device(ctx: Any) -> bool:
+def is_on_one_device(ctx: mlir.LoweringRuleContext) -> bool:
     """Whether a program is compiled for one device, or for what one device does of a mesh (under ``shard_map``)."""
-    axes = ctx.module_context.axis_context
+    axes: Any = ctx.module_context.axis_context
     if hasattr(axes, "manual_axes"):
         return axes.manual_axes == frozenset(axes.mesh.axis_names)
     return getattr(axes, "num_devices", None) == 1
 
 
-def where_compiled(one_device: Callable[..., Any], otherwise: Callable[..., Any], *args: Any, static: Any = ()) -> Any:
+def where_compiled(
+    one_device: Callable[..., PyTree],
+    otherwise: Callable[..., PyTree],
+    *args: PyTree,
+    static: tuple[object, ...] = (),
+) -> PyTree:
     """Either function of ``(*static, *args)``, which compute the same: the first where it is compiled for one device.
 
     What it returns has no derivative. Calls that are alike in functions, ``static`` and shapes are traced and lowered
@@ -357,7 +371,7 @@ def where_compiled(one_device: Callable[..., Any], otherwise: Callable[..., Any]
     return jax.tree.unflatten(out, _chosen_p.bind(*leaves, one_device=one_device, otherwise=otherwise, shapes=shapes))
 
 
-def traced_once(function: Callable[..., Any], static: tuple[Any, ...], *args: Any) -> Any:
+def traced_once(function: Callable[..., PyTree], static: tuple[object, ...], *args: PyTree) -> PyTree:
     """``function(*static, *args)``; calls that are alike in ``static`` and shapes are traced once."""
     if hashed(static) is None:
         return function(*static, *args)
@@ -365,12 +379,18 @@ def traced_once(function: Callable[..., Any], static: tuple[Any, ...], *args: An
 
 
 @functools.lru_cache
-def _inlined(function, static):
+def _inlined(function: Callable[..., PyTree], static: int) -> Callable[..., PyTree]:
     return jax.jit(function, static_argnums=tuple(range(static)), inline=True)
 
 
 @functools.lru_cache
-def _choice(one_device, otherwise, static, tree, like):
+def _choice(
+    one_device: Callable[..., PyTree],
+    otherwise: Callable[..., PyTree],
+    static: tuple[object, ...],
+    tree: PyTreeDef,
+    like: Shapes,
+) -> tuple[Flat, Flat, Shapes, PyTreeDef]:
     """Both functions of flat arguments, and the shapes and structure of what they return."""
     flat = [lambda *xs, f=f: jax.tree.leaves(f(*static, *tree.unflatten(xs))) for f in (one_device, otherwise)]
     args = tree.unflatten([jax.ShapeDtypeStruct(*s) for s in like])
@@ -379,14 +399,18 @@ def _choice(one_device, otherwise, static, tree, like):
     return *flat, tuple((s.shape, s.dtype) for s in leaves), out
 
 
-def _batch_chosen(args, dims, one_device, otherwise, shapes):
+def _batch_chosen(
+    args: Sequence[jax.Array], dims: Sequence[int | None], one_device: Flat, otherwise: Flat, shapes: Shapes
+) -> tuple[list[jax.Array], list[int]]:
     size = next(x.shape[d] for x, d in zip(args, dims) if d is not None)
     mapped = [jax.vmap(f, dims, axis_size=size) for f in (one_device, otherwise)]
     shapes = tuple(((size, *shape), dtype) for shape, dtype in shapes)
     return _chosen_p.bind(*args, one_device=mapped[0], otherwise=mapped[1], shapes=shapes), [0] * len(shapes)
 
 
-def _lower_chosen(ctx, *args, one_device, otherwise, shapes):
+def _lower_chosen(
+    ctx: mlir.LoweringRuleContext, *args: PyTree, one_device: Flat, otherwise: Flat, shapes: Shapes
+) -> PyTree:
     chosen = one_device if is_on_one_device(ctx) else otherwise
     return mlir.lower_fun(chosen, multiple_results=True)(ctx, *args)
 

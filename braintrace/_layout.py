@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import brainstate
 import jax
@@ -14,7 +14,7 @@ from ._jax import is_tracer, placed
 from ._learners.base import ETraceAlgorithm
 from ._mapped import ETraceVmap
 from ._ops.sparse import Pattern
-from ._types import Path, lies_under, names_of, path_str
+from ._types import Path, PyTree, Shape, lies_under, names_of, path_str
 
 __all__ = ["shard"]
 
@@ -86,10 +86,10 @@ class Layout:
     def __init__(self, mesh: Mesh, batch: str | None, units: Mapping[tuple[str, ...], str]):
         self.mesh, self.batch, self.units = mesh, batch, units
 
-    def __deepcopy__(self, memo: Any) -> Layout:
+    def __deepcopy__(self, memo: object) -> Layout:
         return self
 
-    def apply(self, learner: Any) -> None:
+    def apply(self, learner: ETraceAlgorithm) -> None:
         """Put the arrays of a compiled learner where they belong."""
         size, mapped = learner._leading_size()
         batched = mapped or any(axis is not None for _, axis in learner._trace_states())
@@ -107,7 +107,7 @@ class Layout:
             own = next((u for u in units if any(map(u.has, paths))), None)
             state.value = self._put(state.value, path_str(path), samples, own, axis)
 
-    def _units(self, learner: Any, prefix: tuple[str, ...], name: str) -> Units:
+    def _units(self, learner: ETraceAlgorithm, prefix: tuple[str, ...], name: str) -> Units:
         under = Units(prefix, name, set(), set())
         groups = [g for g in learner.graph.hidden_groups if any(map(under.has, g.hidden_paths))]
         if not groups:
@@ -127,11 +127,11 @@ class Layout:
                     )
         return under
 
-    def _put(self, value: Any, title: str, samples: int | None, units: Units | None, axis: int) -> Any:
-        def of_leaf(x):
+    def _put(self, value: PyTree, title: str, samples: int | None, units: Units | None, axis: int) -> PyTree:
+        def of_leaf(x: object) -> object:
             if is_tracer(x) or not isinstance(x, jax.Array):
                 return x
-            spec: list[Any] = [None] * x.ndim
+            spec: list[str | None] = [None] * x.ndim
             if samples is not None and x.ndim and x.shape[0] == samples:
                 spec[0] = self.batch
             if units is not None and (place := units.axis(x.shape, axis)) is not None:
@@ -159,12 +159,12 @@ class Units(NamedTuple):
     prefix: tuple[str, ...]
     name: str
     counts: set[int]
-    entries: set[tuple[int, ...]]
+    entries: set[Shape]
 
     def has(self, path: Path) -> bool:
         return lies_under(path, self.prefix)
 
-    def axis(self, shape: tuple[int, ...], last: int) -> int | None:
+    def axis(self, shape: Shape, last: int) -> int | None:
         """The axis of the units in an array that has them along ``last``; sparse entries have theirs first."""
         for entries in self.entries:
             if shape[len(shape) - len(entries) :] == entries:

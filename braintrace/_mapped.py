@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import brainstate
 import jax
@@ -15,9 +15,17 @@ from ._compiler.report import CompilationReport
 from ._jax import trace_context
 from ._past import Past
 from ._sequence import SequenceDriverMixin
-from ._types import Held, Path
+from ._types import Held, Path, PyTree, Shape
+
+if TYPE_CHECKING:
+    from ._chunks import Recorded
+    from ._learners.base import ETraceAlgorithm
 
 __all__ = ["ETraceVmap"]
+
+# A filter of states as of `brainstate.nn.Module.states` (a class, a tag, a predicate, ...), or a mapping of filters to
+# their axes.
+States: TypeAlias = Any
 
 
 class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
@@ -51,12 +59,12 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
 
     def __init__(
         self,
-        module: Any,
-        in_axes: Any = 0,
-        out_axes: Any = 0,
-        vmap_states: Any = None,
-        vmap_out_states: Any = None,
-        axis_name: Any = None,
+        module: ETraceAlgorithm,
+        in_axes: PyTree = 0,
+        out_axes: PyTree = 0,
+        vmap_states: States = None,
+        vmap_out_states: States = None,
+        axis_name: Hashable | None = None,
         axis_size: int | None = None,
     ):
         super().__init__(module, in_axes, out_axes, vmap_states, vmap_out_states, axis_name, axis_size)
@@ -64,21 +72,23 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
         self._functions = Held((None, None, None))
         self._past = Past()
 
-    def _vmap_shape(self) -> tuple[int, ...]:
+    def _vmap_shape(self) -> Shape:
         state = next(iter(self.module.hidden_states.values()))
         return (jax.tree.leaves(state.value)[0].shape[0],)
 
-    def _mapped(self, options: dict[str, Any]) -> tuple[Callable, Callable]:
+    def _mapped(self, options: dict[str, object]) -> tuple[Callable[..., PyTree], Callable[..., PyTree]]:
         """The mapped call, and the same under a driver, for the module and the states that it has now."""
         module = self.module
         key = [options, id(module), *map(id, module.states().values())]
         if self._functions.value[0] == key:
             return self._functions.value[1:]
 
-        def run(args, kwargs):
+        def run(args: tuple[PyTree, ...], kwargs: dict[str, PyTree]) -> PyTree:
             return module(*args, **kwargs, **options)
 
-        def record(zeros, args, kwargs):
+        def record(
+            zeros: PyTree, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]
+        ) -> tuple[PyTree, Recorded | None]:
             with module._recording(zeros) as inner:
                 out = module(*args, **kwargs, **options)
             self._recorded_length = inner.length
@@ -115,15 +125,15 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
         """Path -> hidden state, for those that the step touches."""
         return self.module.hidden_states
 
-    def get_etrace_of(self, weight: brainstate.ParamState | Path) -> Any:
+    def get_etrace_of(self, weight: brainstate.ParamState | Path) -> PyTree:
         """The traces of one parameter, as the learner's method of that name gives them."""
         return self.module.get_etrace_of(weight)
 
-    def reset_state(self, batch_size: int | None = None, **kwargs: Any) -> None:
+    def reset_state(self, batch_size: int | None = None, **kwargs: object) -> None:
         """Zero the traces and the step counter; the model's states are untouched."""
         self.module.reset_state(batch_size, **kwargs)
 
-    def update(self, *args: Any, **kwargs: Any) -> Any:
+    def update(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         """Run the mapped learner on inputs with a batch axis; keyword arguments without arrays are not mapped."""
         if self._stand_in is not None:
             return self._stand_in(*args, **kwargs)
@@ -149,7 +159,7 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
         return out
 
 
-def _states_by_axis(module: Any, states: Any) -> Any:
+def _states_by_axis(module: ETraceAlgorithm, states: States) -> PyTree:
     if states is None:
         return None
     if isinstance(states, dict):

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from ._binding import Binding, Signals, Values, first_step
+from ._binding import Binding, Operands, Signals, Values, first_step
+from ._compiler.step import StepRecord, Zeros
 from ._credit import credit, no_window_gradient, with_cotangent
 from ._engines.engine import Cotangents, Engine
-from ._engines.record import instantaneous, read_record, spread
+from ._engines.record import Sensitivity, instantaneous, read_record, spread
 from ._jax import any_rank, is_tracer
-from ._types import Path
+from ._types import Path, PyTree
 
-__all__ = ["Hooks", "OnlineStep", "over_window", "silent"]
+__all__ = ["Extras", "Hooks", "OnlineStep", "over_window", "silent"]
+
+
+C = TypeVar("C")
+Out = TypeVar("Out")
+Extras: TypeAlias = tuple[Sequence[jax.Array] | None, PyTree]  # argument leaves of a step, for hooks; and aux
+States: TypeAlias = tuple[list[PyTree], list[PyTree]]  # hidden ones, and those that are neither these nor parameters
 
 
 class Hooks(NamedTuple):
@@ -35,9 +42,9 @@ class Hooks(NamedTuple):
         Whether all that the traces meet is a modulator, whatever the loss.
     """
 
-    update: Callable[..., Any]
+    update: Callable[..., PyTree]
     signals: Callable[..., list[jax.Array]] | None = None
-    gradients: Callable[..., dict[Path, Any]] | None = None
+    gradients: Callable[..., dict[Path, PyTree]] | None = None
     future: Callable[..., dict[Path, jax.Array] | None] | None = None
     modulated: bool = False
 
@@ -49,7 +56,16 @@ class OnlineStep(NamedTuple):
     engine: Engine
     hooks: Hooks
 
-    def run_step(self, over_time, length, leaves, values, traces, index, aux):
+    def run_step(
+        self,
+        over_time: Sequence[bool],
+        length: int | None,
+        leaves: Sequence[jax.Array],
+        values: Values,
+        traces: PyTree,
+        index: jax.Array,
+        aux: PyTree,
+    ) -> tuple[PyTree, Values, PyTree]:
         """One step, differentiated as such: see :func:`credit`. Returns output, new values and traces."""
         if length is not None:
             out, new, traces = self.run_window(over_time, length, leaves, values, traces, index, aux)
@@ -72,16 +88,29 @@ class OnlineStep(NamedTuple):
         out, new = binding.outvals(step(invals, operands, zeros)[0])
         return out, new, after
 
-    def run_window(self, over_time, length, leaves, values, traces, index, aux):
+    def run_window(
+        self,
+        over_time: Sequence[bool],
+        length: int | None,
+        leaves: Sequence[jax.Array],
+        values: Values,
+        traces: PyTree,
+        index: jax.Array,
+        aux: PyTree,
+    ) -> tuple[PyTree, Values, PyTree]:
         """A window of steps (or one), differentiated through all of them."""
         values = bare = self._hooked(values, traces, index)
         values = values._replace(hidden=self._credited_entry(traces, index, leaves, over_time, length, values, aux))
         weights = jax.lax.stop_gradient(values.weights)
 
-        def one(carry, leaves):
+        Carry: TypeAlias = tuple[list[PyTree], list[PyTree], PyTree, jax.Array]
+
+        def one(carry: Carry, leaves: Sequence[jax.Array]) -> tuple[Carry, PyTree]:
             hidden, others, traces, index = carry
-            out, new, record, *read = self.plain_step(leaves, values._replace(hidden=hidden, others=others))
-            traces = self._advance(traces, index, record, *jax.lax.stop_gradient(read), weights)
+            now = values._replace(hidden=hidden, others=others)
+            out, new, record, operands, invals = self.plain_step(leaves, now)
+            operands, invals = jax.lax.stop_gradient((operands, invals))
+            traces = self._advance(traces, index, record, operands, invals, weights)
             return (new.hidden, new.others, traces, index + 1), out
 
         start = (values.hidden, values.others, traces, index)
@@ -94,7 +123,14 @@ class OnlineStep(NamedTuple):
                 out, hidden, others = with_cotangent((out, hidden, others), future)
         return out, values._replace(hidden=hidden, others=others), traces
 
-    def _future(self, estimate, over_time, length, leaves, values):
+    def _future(
+        self,
+        estimate: Mapping[Path, jax.Array],
+        over_time: Sequence[bool],
+        length: int | None,
+        leaves: Sequence[jax.Array],
+        values: Values,
+    ) -> jax.Array:
         """The hidden values at the exit of a window times their estimated cotangents.
 
         Of the same window with what the traces account for held fixed: the operands of relations, and the part of the
@@ -102,7 +138,7 @@ class OnlineStep(NamedTuple):
         """
         binding = self.binding
 
-        def one(carry, leaves):
+        def one(carry: States, leaves: Sequence[jax.Array]) -> tuple[States, None]:
             hidden, others = carry
             now = values._replace(hidden=hidden, others=others)
             _, new, *_ = self.plain_step(leaves, now, held=len(binding.graph.hidden_param_op_relations))
@@ -113,7 +149,9 @@ class OnlineStep(NamedTuple):
         terms = [(jax.lax.stop_gradient(bar) * exits[p]).sum() for p, bar in estimate.items()]
         return sum(terms, jnp.zeros(()))
 
-    def plain_step(self, leaves: Sequence[Any], values: Values, held: int = 0) -> tuple[Any, Values, Any, Any, Any]:
+    def plain_step(
+        self, leaves: Sequence[jax.Array], values: Values, held: int = 0
+    ) -> tuple[PyTree, Values, StepRecord, list[Operands], list[jax.Array]]:
         """The model's step with trained operands as they are, what it leaves for the traces, and what it read.
 
         The operands of the first ``held`` operations are constants.
@@ -125,10 +163,18 @@ class OnlineStep(NamedTuple):
         outs, record = step(invals, operands, step.zeros())
         return *self.binding.outvals(outs), record, operands, invals
 
-    def _advance(self, traces, index, record, operands, invals, weights):
+    def _advance(
+        self,
+        traces: PyTree,
+        index: jax.Array,
+        record: StepRecord,
+        operands: Sequence[Operands],
+        invals: Sequence[jax.Array],
+        weights: Sequence[PyTree],
+    ) -> PyTree:
         taken, Ds = self.engine.take(record, operands, invals)
-        weights = self.binding.weights_by_path(jax.lax.stop_gradient(weights))
-        return self.hooks.update(index, traces, taken, Ds, weights, False)
+        by_path = self.binding.weights_by_path(jax.lax.stop_gradient(weights))
+        return self.hooks.update(index, traces, taken, Ds, by_path, False)
 
     # -- how cotangents of a step's result reach the parameters
     #
@@ -136,7 +182,17 @@ class OnlineStep(NamedTuple):
     # zero, its reverse rule turns the signals into cotangents of these arrays. All of it is an ordinary JAX program,
     # so that under jax.vmap the weight gradients of all samples are one product.
 
-    def _credited_zeros(self, traces, after, index, record, leaves, operands, weights, aux):
+    def _credited_zeros(
+        self,
+        traces: PyTree,
+        after: PyTree,
+        index: jax.Array,
+        record: StepRecord,
+        leaves: Sequence[jax.Array],
+        operands: Sequence[Operands],
+        weights: Sequence[PyTree],
+        aux: PyTree,
+    ) -> Zeros:
         graph, engine = self.binding.graph, self.engine
         zeros = graph.step.zeros()
         _, dfs, _ = read_record(graph, record, operands, {})
@@ -152,7 +208,7 @@ class OnlineStep(NamedTuple):
         residual = tuple(carriers["residual"])  # a rule of differentiation that held traced values would keep them
         own = zeros._replace(y={i: zeros.y[i] for i in residual})
 
-        def reverse(held, bars):
+        def reverse(held: tuple[PyTree, ...], bars: Zeros) -> dict[str, PyTree]:
             traces, after, index, dfs, leaves, aux = held
             found = self.cotangents(bars.new, bars.old, bars.y, dfs, leaves, aux)
             return {
@@ -165,7 +221,16 @@ class OnlineStep(NamedTuple):
         own = credit(reverse, own, carriers, held, weights)
         return own._replace(y={**zeros.y, **own.y})
 
-    def _credited_entry(self, traces, index, leaves, over_time, length, values, aux):
+    def _credited_entry(
+        self,
+        traces: PyTree,
+        index: jax.Array,
+        leaves: Sequence[jax.Array],
+        over_time: Sequence[bool],
+        length: int | None,
+        values: Values,
+        aux: PyTree,
+    ) -> list[PyTree]:
         """Hidden values at the entry of a window, whose cotangents meet the traces there."""
         if not any(map(is_tracer, jax.tree.leaves(values.weights))):
             return values.hidden
@@ -177,14 +242,22 @@ class OnlineStep(NamedTuple):
         every = range(len(binding.graph.hidden_param_op_relations))
         carriers = engine.carriers(every, traces, operands, fixed, values.weights, index)
 
-        def reverse(held, bars):
+        def reverse(held: tuple[PyTree, ...], bars: Mapping[Path, jax.Array]) -> PyTree:
             traces, index, leaves, aux = held
             return engine.contract(every, traces, self.changed(binding.signals(bars), (leaves, aux)), index)
 
         held = jax.lax.stop_gradient((traces, index, now, aux))
         return binding.shifted(values.hidden, credit(reverse, binding.hidden_zeros(), carriers, held, None))
 
-    def cotangents(self, new, old, y, dfs, leaves, aux) -> Cotangents:
+    def cotangents(
+        self,
+        new: Mapping[Path, jax.Array],
+        old: Mapping[Path, jax.Array],
+        y: Mapping[int, jax.Array],
+        dfs: Mapping[str, Sensitivity],
+        leaves: Sequence[jax.Array] | None,
+        aux: PyTree,
+    ) -> Cotangents:
         """Signals as they meet the traces, and what they do not carry."""
         bare = self.binding.signals(new)
         residual = {}
@@ -200,7 +273,7 @@ class OnlineStep(NamedTuple):
             return Cotangents(self.changed(bare, (leaves, aux)), silent(before), residual)
         return Cotangents(self.changed(bare, (leaves, aux)), self.changed(before, (leaves, aux)), residual)
 
-    def changed(self, signals: Signals, args: Any) -> Signals:
+    def changed(self, signals: Signals, args: Extras) -> Signals:
         """The signals as the traces meet them."""
         if self.hooks.signals is None:
             return signals
@@ -212,19 +285,21 @@ class OnlineStep(NamedTuple):
             dense.append(jnp.stack([spread(s, g.varshape, dtype) for s in slots], -1))
         return [[s[..., a] for a in range(s.shape[-1])] for s in self.hooks.signals(dense, args)]
 
-    def _hooked(self, values: Values, traces: Any, index: jax.Array) -> Values:
+    def _hooked(self, values: Values, traces: PyTree, index: jax.Array) -> Values:
         """The parameters, through the hook for their gradients."""
         change, by_path = self.hooks.gradients, self.binding.weights_by_path
         if change is None:
             return values
 
         @jax.custom_vjp
-        def hook(weights, traces, index):
+        def hook(weights: list[PyTree], traces: PyTree, index: jax.Array) -> list[PyTree]:
             del traces, index
             return weights
 
         @any_rank
-        def backward(held, bars):
+        def backward(
+            held: tuple[list[PyTree], PyTree, jax.Array], bars: list[PyTree]
+        ) -> tuple[list[PyTree], None, None]:
             weights, traces, index = held
             found = change(index, traces, None, by_path(weights), by_path(bars), None)
             return [found[p] for p in by_path(bars)], None, None
@@ -237,13 +312,19 @@ def silent(signals: Signals) -> Signals:
     return [[None] * len(slots) for slots in signals]
 
 
-def over_window(step, start, over_time, length, leaves):
+def over_window(
+    step: Callable[[C, Sequence[jax.Array]], tuple[C, Out]],
+    start: C,
+    over_time: Sequence[bool],
+    length: int | None,
+    leaves: Sequence[jax.Array],
+) -> tuple[C, Out]:
     """``step(carry, leaves)`` once, or scanned over the leaves that have a time axis."""
     if length is None:
         return step(start, leaves)
 
-    def body(carry, sliced):
-        sliced = iter(sliced)
-        return step(carry, [next(sliced) if m else x for x, m in zip(leaves, over_time)])
+    def body(carry: C, sliced: list[jax.Array]) -> tuple[C, Out]:
+        slices = iter(sliced)
+        return step(carry, [next(slices) if m else x for x, m in zip(leaves, over_time)])
 
     return jax.lax.scan(body, start, [x for x, m in zip(leaves, over_time) if m], length=length)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import Any
 
 import brainstate
 import jax
@@ -22,16 +21,16 @@ class Past:
     """The traced values that a learner's last call wrote."""
 
     def __init__(self) -> None:
-        self._left: list[weakref.ref[Any]] = []
+        self._left: list[weakref.ref[jax.Array]] = []
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[Past], tuple[()]]:
         return Past, ()
 
     def cut(self, states: Iterable[brainstate.State]) -> None:
         """Make constants of what an earlier call left, be it in the function itself or in another turn of its loop."""
         everything, left = is_in_differentiated_loop(), [ref() for ref in self._left]
 
-        def constant(x):
+        def constant(x: jax.Array) -> jax.Array:
             return jax.lax.stop_gradient(x) if everything or any(x is v for v in left) else x
 
         if everything or left:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Literal
 
 import brainstate
@@ -22,7 +22,7 @@ from ._arguments import (
 )
 from ._chunks import ChunkedEvolution, ChunkedGradient, zeros_to_add
 from ._jax import is_outside
-from ._types import CompilationWarning, MultiStepData
+from ._types import CompilationWarning, MultiStepData, PyTree, Shape
 from ._warn import warn
 
 __all__ = ["SequenceDriverMixin"]
@@ -34,17 +34,17 @@ class SequenceDriverMixin:
     __module__ = "braintrace"
 
     _calls_outside = 0
-    _stand_in: Any = None
+    _stand_in: Callable[..., PyTree] | None = None
     _per_sample: Any = property(lambda self: self)  # the learner itself, or the one that is mapped
 
     _is_mapped = False
 
-    def _vmap_shape(self) -> tuple[int, ...]:
+    def _vmap_shape(self) -> Shape:
         """The size of the mapped axis, if there is one."""
         return ()
 
     @contextlib.contextmanager
-    def _replaced_by(self, call: Callable[..., Any]) -> Iterator[None]:
+    def _replaced_by(self, call: Callable[..., PyTree]) -> Iterator[None]:
         """What calls this learner calls ``call`` instead."""
         before, self._stand_in = self._stand_in, call
         try:
@@ -59,9 +59,9 @@ class SequenceDriverMixin:
 
     def etrace_grad(
         self,
-        *sequences: Any,
-        step_fn: Callable[..., Any] | None = None,
-        mask: Any = None,
+        *sequences: PyTree,
+        step_fn: Callable[..., PyTree] | None = None,
+        mask: PyTree = None,
         chunk_size: int | None = None,
         weights: Mapping[Any, brainstate.State] | None = None,
         reduction: Literal["mean", "sum"] = "mean",
@@ -69,7 +69,7 @@ class SequenceDriverMixin:
         has_aux: bool = False,
         return_value: bool = False,
         trace_chunk: int | None = None,
-    ) -> Any:
+    ) -> PyTree:
         r"""Online gradient over a sequence, :math:`\sum_t m_t\, g_t` (divided by :math:`\max(\sum m, 1)` for the mean).
 
         Parameters
@@ -131,7 +131,7 @@ class SequenceDriverMixin:
         check_step_arguments(step_fn, len(sequences))
         index = self._per_sample.running_index
 
-        def objective(slices, m):
+        def objective(slices: tuple[PyTree, ...], m: jax.Array | None) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
             before = index.value
             loss, aux = loss_and_aux(step_fn(*slices), has_aux, () if k is None else (k,))
             if index.value is before:
@@ -143,7 +143,7 @@ class SequenceDriverMixin:
 
         chunk = chunk_length(trace_chunk)
 
-        def run(sequences, mask):
+        def run(sequences: tuple[PyTree, ...], mask: jax.Array) -> tuple[list[PyTree], jax.Array, PyTree]:
             items = (windows(sequences, k), windows(mask, k))
             engine = ChunkedGradient(self._per_sample, objective, self._vmap_shape(), chunk, weights)
             total, losses, aux = (
@@ -168,11 +168,11 @@ class SequenceDriverMixin:
 
     def etrace_evolve(
         self,
-        *sequences: Any,
-        step_fn: Callable[..., Any] | None = None,
+        *sequences: PyTree,
+        step_fn: Callable[..., PyTree] | None = None,
         chunk_size: int | None = None,
         return_outputs: bool = False,
-    ) -> Any:
+    ) -> PyTree:
         """Advance the model and the traces over a sequence, without a loss.
 
         Parameters
@@ -197,14 +197,14 @@ class SequenceDriverMixin:
         if step_fn is not None:
             check_step_arguments(step_fn, len(sequences))
 
-        def body(slices):
+        def body(slices: tuple[PyTree, ...]) -> PyTree:
             wrapped = slices if k is None else map(MultiStepData, slices)
             out = learner(*wrapped) if step_fn is None else step_fn(*slices)
             return out if return_outputs else None
 
         recorded = k is None or self._per_sample.vjp_method == "multi-step"
 
-        def run(sequences):
+        def run(sequences: tuple[PyTree, ...]) -> PyTree:
             items = windows(sequences, k)
             engine = ChunkedEvolution(self._per_sample, body, self._vmap_shape())
             applies = recorded and engine.applies((items,))
@@ -213,7 +213,7 @@ class SequenceDriverMixin:
         outputs = self._as_one_program(run, sequences)
         return outputs if return_outputs else None
 
-    def _as_one_program(self, run: Callable[..., Any], sequences: tuple[Any, ...], *more: Any) -> Any:
+    def _as_one_program(self, run: Callable[..., PyTree], sequences: tuple[PyTree, ...], *more: PyTree) -> PyTree:
         """``run(sequences, *more)``; outside of any transformation, as a program that nothing holds afterwards.
 
         JAX keeps what it compiles for a loop that is run as such, and traces ``step_fn``, a new function at each call
@@ -234,7 +234,7 @@ class SequenceDriverMixin:
         return out
 
     @contextlib.contextmanager
-    def _explained(self, sequences: tuple[Any, ...]) -> Iterator[None]:
+    def _explained(self, sequences: tuple[PyTree, ...]) -> Iterator[None]:
         """What fails under a driver fails with what the driver knows about it."""
         try:
             yield
@@ -254,7 +254,7 @@ class SequenceDriverMixin:
                 f"{type(error).__name__}: {error}"
             ) from error
 
-    def _window_length(self, chunk_size: Any, length: int, *, gradient: bool) -> int | None:
+    def _window_length(self, chunk_size: object, length: int, *, gradient: bool) -> int | None:
         if chunk_size is None:
             return None
         if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
@@ -272,11 +272,17 @@ class SequenceDriverMixin:
         return chunk_size
 
 
-def _step_by_step(objective, weights, items):
+def _step_by_step(
+    objective: Callable[..., tuple[jax.Array, tuple[jax.Array, PyTree]]],
+    weights: Mapping[Hashable, brainstate.State],
+    items: tuple[PyTree, PyTree],
+) -> tuple[dict[Hashable, PyTree], jax.Array, PyTree]:
     """The gradient of a sequence as a sum of gradients of its steps."""
     gradient = brainstate.transform.grad(objective, weights, has_aux=True)
 
-    def body(total, item):
+    def body(
+        total: dict[Hashable, PyTree], item: tuple[tuple[PyTree, ...], jax.Array]
+    ) -> tuple[dict[Hashable, PyTree], tuple[jax.Array, PyTree]]:
         slices, m = item
         if m.ndim:  # of a window: one weight per loss in it
             grads, (loss, aux) = gradient(slices, m)

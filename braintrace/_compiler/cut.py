@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import numpy as np
-from jax.typing import ArrayLike
 
 from .._jax import ClosedJaxpr, Var, eval_jaxpr, hashed, prune, structs
 from .._types import Shape
@@ -24,17 +23,20 @@ from .rows import Fold, Rows
 from .scope import DIAGONAL, Neighbourhood, Scope
 from .slices import Slice, Slot, displaced_axes, evaluate_slice, mixed_output_axes
 
-__all__ = ["Cut", "Cuts", "Entry", "Fold", "Transition", "differentiate_cut"]
+__all__ = ["Coefficient", "Cut", "Cuts", "Entry", "Fold", "Transition", "differentiate_cut"]
+
+
+Coefficient: TypeAlias = jax.Array | np.ndarray | complex | None  # an array, a number, or None for a known zero
 
 
 class Entry(NamedTuple):
     """One entry of D or df: known to be zero, a known constant, or the ``slot``-th value computed every step."""
 
     kind: str  # 'zero', 'constant' or 'varying'
-    value: ArrayLike | None = None  # a scalar, or an array over positions
+    value: Coefficient = None  # a scalar, or an array over positions
     slot: int = -1
 
-    def read(self, varying: Sequence[jax.Array]) -> ArrayLike | None:
+    def read(self, varying: Sequence[jax.Array | np.ndarray]) -> Coefficient:
         """The value, or ``None`` for a known zero."""
         return None if self.kind == "zero" else self.value if self.kind == "constant" else varying[self.slot]
 

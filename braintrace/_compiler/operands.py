@@ -9,7 +9,7 @@ import jax
 
 from .._jax import Atom, ClosedJaxpr, Literal, Var, eval_jaxpr, hashed
 from .._program import before, made_at, sub_program, variables
-from .._types import Path
+from .._types import Path, PyTree
 from .dependence import Dependence, dependence
 from .flow import Flow, MarkedOp
 from .module_info import ModuleInfo
@@ -70,12 +70,12 @@ class OperandProgram(NamedTuple):
     leaves: tuple[int, ...]  # those of them that are parameter leaves
     identity: tuple[int, ...] | None  # positions of the operands, if they are step inputs as they are
 
-    def operands(self, invals: Sequence[jax.Array]) -> dict[str, jax.Array]:
+    def operands(self, invals: Sequence[PyTree]) -> dict[str, jax.Array]:
         if self.identity is not None:
             return {k: invals[i] for k, i in zip(self.keys, self.identity)}
         return dict(zip(self.keys, eval_jaxpr(self.program, *[invals[i] for i in self.inputs])))
 
-    def pull_back(self, invals: Sequence[jax.Array], gradients: dict[str, jax.Array]) -> dict[int, jax.Array]:
+    def pull_back(self, invals: Sequence[PyTree], gradients: dict[str, jax.Array]) -> dict[int, jax.Array]:
         """Gradients of the operands -> gradients of the parameter leaves, by position in the step's inputs."""
         if self.identity is not None:
             out: dict[int, jax.Array] = {}

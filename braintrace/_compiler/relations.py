@@ -120,7 +120,8 @@ class HiddenParamOpRelation(NamedTuple):
     def x_repr(self, x: PyTree, operands: Mapping[str, jax.Array]) -> PyTree:
         """The representation of the input that the operation is linear in."""
         fixed = {k: self.fixed_vars[i].aval for k, i in self.untrained.items()}
-        return self.primitive.x_repr(x, {**fixed, **operands})
+        weights: Mapping[str, PyTree] = {**fixed, **operands}
+        return self.primitive.x_repr(x, weights)
 
     @property
     def one(self) -> HiddenParamOpRelation:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from .._binding import Binding, Signals
+from .._binding import Binding, Fixed, Gradients, Operands, Signals
 from .._compiler.relations import HiddenParamOpRelation
 from .._compiler.step import StepRecord
-from .._types import path_str
+from .._types import PyTree, Shape, path_str
 
 __all__ = ["Cotangents", "Emitted", "Engine", "bytes_of", "check_outputs"]
 
@@ -49,9 +49,9 @@ class Emitted(NamedTuple):
         As in :class:`Cotangents`.
     """
 
-    engine: Any
+    engine: PyTree
     x: dict[int, jax.Array]
-    fixed: dict[int, dict[int, jax.Array]]
+    fixed: dict[int, Fixed]
     residual: dict[int, jax.Array]
 
 
@@ -72,33 +72,33 @@ class Engine(abc.ABC):
     # -- step by step
 
     @abc.abstractmethod
-    def init(self) -> Any:
+    def init(self) -> PyTree:
         """Traces at the start."""
 
     @abc.abstractmethod
     def take(
-        self, record: StepRecord, operands: Sequence[dict[str, jax.Array]], invals: Sequence[Any]
-    ) -> tuple[tuple[Any, Any], Any]:
+        self, record: StepRecord, operands: Sequence[Operands], invals: Sequence[jax.Array]
+    ) -> tuple[tuple[PyTree, PyTree], PyTree]:
         """What of a step advances the traces: the inputs and df, and D."""
 
     @abc.abstractmethod
-    def advance(self, traces: Any, xs_and_dfs: tuple[Any, Any], Ds: Any) -> Any:
+    def advance(self, traces: PyTree, xs_and_dfs: tuple[PyTree, PyTree], Ds: PyTree) -> PyTree:
         """Traces after one step."""
 
     @abc.abstractmethod
     def carriers(
         self,
-        numbers: Iterable[int],
-        traces: Any,
-        operands: Sequence[dict[str, jax.Array]],
-        fixed: Sequence[Any],
-        weights: Sequence[Any],
+        numbers: Sequence[int],
+        traces: PyTree,
+        operands: Sequence[Operands],
+        fixed: Sequence[Fixed],
+        weights: Sequence[PyTree],
         steps: jax.Array,
-    ) -> Any:
+    ) -> PyTree:
         """Arrays that depend on the parameters: the cotangents that :meth:`contract` gives them become the gradient."""
 
     @abc.abstractmethod
-    def contract(self, numbers: Iterable[int], traces: Any, signals: Signals, steps: jax.Array) -> Any:
+    def contract(self, numbers: Sequence[int], traces: PyTree, signals: Signals, steps: jax.Array) -> PyTree:
         """What signals make of the traces after that many steps, as cotangents of :meth:`carriers`."""
 
     def forms(self) -> dict[int, tuple[str, int]]:
@@ -113,30 +113,30 @@ class Engine(abc.ABC):
         return True
 
     @abc.abstractmethod
-    def chunk_start(self, traces: Any) -> Any:
+    def chunk_start(self, traces: PyTree) -> PyTree:
         """What the steps of a chunk carry."""
 
     @abc.abstractmethod
     def chunk_step(
         self,
-        carry: Any,
+        carry: PyTree,
         index: jax.Array,
         record: StepRecord,
-        operands: Sequence[dict[str, jax.Array]],
+        operands: Sequence[Operands],
         cotangents: Cotangents,
-    ) -> tuple[Any, Any, set[int]]:
+    ) -> tuple[PyTree, PyTree, set[int]]:
         """Advance the carry; what to emit, and the operations whose inputs are to be emitted."""
 
     @abc.abstractmethod
     def chunk_end(
         self,
-        traces: Any,
-        carry: Any,
+        traces: PyTree,
+        carry: PyTree,
         emitted: Emitted,
-        operands: Sequence[dict[str, jax.Array]],
-        vmap_shape: tuple[int, ...],
+        operands: Sequence[Operands],
+        vmap_shape: Shape,
         length: int,
-    ) -> tuple[Any, dict[int, dict[str, jax.Array] | None]]:
+    ) -> tuple[PyTree, dict[int, Gradients | None]]:
         """Traces after a chunk of that many steps, and the gradients of the relations' operands.
 
         ``vmap_shape`` is the size of the mapped axis, if any, which stands behind that of time.
@@ -160,7 +160,7 @@ def check_outputs(relations: Iterable[HiddenParamOpRelation]) -> None:
             )
 
 
-def bytes_of(tree: Any) -> int:
+def bytes_of(tree: PyTree) -> int:
     """Of arrays or of their shapes."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from .._binding import Binding, Signals
+from .._binding import Binding, Fixed, Gradients, Operands, Signals
+from .._compiler.groups import HiddenGroup
 from .._compiler.relations import HiddenParamOpRelation
+from .._compiler.step import StepRecord
 from .._jax import zeros
 from .._precision import wide, widened
+from .._types import PyTree, Shape
 from .engine import Cotangents, Emitted, Engine, bytes_of
 from .record import (
     Jacobian,
@@ -38,13 +41,22 @@ __all__ = ["IOEngine", "IOTrace"]
 
 
 class IOTrace(NamedTuple):
-    """Traces by key: the filtered input, and the filtered sensitivity, of shape ``V + (S,)``.
-
-    While they advance, the sensitivity is a list of arrays of shape V: see :func:`_split` and :func:`_join`.
-    """
+    """Traces by key: the filtered input, and the filtered sensitivity, of shape ``V + (S,)``."""
 
     xs: dict[str, jax.Array]
-    dfs: dict[str, Any]
+    dfs: dict[str, jax.Array]
+
+
+class SplitTrace(NamedTuple):
+    """The same while they advance: of a sensitivity, a list of arrays of shape V. See :func:`_split`, :func:`_join`."""
+
+    xs: dict[str, jax.Array]
+    dfs: dict[str, list[jax.Array]]
+
+
+Contracted: TypeAlias = dict[int, jax.Array]  # relation number -> what signals make of its sensitivity
+Ones: TypeAlias = dict[float, jax.Array]  # what every filter of inputs makes of an input that is always 1
+IOEmitted: TypeAlias = tuple[dict[str, jax.Array], Contracted, Contracted, tuple[Ones, Ones]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,7 +80,7 @@ class IOEngine(Engine):
         return x_keys(self.binding.graph, {i: self.decays[i][0] for i in self.numbers})
 
     @functools.cached_property
-    def pairs(self) -> list[tuple[int, HiddenParamOpRelation, Any, str]]:
+    def pairs(self) -> list[tuple[int, HiddenParamOpRelation, HiddenGroup, str]]:
         """Every relation with each of its groups, and the key of their sensitivity."""
         return [(i, r, g, pair_key(r, g.index)) for i, r in self.relations.items() for g in r.hidden_groups]
 
@@ -86,19 +98,26 @@ class IOEngine(Engine):
             dfs[key] = widened(own)
         return IOTrace(xs, dfs)
 
-    def take(self, record, operands, invals):
+    def take(
+        self, record: StepRecord, operands: Sequence[Operands], invals: Sequence[jax.Array] | None
+    ) -> tuple[tuple[dict[str, jax.Array], dict[str, Sensitivity]], list[Jacobian]]:
         xs, dfs, Ds = read_record(self.binding.graph, record, operands, self.x_keys)
         return (xs, dfs), Ds
 
-    def advance(self, traces, xs_and_dfs, Ds):
+    def advance(
+        self,
+        traces: IOTrace,
+        xs_and_dfs: tuple[Mapping[str, jax.Array], Mapping[str, Sensitivity]],
+        Ds: Sequence[Jacobian],
+    ) -> IOTrace:
         return _join(self._advance(_split(traces), *xs_and_dfs, Ds))
 
     def _advance(
-        self, trace: IOTrace, xs: Mapping[str, Any], dfs: Mapping[str, Sensitivity], Ds: Sequence[Jacobian]
-    ) -> IOTrace:
+        self, trace: SplitTrace, xs: Mapping[str, jax.Array], dfs: Mapping[str, Sensitivity], Ds: Sequence[Jacobian]
+    ) -> SplitTrace:
         decay_of = {key: self.decays[i][0] for i, key in self.x_keys.items()}
         new_xs = {k: decay_of[k] * e + xs[k].astype(e.dtype) for k, e in trace.xs.items()}
-        new_dfs: dict[str, list[Any]] = {}
+        new_dfs: dict[str, list[jax.Array]] = {}
         for i, r, g, key in self.pairs:
             slots, new_dfs[key], decay = trace.dfs[key], [], self.decays[i][1]
             for a, df in enumerate(dfs[key].entries):
@@ -108,9 +127,9 @@ class IOEngine(Engine):
                     carried = slots[a] if self.recursion == "scalar_leak" else None
                 value = weighted_sum([(decay, carried), (1.0 - decay, df)])
                 new_dfs[key].append(spread(value, slots[a].shape, slots[a].dtype))
-        return IOTrace(new_xs, new_dfs)
+        return SplitTrace(new_xs, new_dfs)
 
-    def forms(self):
+    def forms(self) -> dict[int, tuple[str, int]]:
         traces = jax.eval_shape(self.init)
         first = {key: i for i, key in reversed(self.x_keys.items())}
         size = {i: bytes_of(traces.xs[key]) for key, i in first.items()}
@@ -121,17 +140,27 @@ class IOEngine(Engine):
 
     # -- what signals make of the traces
 
-    def carriers(self, numbers, traces, operands, fixed, weights, steps):
+    def carriers(
+        self,
+        numbers: Sequence[int],
+        traces: IOTrace,
+        operands: Sequence[Operands],
+        fixed: Sequence[Fixed],
+        weights: Sequence[PyTree],
+        steps: jax.Array,
+    ) -> dict[int, jax.Array]:
         of, ones = self.relations, self._ones(steps)
         return {
             i: _carrier(of[i], self._x(traces.xs, i), operands[i], fixed[i], ones[self.decays[i][0]]) for i in numbers
         }
 
-    def contract(self, numbers, traces, signals, steps):
+    def contract(
+        self, numbers: Sequence[int], traces: IOTrace, signals: Signals, steps: jax.Array
+    ) -> dict[int, jax.Array | None]:
         return self._contract(numbers, _split(traces), signals, steps)
 
     def _contract(
-        self, numbers: Iterable[int], trace: IOTrace, signals: Signals, steps: jax.Array
+        self, numbers: Sequence[int], trace: SplitTrace, signals: Signals, steps: jax.Array
     ) -> dict[int, jax.Array | None]:
         """Per relation ``sum_a signal_a * f_a / c``, shaped like its output."""
         corrections = {f: _bias_correction(f, steps) for f in {self.decays[i][1] for i in numbers}}
@@ -146,20 +175,27 @@ class IOEngine(Engine):
             found[i] = None if total is None else (total / correction).astype(wide(r.y_var.aval.dtype))
         return found
 
-    def _ones(self, steps: jax.Array) -> dict[float, jax.Array]:
+    def _ones(self, steps: jax.Array) -> Ones:
         """What every filter of inputs makes of an input that is always 1."""
         return {decay: filtered_one(decay, steps) for decay in {x for x, _ in self.decays.values()}}
 
-    def _x(self, xs: Mapping[str, Any], number: int) -> Any:
+    def _x(self, xs: Mapping[str, jax.Array], number: int) -> jax.Array | None:
         return xs.get(self.x_keys.get(number, ""))
 
     # -- a chunk: one product over (time, batch) of filtered inputs with the cotangents of the outputs
 
-    def chunk_start(self, traces):
+    def chunk_start(self, traces: IOTrace) -> SplitTrace:
         return _split(traces)
 
-    def chunk_step(self, carry, index, record, operands, cotangents: Cotangents):
-        def met(trace, signals, steps):
+    def chunk_step(
+        self,
+        carry: SplitTrace,
+        index: jax.Array,
+        record: StepRecord,
+        operands: Sequence[Operands],
+        cotangents: Cotangents,
+    ) -> tuple[SplitTrace, IOEmitted, set[int]]:
+        def met(trace: SplitTrace, signals: Signals, steps: jax.Array) -> Contracted:
             return {i: c for i, c in self._contract(self.numbers, trace, signals, steps).items() if c is not None}
 
         before = met(carry, cotangents.old, index)
@@ -170,10 +206,18 @@ class IOEngine(Engine):
         ones = self._ones(index + 1), self._ones(index)
         return carry, (carry.xs if before or now else {}, now, before, ones), needed
 
-    def chunk_end(self, traces, carry, emitted: Emitted, operands, vmap_shape, length):
+    def chunk_end(
+        self,
+        traces: IOTrace,
+        carry: SplitTrace,
+        emitted: Emitted,
+        operands: Sequence[Operands],
+        vmap_shape: Shape,
+        length: int,
+    ) -> tuple[IOTrace, dict[int, Gradients | None]]:
         del length
         xs, now, before, ones = emitted.engine
-        gradients = {}
+        gradients: dict[int, Gradients | None] = {}
         for i, r in self.relations.items():
             inputs = self._x(traces.xs, i), self._x(xs, i)
             fixed = emitted.fixed.get(i, {})
@@ -183,12 +227,12 @@ class IOEngine(Engine):
         return _join(carry), gradients
 
 
-def _split(trace: IOTrace) -> IOTrace:
-    return trace._replace(dfs={k: [f[..., a] for a in range(f.shape[-1])] for k, f in trace.dfs.items()})
+def _split(trace: IOTrace) -> SplitTrace:
+    return SplitTrace(trace.xs, {k: [f[..., a] for a in range(f.shape[-1])] for k, f in trace.dfs.items()})
 
 
-def _join(trace: IOTrace) -> IOTrace:
-    return trace._replace(dfs={k: jnp.stack(slots, -1) for k, slots in trace.dfs.items()})
+def _join(trace: SplitTrace) -> IOTrace:
+    return IOTrace(trace.xs, {k: jnp.stack(slots, -1) for k, slots in trace.dfs.items()})
 
 
 def _bias_correction(decay_f: float, steps: jax.Array) -> jax.Array:
@@ -209,9 +253,9 @@ def _faded(decay: float, steps: jax.Array) -> jax.Array:
 
 def _carrier(
     relation: HiddenParamOpRelation,
-    x: Any,
-    operands: Mapping[str, jax.Array],
-    fixed: Mapping[int, Any],
+    x: jax.Array | None,
+    operands: Operands,
+    fixed: Fixed,
     one: jax.Array,
 ) -> jax.Array:
     """An array like the output whose cotangent reaches the operands through the filtered input ``x``, and ``one``."""
@@ -219,18 +263,18 @@ def _carrier(
     y = jax.ShapeDtypeStruct(relation.y_var.aval.shape, wide(relation.y_var.aval.dtype))
     operands, fixed = widened((dict(operands), dict(fixed)))
 
-    def lift(x, factors):
+    def lift(x: jax.Array | None, factors: Mapping[str, jax.Array]) -> jax.Array:
         moved = {k: _with_factor(w, factors[k]) if k in factors else w for k, w in operands.items()}
         return relation.primitive.lift(x, moved, relation.eqn_params, fixed, y)
 
     lifted = lift(x, dict.fromkeys(relation.offset_keys, one))
-    if relation.affine_keys:  # linear in the input but for the value where it is zero
+    if x is not None and relation.affine_keys:  # linear in the input but for the value where it is zero
         factors = dict.fromkeys(operands, jnp.zeros_like(one)) | dict.fromkeys(relation.affine_keys, one - 1.0)
         lifted += lift(jnp.zeros_like(x), factors)
     return lifted
 
 
-def _with_factor(value, factor):
+def _with_factor(value: jax.Array, factor: jax.Array) -> jax.Array:
     """``value``, with a factor on its cotangent."""
     still = jax.lax.stop_gradient(value)
     return still + (factor * (value - still)).astype(value.dtype)
@@ -238,15 +282,15 @@ def _with_factor(value, factor):
 
 def _contract_chunk(
     relation: HiddenParamOpRelation,
-    x_start: Any,
-    xs: Any,
+    x_start: jax.Array | None,
+    xs: jax.Array | None,
     now: jax.Array | None,
     before: jax.Array | None,
     ones: tuple[jax.Array, jax.Array],
-    operands: Any,
-    fixed: Any,
+    operands: Operands,
+    fixed: Fixed,
     axes: int,
-) -> dict[str, jax.Array] | None:
+) -> Gradients | None:
     """Gradient of a chunk of K steps from the filtered inputs ``xs`` of its steps, ``x_start`` at its entry.
 
     ``now[t]`` is the cotangent that meets the trace after step t, ``before[t]`` the one that meets the trace before;
@@ -256,7 +300,7 @@ def _contract_chunk(
     if before is None:
         return None if now is None else contraction(relation, xs, now, operands, fixed, axes, after)
     after = jnp.concatenate([ahead[:1], after])
-    if xs is not None:
+    if x_start is not None and xs is not None:
         xs = jnp.concatenate([x_start[None], xs])
     # Both meet the same K + 1 traces: after step t is before step t + 1.
     nothing = jnp.zeros_like(before[:1])

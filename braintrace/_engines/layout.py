@@ -7,19 +7,25 @@ with an entry for every position takes its place.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from .._binding import Fixed, Operands
 from .._compiler.labels import MANY, NONE, is_aligned, own_label
 from .._compiler.positions import no_cut, propagate
 from .._compiler.relations import HiddenParamOpRelation
 from .._jax import Literal, Var, open_jaxpr
-from .._types import path_str
+from .._ops.primitive import Unshared
+from .._types import PyTree, Shape, path_str
+from .pieces import Slot
 from .samples import aligned
 
 __all__ = ["TraceLayout", "layout_of"]
+
+Anchor = tuple[np.ndarray, ...] | None  # one array per axis of the output; None: the position is that of the last axes
+Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 class TraceLayout(NamedTuple):
@@ -27,18 +33,18 @@ class TraceLayout(NamedTuple):
 
     relation: HiddenParamOpRelation  # of one sub-step: all sub-steps add to one trace
     batch_ndim: int
-    anchors: Mapping[str, Any]
-    unshared: Any  # the operation with a weight entry for every position, where its own act on several; or None
-    shapes: Mapping[str, tuple[int, ...]]
+    anchors: Mapping[str, Anchor]
+    unshared: Unshared | None  # the operation with a weight entry for every position, where its own act on several
+    shapes: Mapping[str, Shape]
     sub_steps: int | None = None  # axis of that size in front of the batch axes of inputs and of df
 
-    def apply(self, x: Any, weights: Mapping[str, Any], fixed: Mapping[int, Any]) -> jax.Array:
+    def apply(self, x: jax.Array | None, weights: Operands, fixed: Fixed) -> jax.Array:
         """The output of one sample, for weights that have traces."""
         if self.unshared is not None:
             return self.unshared.impl(x, weights)
         return self.relation.primitive.apply_sample(x, weights, self.relation.eqn_params, fixed)
 
-    def own(self, operands: Mapping[str, Any], fixed: Mapping[int, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def own(self, operands: Operands, fixed: Fixed) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """The weights that have traces: the operation's own, or one for every position; and constants beside these."""
         if self.unshared is None:
             return dict(operands), {}
@@ -55,7 +61,7 @@ class TraceLayout(NamedTuple):
         """Whether the position of every trace entry is that of its last axes."""
         return self.relation.primitive.rules.dt_to_t is None and all(a is None for a in self.anchors.values())
 
-    def times(self, coefficient: Any, trace: Mapping[str, jax.Array], vmap_ndim: int) -> dict[str, jax.Array]:
+    def times(self, coefficient: PyTree, trace: Slot, vmap_ndim: int) -> Slot:
         """A coefficient (a number, or an array over positions) times the trace entries of its positions."""
         relation = self.relation
         if np.ndim(coefficient) == 0 or relation.x_var is None:
@@ -91,7 +97,7 @@ def _layout_of_one(relation: HiddenParamOpRelation) -> TraceLayout:
         )
     if relation.x_var is None:
         # Without an entry of its own for every position, the trace is that of the output, and an anchor says so.
-        anchors: Mapping[str, Any] = {k: None if _pointwise(relation, k) else () for k in weights}
+        anchors: Mapping[str, Anchor] = {k: None if _pointwise(relation, k) else () for k in weights}
         if () in anchors.values() and fixed.keys() - relation.constant:
             raise NotImplementedError(
                 f"A weight of {where} acts on several positions, in another way at every step. Use braintrace.pp_prop."
@@ -113,7 +119,7 @@ def _layout_of_one(relation: HiddenParamOpRelation) -> TraceLayout:
     return layout._replace(anchors=_find_anchors(layout, x, one_y, weights, fixed, where))
 
 
-def _reads_by_sample(relation, weights, fixed) -> bool:
+def _reads_by_sample(relation: HiddenParamOpRelation, weights: Shapes, fixed: dict[int, jax.ShapeDtypeStruct]) -> bool:
     """Whether every sample of the output reads its own part of some untrained operand."""
     p, y = relation.primitive, relation.y_var.aval
     if y.shape[0] == 1:  # a single sample reads what there is
@@ -128,8 +134,21 @@ def _reads_by_sample(relation, weights, fixed) -> bool:
     return any(len(label) > 1 and np.all((label[1] == own) | (label[1] == NONE)) for label in labels)
 
 
-def _find_anchors(layout, x, y, weights, fixed, where) -> dict[str, Any]:
-    def derivative(x, cotangent, weights, constants, fixed):
+def _find_anchors(
+    layout: TraceLayout,
+    x: jax.ShapeDtypeStruct,
+    y: jax.ShapeDtypeStruct,
+    weights: Shapes,
+    fixed: dict[int, jax.ShapeDtypeStruct],
+    where: str,
+) -> dict[str, Anchor]:
+    def derivative(
+        x: jax.Array,
+        cotangent: jax.Array,
+        weights: dict[str, jax.Array],
+        constants: dict[str, jax.Array],
+        fixed: dict[int, jax.Array],
+    ) -> dict[str, jax.Array]:
         return jax.vjp(lambda w: layout.apply(x, w | constants, fixed), weights)[1](cotangent)[0]
 
     trained = layout.relation.trainable_vars
@@ -138,7 +157,7 @@ def _find_anchors(layout, x, y, weights, fixed, where) -> dict[str, Any]:
     jaxpr = open_jaxpr(jax.make_jaxpr(derivative)(x, y, weights, constants, fixed))
     env = {jaxpr.invars[1]: {("y", 0): own_label(y.shape, len(y.shape))}}
     propagate(jaxpr.eqns, env, no_cut)
-    anchors: dict[str, Any] = {}
+    anchors: dict[str, Anchor] = {}
     for key, var in zip(sorted(weights), jaxpr.outvars):
         label = env.get(var, {}).get(("y", 0))
         index = [] if label is None else [np.where(a == NONE, 0, a) for a in label[1:]]
@@ -165,7 +184,7 @@ def _pointwise(relation: HiddenParamOpRelation, key: str) -> bool:
     w, y = others.pop(key), relation.y_var.aval
     fixed = {i: _struct(v) for i, v in relation.fixed_vars.items()}
 
-    def value(w, others, fixed):
+    def value(w: jax.Array, others: dict[str, jax.Array], fixed: dict[int, jax.Array]) -> jax.Array:
         return relation.primitive.apply_sample(None, {**others, key: w}, relation.eqn_params, fixed)
 
     jaxpr = open_jaxpr(jax.make_jaxpr(value)(w, others, fixed))

@@ -13,31 +13,41 @@ of M are matrices at every position, a_t and M_t df_t vectors; df_t acts on the 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._binding import Slots
+from .._binding import Fixed, Operands, Slots
 from .._precision import wide, widened
+from .._types import Shape
 from .instant import SlotTrace, cut_slots, instant, instant_like, kept_like, outer, slot_of
+from .layout import TraceLayout
+from .pieces import Slot
 from .record import add, placed, spread, unbroadcast, weighted_sum
-from .weight_trace import WeightTrace
+from .weight_trace import Recursion, WeightTrace
 
 __all__ = ["ChunkCoefficients", "chunk_coefficients", "chunk_update"]
 
 
 class ChunkCoefficients(NamedTuple):
     y: dict[int, jax.Array | None]  # relation -> <df_t, a_t>, (K, *y)
-    u: dict[int, list[Any]]  # relation -> per slot M_t df_t, (K, *V), or None
-    entry: list[Any]  # per slot D_1' a_1, V, or None
-    M: list[list[Any]]  # M_0, V each, or None
+    u: dict[int, list[jax.Array | None]]  # relation -> per slot M_t df_t, (K, *V), or None
+    entry: list[jax.Array | None]  # per slot D_1' a_1, V, or None
+    M: list[list[jax.Array | None]]  # M_0, V each, or None
+
+
+Varying: TypeAlias = Sequence[jax.Array]  # the varying entries of D and df of a group
+Read: TypeAlias = Callable[[Varying], Recursion]
+Products: TypeAlias = dict[int, dict[int, jax.Array]]  # slot -> slot -> an entry of M
+Carry: TypeAlias = tuple[dict[int, jax.Array], Products]  # D' a by slot, and M
+Outs: TypeAlias = tuple[dict[int, jax.Array | None], dict[int, list[jax.Array | None]]]  # y and u of coefficients
 
 
 def chunk_coefficients(
-    of_groups: Sequence[tuple[Any, Any, Slots, Sequence[WeightTrace]]], length: int
+    of_groups: Sequence[tuple[Read, Varying, Slots, Sequence[WeightTrace]]], length: int
 ) -> list[ChunkCoefficients]:
     """Everything that a chunk needs beside the inputs, for the weights of every group and for one sample.
 
@@ -46,7 +56,7 @@ def chunk_coefficients(
     """
     parts = [_Backward(read, varying, weights, signals) for read, varying, signals, weights in of_groups]
 
-    def body(carry, items):
+    def body(carry: list[Carry], items: list[tuple[Varying, Slots]]) -> tuple[list[Carry], list[Outs]]:
         both = [part.step(c, item) for part, c, item in zip(parts, carry, items)]
         return [c for c, _ in both], [out for _, out in both]
 
@@ -58,7 +68,7 @@ def chunk_coefficients(
 class _Backward:
     """The recursions of a chunk for one group, backward in time."""
 
-    def __init__(self, read: Any, varying: Any, weights: Sequence[WeightTrace], signals: Slots):
+    def __init__(self, read: Read, varying: Varying, weights: Sequence[WeightTrace], signals: Slots):
         self.read, self.group = read, weights[0].group
         self.relations = {p.number: p.relation for p in weights}
         self.layouts = {p.number: p.layout for p in weights}
@@ -74,7 +84,7 @@ class _Backward:
         # Products of D have the axes of its entries: of those that depend on parameters alone, none of samples.
         entries = [getattr(e, "shape", ()) for row in structure.D for e in row]
         self.shape = np.broadcast_shapes((1,) * nothing.ndim, *entries)
-        one: Any = np.ones(())
+        one = np.ones(())
         self.product = self.transposed = operator.mul
         self.own = lambda values: values
         if (snap := self.group.snap) is not None:
@@ -88,7 +98,7 @@ class _Backward:
             {a: {b: zero + one.astype(self.dtype) if a == b else zero for b in self.reach[a]} for a in self.kept},
         )
 
-    def step(self, carry, item):
+    def step(self, carry: Carry, item: tuple[Varying, Slots]) -> tuple[Carry, Outs]:
         (future, M), (values, q) = carry, item
         group, felt, reach = self.group, self.felt, self.reach
         recursion = self.read(values)
@@ -108,26 +118,26 @@ class _Backward:
         back = {b: weighted_sum([(D[a][b], total[a]) for a in felt], self.transposed) for b in self.backward}
         entry = lambda a, c: weighted_sum([(M[a][b], D[b][c]) for b in reach[a]], self.product)  # noqa: E731
         M = {a: {c: spread(entry(a, c), self.shape, self.dtype) for c in reach[a]} for a in kept}
-        return ({b: v.astype(self.dtype) for b, v in back.items()}, M), (y, u)
+        return ({b: v.astype(self.dtype) for b, v in back.items() if v is not None}, M), (y, u)
 
-    def spread(self, value, whole=True):
+    def spread(self, value: jax.Array, whole: bool = True) -> jax.Array:
         """With the axes of the group, and what is in front of them."""
         shape = np.broadcast_shapes(value.shape, self.group.varshape)
         return jnp.broadcast_to(value, shape) if whole else value
 
-    def spread_samples(self, value):
+    def spread_samples(self, value: jax.Array) -> jax.Array:
         """The same, but for axes of positions along which neighbours are the same."""
         shape = self.group.varshape if self.group.snap is None else self.group.snap.shape
         return jnp.broadcast_to(value, np.broadcast_shapes(value.shape, shape))
 
-    def spread_positions(self, value, layout):
+    def spread_positions(self, value: jax.Array, layout: TraceLayout) -> jax.Array:
         """The same, but for axes of samples where :func:`instant` leaves them apart."""
         if self.group.snap is not None or not layout.is_plain or layout.sub_steps is not None:
             return self.spread(value)
         samples, whole = layout.batch_ndim, self.group.varshape
         return jnp.broadcast_to(value, (*value.shape[: 1 + samples], *whole[samples:]))
 
-    def result(self, carry, outs) -> ChunkCoefficients:
+    def result(self, carry: Carry, outs: Outs) -> ChunkCoefficients:
         (future, M), (y, u) = carry, outs
         rows = [
             [self.spread_samples(M[a][b]) if a in self.kept and b in M[a] else None for b in range(self.width)]
@@ -149,32 +159,45 @@ def _closure(start: set[int], has: Sequence[Sequence[bool]]) -> list[int]:
         found = more
 
 
+Powers: TypeAlias = dict[int, tuple[dict[int, np.generic], np.ndarray]]  # factorised slot -> those of old slots, inputs
+
+
 def chunk_update(
     weight: WeightTrace,
     trace: SlotTrace,
     coefficients: ChunkCoefficients,
-    xs: Any,
-    operands: Mapping[str, jax.Array],
-    fixed: Mapping[int, Any],
-    vmap_shape: tuple[int, ...],
+    xs: jax.Array | None,
+    operands: Operands,
+    fixed: Fixed,
+    vmap_shape: Shape,
 ) -> SlotTrace:
     """Traces after a chunk with inputs ``xs`` of shape ``(K, *vmap_shape, ...)``."""
-    new, recursion = [], weight.structure
-    powers = _powers(weight, jax.tree.leaves(xs)[0].shape[0]) if weight.factorised else None
+    new: list[Slot] = []
+    recursion = weight.structure
+    powers = _powers(weight, jax.tree.leaves(xs)[0].shape[0]) if weight.factorised else {}
     for a in range(recursion.width):
         old = slot_of(trace, a)
         if a in weight.factorised:
-            value = _filtered(weight, a, powers, trace, xs, operands)
+            value: Slot | None = _filtered(weight, a, powers, trace, xs, operands)
         else:
             row = weight.placed(coefficients.M[a])
             u = coefficients.u[weight.number][a]
             value = add(_chunk_terms(weight, trace, old, row, u, xs, operands, fixed, len(vmap_shape)))
-        value = value or dict.fromkeys(trace)
-        new.append(kept_like(value, old))
+        new.append(kept_like(value or dict.fromkeys(trace), old))
     return {k: [slot[k] for slot in new] for k in trace}
 
 
-def _chunk_terms(weight, trace, old, row, u, xs, operands, fixed, vmap_ndim):
+def _chunk_terms(
+    weight: WeightTrace,
+    trace: SlotTrace,
+    old: Slot,
+    row: Sequence[jax.Array | None],
+    u: jax.Array | None,
+    xs: jax.Array | None,
+    operands: Operands,
+    fixed: Fixed,
+    vmap_ndim: int,
+) -> list[Slot]:
     terms = []
     for b, m in enumerate(row):
         if m is None:
@@ -191,10 +214,12 @@ def _chunk_terms(weight, trace, old, row, u, xs, operands, fixed, vmap_ndim):
     return terms
 
 
-def _instant_of_neighbours(weight, xs, u, operands, fixed, vmap_ndim):
+def _instant_of_neighbours(
+    weight: WeightTrace, xs: jax.Array | None, u: jax.Array, operands: Operands, fixed: Fixed, vmap_ndim: int
+) -> Slot:
     """What the steps add, along a last axis of neighbours, which ``u`` has in front of those of positions."""
 
-    def added(xs, u, time):
+    def added(xs: jax.Array | None, u: jax.Array, time: bool) -> Slot:
         of_each = lambda u: instant(weight.layout, xs, u, operands, fixed, vmap_ndim, time)  # noqa: E731
         return jax.vmap(of_each, in_axes=int(time) + vmap_ndim, out_axes=-1)(u)
 
@@ -207,7 +232,7 @@ def _instant_of_neighbours(weight, xs, u, operands, fixed, vmap_ndim):
     return found
 
 
-def _powers(weight, length):
+def _powers(weight: WeightTrace, length: int) -> Powers:
     """Weights of the K inputs and of the old slots in the new factorised slots, as numbers."""
     slots, recursion = sorted(weight.factorised), weight.structure
     D = np.array([[recursion.D[a][b] or 0.0 for b in slots] for a in slots])
@@ -220,7 +245,9 @@ def _powers(weight, length):
     return {a: (dict(zip(slots, M[k])), inputs[:, k]) for k, a in enumerate(slots)}
 
 
-def _filtered(weight, a, powers, trace, xs, operands):
+def _filtered(
+    weight: WeightTrace, a: int, powers: Powers, trace: SlotTrace, xs: jax.Array | None, operands: Operands
+) -> dict[str, jax.Array]:
     old, of_inputs = powers[a]
     relation, out = weight.layout.relation, {}
     for k, slots in trace.items():

@@ -10,15 +10,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import KeyEntry
 from jax.typing import DTypeLike
 
 from .._jax import runs_on_cpu, zeros
+from .._types import PyTree, Shape
 
-__all__ = ["Pieces", "cut_like", "is_pieces", "joined", "zeros_in_pieces"]
+__all__ = ["Pieces", "Slot", "cut_like", "is_pieces", "joined", "zeros_in_pieces"]
+
+T = TypeVar("T")
+Slot = dict[str, PyTree]  # of a trace: trained key -> an array, or one as `Pieces`
 
 _PIECE = 2**24  # bytes
 _MOST = 64  # each piece takes time to compile
@@ -28,11 +34,11 @@ _MOST = 64  # each piece takes time to compile
 class Pieces:
     """Arrays that make up one along ``axis``, counted from the last."""
 
-    def __init__(self, arrays: Sequence[Any], axis: int):
+    def __init__(self, arrays: Sequence[jax.Array], axis: int):
         self.arrays, self.axis = tuple(arrays), axis
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         shape = list(self.arrays[0].shape)
         shape[self.axis] = sum(a.shape[self.axis] for a in self.arrays)
         return tuple(shape)
@@ -42,46 +48,46 @@ class Pieces:
         return len(self.arrays[0].shape)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         return self.arrays[0].dtype
 
-    def tree_flatten_with_keys(self) -> Any:
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[KeyEntry, jax.Array]], int]:
         return [(jax.tree_util.SequenceKey(i), a) for i, a in enumerate(self.arrays)], self.axis
 
-    def tree_flatten(self) -> Any:
+    def tree_flatten(self) -> tuple[tuple[jax.Array, ...], int]:
         return self.arrays, self.axis
 
     @classmethod
-    def tree_unflatten(cls, axis: int, arrays: Sequence[Any]) -> Pieces:
+    def tree_unflatten(cls, axis: int, arrays: Sequence[jax.Array]) -> Pieces:
         return cls(arrays, axis)
 
-    def map(self, function: Callable[[Any, slice], Any]) -> Pieces:
-        """``function`` of every piece and of the part of the axis that it covers."""
+    def map(self, function: Callable[[slice], T]) -> list[T]:
+        """``function`` of the part of the axis that a piece covers, for every piece."""
         ends = list(itertools.accumulate((a.shape[self.axis] for a in self.arrays), initial=0))
-        return Pieces([function(a, slice(*part)) for a, part in zip(self.arrays, zip(ends, ends[1:]))], self.axis)
+        return [function(slice(*part)) for part in zip(ends, ends[1:])]
 
-    def cut(self, whole: Any) -> list[Any]:
+    def cut(self, whole: jax.Array) -> list[jax.Array]:
         """Parts of an array with the same axis, one for each piece."""
         axis = len(whole.shape) + self.axis
-        return list(self.map(lambda _, p: jax.lax.slice_in_dim(whole, p.start, p.stop, axis=axis)).arrays)
+        return self.map(lambda p: jax.lax.slice_in_dim(whole, p.start, p.stop, axis=axis))
 
 
-def is_pieces(x: Any) -> bool:
+def is_pieces(x: object) -> TypeGuard[Pieces]:
     return isinstance(x, Pieces)
 
 
-def cut_like(value: Any, like: Any) -> Any:
+def cut_like(value: jax.Array | Pieces, like: jax.Array | Pieces) -> jax.Array | Pieces:
     """An array in the pieces of another."""
-    if not is_pieces(like) or is_pieces(value):
+    if not is_pieces(like) or isinstance(value, Pieces):
         return value
     return Pieces(like.cut(value), like.axis)
 
 
-def joined(value: Any) -> Any:
-    return jnp.concatenate(value.arrays, value.axis) if is_pieces(value) else value
+def joined(value: jax.Array | Pieces) -> jax.Array:
+    return jnp.concatenate(value.arrays, value.axis) if isinstance(value, Pieces) else value
 
 
-def zeros_in_pieces(shape: tuple[int, ...], dtype: DTypeLike, axis: int, samples: int | None) -> Any:
+def zeros_in_pieces(shape: Shape, dtype: DTypeLike, axis: int, samples: int | None) -> jax.Array | Pieces:
     """Zeros for each of that many mapped samples, in pieces along an axis where they are many on a CPU.
 
     Without a number of samples they are whole.

@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, NoReturn, TypeAlias
 
 import brainstate
 import jax
 import jax.numpy as jnp
 
-from .._binding import Binding, Signals
+from .._binding import Binding, Fixed, Gradients, Operands, Signals
 from .._compiler.groups import HiddenGroup
 from .._compiler.relations import HiddenParamOpRelation
+from .._compiler.step import StepRecord
 from .._jax import zeros
 from .._precision import eval_widened, wide, widened
-from .._types import Path
+from .._types import Path, PyTree
 from .engine import Engine
 from .record import Sensitivity, add, contraction, instantaneous, read_record
 
@@ -38,6 +39,9 @@ class Projection(NamedTuple):
 
     state: jax.Array
     parameters: list[jax.Array]
+
+
+Taken: TypeAlias = tuple[StepRecord, Sequence[Operands], Sequence[jax.Array]]  # of a step
 
 
 class Projections(NamedTuple):
@@ -71,7 +75,7 @@ class ProjectionEngine(Engine):
     def _relations_of(self, group_index: int) -> dict[int, HiddenParamOpRelation]:
         return {i: r for i, r in self.relations.items() if any(g.index == group_index for g in r.hidden_groups)}
 
-    def _groups_of(self, numbers):
+    def _groups_of(self, numbers: Sequence[int]) -> list[int]:
         return sorted({g.index for i in numbers for g in self.relations[i].hidden_groups})
 
     def init(self) -> Projections:
@@ -83,11 +87,13 @@ class ProjectionEngine(Engine):
             found[g.index] = Projection(state, [zeros(a.shape, wide(a.dtype)) for a in own])
         return Projections(found, jax.random.key_data(self.key), zeros((), jnp.int32))
 
-    def take(self, record, operands, invals):
+    def take(
+        self, record: StepRecord, operands: Sequence[Operands], invals: Sequence[jax.Array]
+    ) -> tuple[tuple[Taken, dict[str, Sensitivity]], None]:
         _, dfs, _ = read_record(self.binding.graph, record, operands, {})
         return ((record, operands, invals), dfs), None
 
-    def advance(self, traces, xs_and_dfs, Ds):
+    def advance(self, traces: Projections, xs_and_dfs: tuple[Taken, dict[str, Sensitivity]], Ds: None) -> Projections:
         (record, operands, invals), dfs = xs_and_dfs
         key, new = jax.random.wrap_key_data(traces.key, impl=jax.random.key_impl(self.key)), {}
         for g in self.groups:
@@ -111,7 +117,15 @@ class ProjectionEngine(Engine):
         parameters = [(o / rho_0 + p / rho_1).astype(o.dtype) for o, p in zip(old.parameters, projection)]
         return Projection((rho_0 * carried + rho_1 * noise).astype(old.state.dtype), parameters)
 
-    def carriers(self, numbers, traces, operands, fixed, weights, steps):
+    def carriers(
+        self,
+        numbers: Sequence[int],
+        traces: Projections,
+        operands: Sequence[Operands],
+        fixed: Sequence[Fixed],
+        weights: Sequence[PyTree],
+        steps: jax.Array,
+    ) -> dict[int, jax.Array]:
         """Per group the product of its projected parameters with the parameters themselves."""
         values, out = self.binding.weights_by_path(weights), {}
         for index in self._groups_of(numbers):
@@ -120,7 +134,9 @@ class ProjectionEngine(Engine):
             out[index] = sum((h * w).sum() for h, w in zip(held, leaves))
         return out
 
-    def contract(self, numbers, traces, signals, steps):
+    def contract(
+        self, numbers: Sequence[int], traces: Projections, signals: Signals, steps: jax.Array
+    ) -> dict[int, jax.Array | None]:
         """The signals times the projected states."""
         states = {index: traces.of_group[index].state for index in self._groups_of(numbers)}
         return {
@@ -130,22 +146,22 @@ class ProjectionEngine(Engine):
 
     has_chunks = False  # each projection is made of new random signs
 
-    def chunk_start(self, traces):
+    def chunk_start(self, *_: object) -> NoReturn:
         raise NotImplementedError
 
-    def chunk_step(self, carry, index, record, operands, cotangents):
+    def chunk_step(self, *_: object) -> NoReturn:
         raise NotImplementedError
 
-    def chunk_end(self, traces, carry, emitted, operands, vmap_shape, length):
+    def chunk_end(self, *_: object) -> NoReturn:
         raise NotImplementedError
 
 
-def _jacobian_product(group: HiddenGroup, varying: Sequence[Any], tangent: jax.Array) -> jax.Array:
+def _jacobian_product(group: HiddenGroup, varying: Sequence[jax.Array], tangent: jax.Array) -> jax.Array:
     """The whole Jacobian of a group's step times ``tangent``, both of shape ``V + (S,)``."""
     olds, inputs = widened(group.read_transition(varying))
     smooth = [i for i, v in enumerate(olds) if jnp.issubdtype(v.dtype, jnp.inexact)]
 
-    def new_values(moved):
+    def new_values(moved: Sequence[jax.Array]) -> list[jax.Array]:
         at = dict(zip(smooth, moved))
         out = eval_widened(group.program.program, *[at.get(i, v) for i, v in enumerate(olds)], *inputs)
         return [out[i] for i in smooth]
@@ -164,10 +180,10 @@ def _projected(
     group: HiddenGroup,
     noise: jax.Array,
     dfs: Mapping[str, Sensitivity],
-    x: Sequence[Any],
-    operands: Sequence[Any],
-    fixed: Sequence[Any],
-) -> dict[int, dict[str, jax.Array]]:
+    x: Sequence[jax.Array | None],
+    operands: Sequence[Operands],
+    fixed: Sequence[Fixed],
+) -> dict[int, Gradients]:
     """``noise`` times the derivative of the group by the operands of the operations that drive it."""
     out = {}
     for i, r in relations.items():
@@ -179,6 +195,6 @@ def _projected(
     return out
 
 
-def _norm(arrays):
+def _norm(arrays: Sequence[jax.Array]) -> jax.Array:
     wide = [a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in arrays]
     return jnp.sqrt(sum((a * a).sum() for a in wide))

@@ -7,27 +7,29 @@ only the entries of D that can be non-zero cost anything.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from .._binding import Signals
-from .._compiler.cut import Entry
+from .._binding import Fixed, Gradients, Operands, Signals
+from .._compiler.cut import Coefficient, Entry
 from .._compiler.graph import ETraceGraph
 from .._compiler.groups import HiddenGroup
 from .._compiler.relations import HiddenParamOpRelation
 from .._compiler.step import StepRecord
 from .._jax import Var, where_compiled
 from .._precision import widened
-from .._types import path_str
+from .._types import PyTree, Shape, path_str
 
 __all__ = [
-    "Jacobian", "Sensitivity", "add", "contraction", "instantaneous", "over_groups", "pair_key",
+    "Coefficient", "Jacobian", "Sensitivity", "add", "contraction", "instantaneous", "over_groups", "pair_key",
     "placed", "read_record", "relation_name", "spread", "unbroadcast", "weighted_sum", "x_aval", "x_keys",
 ]  # fmt: skip
+
+T = TypeVar("T")
 
 _SMALL = 2**15  # elements
 
@@ -35,9 +37,9 @@ _SMALL = 2**15  # elements
 class Jacobian(NamedTuple):
     """D of one group at one step: ``entries[a][b]`` is an array, a number, or ``None`` for a known zero."""
 
-    entries: tuple[tuple[Any, ...], ...]
+    entries: tuple[tuple[Coefficient, ...], ...]
 
-    def dense(self, varshape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    def dense(self, varshape: Shape, dtype: DTypeLike) -> jax.Array:
         """The array of shape ``V + (S, S)``."""
         rows = [jnp.stack([spread(e, varshape, dtype) for e in row], -1) for row in self.entries]
         return jnp.stack(rows, -2)
@@ -46,14 +48,14 @@ class Jacobian(NamedTuple):
 class Sensitivity(NamedTuple):
     """df of one relation and group at one step; as :class:`Jacobian`, one entry per hidden variable."""
 
-    entries: tuple[Any, ...]
+    entries: tuple[Coefficient, ...]
 
 
-def spread(entry: Any, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+def spread(entry: Coefficient, shape: Shape, dtype: DTypeLike) -> jax.Array:
     return jnp.zeros(shape, dtype) if entry is None else jnp.broadcast_to(jnp.asarray(entry, dtype), shape)
 
 
-def unbroadcast(value: Any, shape: tuple[int, ...]) -> Any:
+def unbroadcast(value: jax.Array, shape: Shape) -> jax.Array:
     """Sum over the axes that broadcasting from ``shape`` added or stretched."""
     value = value.sum(tuple(range(value.ndim - len(shape))))
     stretched = tuple(k for k, n in enumerate(shape) if n == 1 != value.shape[k])
@@ -69,17 +71,17 @@ def pair_key(relation: HiddenParamOpRelation, group_index: int) -> str:
     return f"{relation_name(relation)}/hidden_group_{group_index}"
 
 
-def x_keys(graph: ETraceGraph, filters: Mapping[int, Any]) -> dict[int, str]:
+def x_keys(graph: ETraceGraph, filters: Mapping[int, float]) -> dict[int, str]:
     """Relation number -> key of its x-trace; what reads one value in one way, with equal filters, shares one."""
     keys: dict[int, str] = {}
-    shared: dict[Any, str] = {}
+    shared: dict[Hashable, str] = {}
     for i, decay in filters.items():
         r = graph.hidden_param_op_relations[i]
         if r.x_var is None:
             continue
         shapes = tuple((k, v.aval.shape, v.aval.dtype) for k, v in r.weight_vars.items())
         # An own representation (one-hot, say) depends on the weight's shape; the input itself does not.
-        how: Any = None if r.primitive.rules.pp_x_repr is None else (r.primitive.rules.pp_x_repr, shapes)
+        how: Hashable = None if r.primitive.rules.pp_x_repr is None else (r.primitive.rules.pp_x_repr, shapes)
         if how is None and not jnp.issubdtype(r.x_var.aval.dtype, jnp.inexact):
             how = (x_aval(r).dtype,)
         keys[i] = shared.setdefault((r.x_var, how, decay), f"x of {relation_name(r)}")
@@ -97,15 +99,16 @@ def x_aval(relation: HiddenParamOpRelation) -> jax.ShapeDtypeStruct:
 
 
 def read_record(
-    graph: ETraceGraph, record: StepRecord, operands: Sequence[Mapping[str, Any]], keys: Mapping[int, str]
-) -> tuple[dict[str, Any], dict[str, Sensitivity], list[Jacobian]]:
+    graph: ETraceGraph, record: StepRecord, operands: Sequence[Operands], keys: Mapping[int, str]
+) -> tuple[dict[str, jax.Array], dict[str, Sensitivity], list[Jacobian]]:
     """Of one step: inputs by the ``keys`` of relations' x-traces, df by relation and group, D per group."""
-    relations, xs = graph.hidden_param_op_relations, {}
+    relations = graph.hidden_param_op_relations
+    xs: dict[str, jax.Array] = {}
     for i, key in keys.items():
         if key not in xs:
             xs[key] = relations[i].x_repr(record.x[i], operands[i])
 
-    def read(entry: Entry, group: int):
+    def read(entry: Entry, group: int) -> Coefficient:
         return entry.read(record.varying[group])
 
     dfs = {
@@ -122,14 +125,16 @@ def read_record(
     return xs, dfs, Ds
 
 
-def weighted_sum(terms: Sequence[tuple[Any, Any]], product: Callable[[Any, Any], Any] = operator.mul) -> Any | None:
-    """Sum of products, leaving out known zeros."""
+def weighted_sum(
+    terms: Sequence[tuple[Coefficient, Coefficient]], product: Callable[[PyTree, PyTree], PyTree] = operator.mul
+) -> PyTree:
+    """Sum of products, leaving out known zeros; ``None`` where nothing is left."""
     return add([product(a, b) for a, b in terms if a is not None and b is not None])
 
 
-def add(terms: Sequence[Any]) -> Any | None:
+def add(terms: Sequence[T | None]) -> T | None:
     """Sum of arrays, or of trees of one structure, leaving out known zeros; ``None`` where nothing is left."""
-    total = None
+    total: T | None = None
     for term in terms:
         if term is not None:
             total = term if total is None else jax.tree.map(jnp.add, total, term)
@@ -147,12 +152,14 @@ def instantaneous(
     return over_groups(relation, pairs)
 
 
-def placed(relation: HiddenParamOpRelation, group: HiddenGroup, entries: Sequence[Any]) -> list[Any]:
+def placed(relation: HiddenParamOpRelation, group: HiddenGroup, entries: Sequence[T]) -> list[T]:
     """Values per position of a group, for every entry of an operation's output."""
     return [relation.place(group, e) for e in entries]
 
 
-def over_groups(relation: HiddenParamOpRelation, pairs: Mapping[int, Sequence[tuple[Any, Any]]]) -> jax.Array | None:
+def over_groups(
+    relation: HiddenParamOpRelation, pairs: Mapping[int, Sequence[tuple[Coefficient, jax.Array | None]]]
+) -> jax.Array | None:
     """Sum products over hidden variables, groups, and the axes that y lacks."""
     shape = relation.y_var.aval.shape
     parts = [weighted_sum(terms) for terms in pairs.values()]
@@ -161,13 +168,13 @@ def over_groups(relation: HiddenParamOpRelation, pairs: Mapping[int, Sequence[tu
 
 def contraction(
     operation: HiddenParamOpRelation,
-    x: Any,
+    x: jax.Array | None,
     cotangent: jax.Array,
-    operands: Any,
-    fixed: Any,
+    operands: Operands,
+    fixed: Fixed,
     axes: int,
     ones: jax.Array | None = None,
-) -> dict[str, jax.Array]:
+) -> Gradients:
     """Gradient of an operation's operands, summed over ``axes`` leading axes of its inputs and of its cotangent.
 
     It is made, and left, in the dtype of sums over time. With ``ones``, an array over these axes, ``x`` is a filtered
@@ -179,10 +186,10 @@ def contraction(
     p, params, bound = operation.primitive, operation.eqn_params, ones is None
     x, cotangent, operands, fixed = widened((x, cotangent, dict(operands), dict(fixed)))
 
-    def gradients(x, cotangent):
+    def gradients(x: jax.Array | None, cotangent: jax.Array) -> Gradients:
         return dict(p.summed_vjp(x, cotangent, operands, params, fixed, axes, bound))
 
-    def times(factor):
+    def times(factor: jax.Array) -> jax.Array:
         return (factor.reshape(factor.shape + (1,) * (cotangent.ndim - axes)) * cotangent).astype(cotangent.dtype)
 
     offset = set(operation.offset_keys)
@@ -207,9 +214,9 @@ def contraction(
     return gradient
 
 
-def _weighted_apart(axes, factors, cotangent):
+def _weighted_apart(axes: int, factors: jax.Array, cotangent: jax.Array) -> jax.Array:
     return jnp.tensordot(factors, cotangent, axes)
 
 
-def _weighted_merged(axes, factors, cotangent):
+def _weighted_merged(axes: int, factors: jax.Array, cotangent: jax.Array) -> jax.Array:
     return jnp.tensordot(factors.reshape(-1), cotangent.reshape((-1, *cotangent.shape[axes:])), 1)

@@ -10,28 +10,29 @@ Where the trace of a weight follows the neighbours of its position, they are the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from .._binding import Slots
+from .._binding import Fixed, Gradients, Operands, Slots
 from .._compiler.groups import HiddenGroup
 from .._compiler.relations import HiddenParamOpRelation
 from .._jax import zeros
 from .._precision import wide, widened
+from .._types import PyTree, Shape
 from .instant import SlotTrace, cut_slots, full, instant_like, kept_like, outer, slot_of
 from .layout import TraceLayout
-from .pieces import joined, zeros_in_pieces
-from .record import add, contraction, pair_key, placed, unbroadcast, weighted_sum, x_aval
+from .pieces import Slot, joined, zeros_in_pieces
+from .record import Coefficient, add, contraction, pair_key, placed, unbroadcast, weighted_sum, x_aval
 from .samples import met
 
 __all__ = ["Recursion", "WeightTrace", "factorised_slots", "recursion_of"]
 
 
-Row = Sequence[Any]  # entries that are arrays, numbers, or None for a known zero
+Row = Sequence[Coefficient]
 
 
 class Recursion(NamedTuple):
@@ -45,7 +46,9 @@ class Recursion(NamedTuple):
         return len(self.D)
 
 
-def recursion_of(D: Sequence[Row], df: Mapping[int, Row], kind: str, decay: float | None, kappa: float | None):
+def recursion_of(
+    D: Sequence[Row], df: Mapping[int, Row], kind: str, decay: float | None, kappa: float | None
+) -> Recursion:
     """The recursion that the traces obey: D as it is, a leak or nothing in its place, and a filter on top."""
     n = len(D)
     if kind != "jacobian":
@@ -58,7 +61,7 @@ def recursion_of(D: Sequence[Row], df: Mapping[int, Row], kind: str, decay: floa
     return Recursion((*upper, *lower), {i: (*row, *row) for i, row in df.items()})
 
 
-def factorised_slots(recursion: Recursion, number: int) -> frozenset:
+def factorised_slots(recursion: Recursion, number: int) -> frozenset[int]:
     """The largest set of slots that only numbers drive, from the input and from each other."""
     is_number = lambda e: e is None or np.ndim(e) == 0 and not hasattr(e, "dtype")  # noqa: E731
     slots = {a for a in range(recursion.width) if is_number(recursion.df[number][a])}
@@ -79,7 +82,7 @@ class WeightTrace(NamedTuple):
     group: HiddenGroup
     layout: TraceLayout
     structure: Recursion  # with known entries as they are, and something in the place of varying ones
-    factorised: frozenset  # slots
+    factorised: frozenset[int]  # slots
 
     @property
     def key(self) -> str:
@@ -98,7 +101,7 @@ class WeightTrace(NamedTuple):
         """Which axis of the trace's arrays is that of units, the last one of the group."""
         return -1 if self.group.snap is None else -2
 
-    def vmap_shape(self, trace: SlotTrace) -> tuple[int, ...]:
+    def vmap_shape(self, trace: SlotTrace) -> Shape:
         """The mapped axis of a trace that is looked at from outside of ``jax.vmap``."""
         (name, *_), one = trace, jax.eval_shape(lambda: self.init(None))
         return trace[name][0].shape[: trace[name][0].ndim - one[name][0].ndim]
@@ -133,12 +136,12 @@ class WeightTrace(NamedTuple):
         self,
         recursion: Recursion,
         trace: SlotTrace,
-        x: Any,
-        operands: Mapping[str, jax.Array],
-        fixed: Mapping[int, Any],
+        x: jax.Array | None,
+        operands: Operands,
+        fixed: Fixed,
     ) -> SlotTrace:
         r"""One step: :math:`\epsilon \leftarrow D \epsilon + \mathrm{df} \otimes x`."""
-        new: list[dict[str, jax.Array]] = []
+        new: list[Slot] = []
         layout, relation = self.layout, self.layout.relation
         shape = relation.shape_in(self.group)
         for a, (row, df) in enumerate(zip(recursion.D, recursion.df[self.number])):
@@ -170,37 +173,38 @@ class WeightTrace(NamedTuple):
             new.append(kept)
         return {k: [slot[k] for slot in new] for k in trace}
 
-    def carried(self, d: Any, slot: Mapping[str, jax.Array], vmap_ndim: int = 0) -> dict[str, jax.Array]:
+    def carried(self, d: PyTree, slot: Slot, vmap_ndim: int = 0) -> Slot:
         """An entry of D times a slot; between neighbours, a small matrix times a vector for every trace entry."""
         if self.group.snap is None or jnp.ndim(d) == 0:
             return self.layout.times(d, slot, vmap_ndim)
         if self.layout.broadcasts:
             return {k: _over_neighbours(d, e, 2, self.layout.batch_ndim, vmap_ndim) for k, e in slot.items()}
 
-        def to_one(row):
+        def to_one(row: jax.Array) -> dict[str, jax.Array]:
             times = lambda c, e: self.layout.times(c, e, vmap_ndim)  # noqa: E731
             terms = jax.vmap(times, in_axes=(vmap_ndim, -1))(row, slot)
             return {k: v.sum(0) for k, v in terms.items()}
 
         return jax.vmap(to_one, in_axes=vmap_ndim, out_axes=-1)(self._at_positions(d))
 
-    def placed(self, values: Sequence[Any]) -> list[Any]:
+    def placed(self, values: Sequence[Coefficient]) -> list[PyTree]:
         """:func:`record.placed` of coefficients and signals, or of what these are between neighbours."""
         if self.group.snap is not None and self.relation.fold(self.group) is not None:
             values = [None if v is None else self._everywhere(v) for v in values]
         return placed(self.relation, self.group, values)
 
-    def _everywhere(self, value: Any) -> Any:
+    def _everywhere(self, value: PyTree) -> PyTree:
         """What stands between neighbours with the axes of all positions, where it is the same for them."""
         shape = self.group.varshape
         return value if jnp.ndim(value) == 0 else jnp.broadcast_to(value, (*value.shape[: -len(shape)], *shape))
 
-    def _at_positions(self, value: Any) -> Any:
+    def _at_positions(self, value: PyTree) -> PyTree:
         return self._everywhere(value) if self.relation.fold(self.group) is None else value
 
-    def _of_itself(self, now):
+    def _of_itself(self, now: Slot) -> Slot:
         """What a weight does at its own position, along an axis of neighbours."""
         snap = self.group.snap
+        assert snap is not None
         (where,) = self.placed([self._everywhere(snap.itself.astype(jax.tree.leaves(now)[0].dtype))])
         return jax.vmap(lambda w: self.layout.times(w, now, 0), out_axes=-1)(where)
 
@@ -208,10 +212,10 @@ class WeightTrace(NamedTuple):
         self,
         trace: SlotTrace,
         signals: Slots,
-        operands: Mapping[str, jax.Array],
-        fixed: Mapping[int, Any],
+        operands: Operands,
+        fixed: Fixed,
         vmap_ndim: int = 0,
-    ) -> dict[str, jax.Array] | None:
+    ) -> Gradients | None:
         """``sum_a <signal_a, trace_a>`` over samples and positions, shaped like the weights.
 
         Of neighbours every signal has an axis, in front of those of positions.
@@ -238,9 +242,7 @@ class WeightTrace(NamedTuple):
             terms.append(_to_weights(self.layout, total, operands, fixed, vmap_ndim))
         return add(terms)
 
-    def dense(
-        self, trace: SlotTrace, operands: Mapping[str, jax.Array], vmap_shape: tuple[int, ...]
-    ) -> dict[str, jax.Array]:
+    def dense(self, trace: SlotTrace, operands: Operands, vmap_shape: Shape) -> dict[str, jax.Array]:
         """The trace as arrays with the slots along a last axis; neighbours come before the slots of each."""
         relation = self.layout.relation
         slots = []
@@ -256,7 +258,7 @@ class WeightTrace(NamedTuple):
         stacked = {k: jnp.stack([slot[k] for slot in slots], -1) for k in trace}
         return stacked if self.group.snap is None else {k: v.reshape(*v.shape[:-2], -1) for k, v in stacked.items()}
 
-    def _itself_first(self, slot: Mapping[str, jax.Array], vmap_ndim: int) -> dict[str, jax.Array]:
+    def _itself_first(self, slot: Slot, vmap_ndim: int) -> Slot:
         """A slot with the neighbours of every position in the order that the group gives them."""
         snap = self.group.snap
         if snap is None or (first := snap.itself_first) is None:
@@ -289,7 +291,9 @@ def _over_neighbours(value: jax.Array, entry: jax.Array, number: int, batch_ndim
     return jnp.einsum(value, of_value, entry, [*of_entry, neighbours[-1]], out)
 
 
-def _contract_factorised(relation, filtered, signal, operands, vmap_ndim):
+def _contract_factorised(
+    relation: HiddenParamOpRelation, filtered: Slot, signal: jax.Array, operands: Operands, vmap_ndim: int
+) -> Gradients:
     x = next((filtered[k] for k in filtered if k not in relation.offset_keys), None)
     out = {} if x is None else contraction(relation, x, signal, operands, {}, vmap_ndim)
     for k in relation.offset_keys:
@@ -299,7 +303,7 @@ def _contract_factorised(relation, filtered, signal, operands, vmap_ndim):
     return out
 
 
-def _over_samples(layout, signal, slot, vmap_ndim) -> dict[str, jax.Array]:
+def _over_samples(layout: TraceLayout, signal: jax.Array, slot: Slot, vmap_ndim: int) -> dict[str, jax.Array]:
     """A signal times the trace entries of its positions, summed over samples."""
     relation, lead = layout.relation, layout.batch_ndim + vmap_ndim
     if relation.x_var is None:
@@ -313,7 +317,9 @@ def _over_samples(layout, signal, slot, vmap_ndim) -> dict[str, jax.Array]:
     return {k: met(signal, e, lead) for k, e in slot.items()}
 
 
-def _to_weights(layout, total, operands, fixed, vmap_ndim):
+def _to_weights(
+    layout: TraceLayout, total: Mapping[str, jax.Array], operands: Operands, fixed: Fixed, vmap_ndim: int
+) -> Gradients:
     """Pull trace-shaped gradients back to the operation's weights, in the dtype of sums over time."""
     relation = layout.relation
     # What is pulled back here is the same for all samples and sub-steps.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import brainstate
 import jax.numpy as jnp
@@ -15,7 +15,10 @@ from .._compiler.graph import ETraceGraph
 from .._compiler.report import CompilationReport
 from .._jax import zeros
 from .._sequence import SequenceDriverMixin
-from .._types import CompilationError, Path, path_str
+from .._types import CompilationError, Path, PyTree, path_str
+
+if TYPE_CHECKING:
+    from .._layout import Layout
 
 __all__ = ["ETraceAlgorithm", "EligibilityTrace"]
 
@@ -67,7 +70,7 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
         self.model4compile = model
         self._executor = graph_executor
         self.is_compiled = False
-        self._layout: Any = None
+        self._layout: Layout | None = None
         self._mapped_samples = 1  # samples that one learner is mapped over
         self.running_index = brainstate.LongTermState(zeros((), jnp.int32))
 
@@ -138,7 +141,7 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
     def state_id_to_path(self) -> dict[int, Path]:
         return self.graph_executor.state_id_to_path
 
-    def compile_graph(self, *args: Any, **kwargs: Any) -> None:
+    def compile_graph(self, *args: PyTree, **kwargs: PyTree) -> None:
         """Trace one step of the model and allocate the traces; later calls do nothing.
 
         As by ``jax.jit``, one step is compiled for each kind of call: where the learner is called with arguments or
@@ -197,23 +200,23 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
         """States of traces, paths of the states whose units they follow, and along which axis."""
         return ()
 
-    def init_etrace_state(self, *args: Any, **kwargs: Any) -> None:
+    def init_etrace_state(self, *args: PyTree, **kwargs: PyTree) -> None:
         """Allocate zero traces, as new state objects."""
         raise NotImplementedError
 
-    def reset_state(self, batch_size: int | None = None, **kwargs: Any) -> None:
+    def reset_state(self, batch_size: int | None = None, **kwargs: object) -> None:
         """Zero the traces and the step counter."""
         raise NotImplementedError
 
-    def get_etrace_of(self, weight: brainstate.ParamState | Path) -> Any:
+    def get_etrace_of(self, weight: brainstate.ParamState | Path) -> PyTree:
         """The traces of one parameter."""
         raise NotImplementedError
 
-    def update(self, *args: Any, **kwargs: Any) -> Any:
+    def update(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         """Run one step of the model and advance the traces."""
         raise NotImplementedError
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         return self.update(*args, **kwargs)
 
     def _path_of(self, weight: brainstate.ParamState | Path) -> Path:

@@ -9,11 +9,12 @@ from typing import Any, Unpack
 import brainstate
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from .._arguments import common_length
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
-from .._types import Held, MultiStepData, Path, path_str
+from .._types import Held, MultiStepData, Path, PyTree, Shape, path_str
 from .config import ETraceConfig
 from .options import Legacy, VjpMethod, legacy_options
 from .param_dim import ParamDimVjpAlgorithm
@@ -64,7 +65,7 @@ class SyntheticGradient(brainstate.nn.Module):
     __module__ = "braintrace"
 
     def __init__(
-        self, group_shapes: Mapping[int, tuple[int, ...]], hidden_width: Any = None, scale: float = 0.0, seed: int = 0
+        self, group_shapes: Mapping[int, Shape], hidden_width: object = None, scale: float = 0.0, seed: int = 0
     ):
         super().__init__()
         del hidden_width
@@ -191,7 +192,7 @@ class DNI(ParamDimVjpAlgorithm):
         name: str | None = None,
         vjp_method: VjpMethod = "multi-step",
         fast_solve: bool = True,
-        trace_dtype: Any = None,
+        trace_dtype: DTypeLike | None = None,
         chunked_trace: bool = True,
         control_flow: ControlFlowPolicy | None = None,
         snap_max_jacobian_elements: int = CEILING,
@@ -231,7 +232,7 @@ class DNI(ParamDimVjpAlgorithm):
             raise TypeError(f"A synthesizer has the methods apply and param_values; {synthesizer!r} has not.")
         self._held = Held(synthesizer)
 
-    def group_signal_shapes(self) -> dict[int, tuple[int, ...]]:
+    def group_signal_shapes(self) -> dict[int, Shape]:
         """Group index -> ``V + (S,)``, which a :class:`SyntheticGradient` is made with; ``ValueError`` before
         :meth:`compile_graph`."""
         return {g.index: (*g.varshape, g.num_state) for g in self.graph.hidden_groups}
@@ -244,17 +245,19 @@ class DNI(ParamDimVjpAlgorithm):
             )
         return self.synthesizer
 
-    def _get_update_aux(self) -> Any:
+    def _get_update_aux(self) -> dict[str, dict[int, jax.Array]]:
         return self._attached().param_values()
 
-    def _packed(self, by_path: Mapping[Path, Any]) -> dict[int, jax.Array]:
+    def _packed(self, by_path: Mapping[Path, PyTree]) -> dict[int, jax.Array]:
         """Values per hidden state, without units, as one array per group."""
         return self._by_group(self._binding.reals(by_path))
 
-    def _by_group(self, reals: Mapping[Path, Any]) -> dict[int, jax.Array]:
+    def _by_group(self, reals: Mapping[Path, jax.Array]) -> dict[int, jax.Array]:
         return {g.index: g.concat_hidden([reals[p] for p in g.hidden_paths]) for g in self.graph.hidden_groups}
 
-    def _inject_exit_cotangent(self, exit_hiddens, aux):
+    def _inject_exit_cotangent(
+        self, exit_hiddens: dict[Path, jax.Array], aux: dict[str, dict[int, jax.Array]]
+    ) -> dict[Path, jax.Array]:
         exits = self._by_group(exit_hiddens)
         estimates = self._attached().apply(aux, exits)
         cotangents: dict[Path, jax.Array] = {}
@@ -271,10 +274,10 @@ class DNI(ParamDimVjpAlgorithm):
 
 def train_synthetic_gradient(
     learner: DNI,
-    inputs: Any,
+    inputs: PyTree,
     *,
     chunk_size: int = 1,
-    loss_fn: Callable[[Any], jax.Array] | None = None,
+    loss_fn: Callable[[PyTree], jax.Array] | None = None,
     optimizer: Any = None,
     lr: float = 1e-2,
     epochs: int = 1,
@@ -338,7 +341,7 @@ def train_synthetic_gradient(
     """
     if not isinstance(learner, DNI):
         raise TypeError(f"The learner must be a DNI, got {type(learner).__name__}.")
-    synthesizer: Any = learner._attached()
+    synthesizer = learner._attached()
     length = common_length((inputs,))
     k = learner._window_length(chunk_size, length, gradient=True) or 1
     for path, zero in learner._binding.hidden_zeros().items():
@@ -349,18 +352,18 @@ def train_synthetic_gradient(
                 "samples. Fit the synthesizer with an unmapped learner of the same model, compiled on a batch."
             )
     windows = jax.tree.map(lambda x: jnp.reshape(x, (-1, k, *jnp.shape(x)[1:])), inputs)
-    loss_fn = loss_fn or (lambda out: sum((o**2).sum() for o in jax.tree.leaves(out)))
+    loss_of = loss_fn or (lambda out: sum((o**2).sum() for o in jax.tree.leaves(out)))
     regression = _Regression(synthesizer, optimizer, lr)
 
-    def window_loss(window):
-        return loss_fn(learner(MultiStepData(window)))
+    def window_loss(window: PyTree) -> jax.Array:
+        return loss_of(learner(MultiStepData(window)))
 
-    def present():
+    def present() -> dict[int, jax.Array]:
         return learner._packed({p: s.value for p, s in learner.hidden_states.items()})
 
     floating = {p: s for p, s in learner.hidden_states.items() if _is_floating(s.value)}
 
-    def one_window(window):
+    def one_window(window: PyTree) -> jax.Array:
         entry = present()
         still = {p: jax.tree.map(jnp.zeros_like, s.value) for p, s in learner.hidden_states.items()}
         bars = brainstate.transform.grad(window_loss, floating)(window)
@@ -368,7 +371,7 @@ def train_synthetic_gradient(
         return regression.step(entry, jax.lax.stop_gradient(learner._packed(jax.tree.map(jnp.conj, still | bars))))
 
     @brainstate.transform.jit
-    def epoch(windows, start):
+    def epoch(windows: PyTree, start: dict[Path, PyTree]) -> jax.Array:
         for path, value in start.items():
             learner.path_to_states[path].value = value
         if reset:
@@ -388,14 +391,14 @@ def train_synthetic_gradient(
 class _Regression:
     """Fits a synthesizer's estimates, by an optimiser or plain gradient descent."""
 
-    def __init__(self, synthesizer: Any, optimizer: Any, lr: float):
+    def __init__(self, synthesizer: SyntheticGradient, optimizer: Any, lr: float):
         self.synthesizer, self.optimizer, self.lr = synthesizer, optimizer, lr
         self.parameters = synthesizer.states_dict()
 
-    def step(self, hidden, target):
+    def step(self, hidden: dict[int, jax.Array], target: dict[int, jax.Array]) -> jax.Array:
         """One step; the error before it."""
 
-        def error():
+        def error() -> jax.Array | float:
             estimates = self.synthesizer.apply(self.synthesizer.param_values(), hidden)
             total = sum(((estimates[i] - target[i]) ** 2).sum() for i in target)
             return total / sum(t.size for t in target.values())
@@ -409,7 +412,7 @@ class _Regression:
         return value
 
 
-def _initial_values(learner: DNI, batch_size: int | None) -> dict[Path, Any]:
+def _initial_values(learner: DNI, batch_size: int | None) -> dict[Path, PyTree]:
     """Of all states that are no parameters, from a copy: the learner keeps the states that it was compiled with."""
     copy = brainstate.graph.clone(learner.model4compile)
     brainstate.nn.init_all_states(copy, batch_size=batch_size)
@@ -427,5 +430,5 @@ def _initial_values(learner: DNI, batch_size: int | None) -> dict[Path, Any]:
     return start
 
 
-def _is_floating(value: Any) -> bool:
+def _is_floating(value: PyTree) -> bool:
     return all(jnp.issubdtype(jnp.result_type(v), jnp.inexact) for v in jax.tree.leaves(value))

@@ -186,8 +186,8 @@ def _check_form(c: ETraceConfig) -> None:
             _check_fraction("decay", value)
 
 
-def _canonical(c: ETraceConfig) -> dict[str, Any]:
-    out: dict[str, Any] = {}
+def _canonical(c: ETraceConfig) -> dict[str, object]:
+    out: dict[str, object] = {}
     recursion, decay = c.temporal_recursion, c.decay
     if c.is_factorized:
         if isinstance(recursion, str):
@@ -209,7 +209,7 @@ def _canonical(c: ETraceConfig) -> dict[str, Any]:
     return out
 
 
-def _canonical_side(recursion: Any, decay: Any, zero_is_none: bool) -> tuple[Any, Any]:
+def _canonical_side(recursion: Any, decay: Any, zero_is_none: bool) -> tuple[str, float | None]:
     if zero_is_none and decay == 0:
         recursion = "none"
     if recursion == "none":
@@ -284,22 +284,22 @@ def _check_coefficients(c: ETraceConfig) -> None:
             raise ValueError(f"sparse_n={c.sparse_n!r} reaches no neighbour. Pass an int of at least 1.")
 
 
-def _check_fraction(name: str, value: Any) -> None:
+def _check_fraction(name: str, value: object) -> None:
     if not _is_number(value):
         raise TypeError(f"{name} must be a number, not {value!r} of type {type(value).__name__}. Pass one in [0, 1).")
     if not 0 <= float(value) < 1:
         raise ValueError(f"{name} {value!r} is outside [0, 1), so a trace would not fade. Pass a number in [0, 1).")
 
 
-def _is_number(value: Any, kind: type = numbers.Real) -> TypeGuard[Any]:
+def _is_number(value: object, kind: type = numbers.Real) -> TypeGuard[float]:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _entries(value: Any) -> list[Any]:
+def _entries(value: object) -> list[object]:
     return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
-def _sides(c: ETraceConfig) -> list[tuple[Any, Any]]:
+def _sides(c: ETraceConfig) -> list[tuple[object, object]]:
     """Recursion and decay of each side; the last recursion is the one that may use D."""
     return list(zip(_entries(c.temporal_recursion), _entries(c.decay)))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import brainstate
 import brainunit as u
@@ -25,7 +24,7 @@ class Decays:
     fits every parameter.
     """
 
-    def __init__(self, value: Any):
+    def __init__(self, value: object):
         self.is_mapping = isinstance(value, Mapping)
         given = value if isinstance(value, Mapping) else {(): value}
         self.by_prefix = {names_of(key): _pair(entry) for key, entry in given.items()}
@@ -78,7 +77,7 @@ class Decays:
         return fits[0]
 
 
-def _pair(value: Any) -> Pair:
+def _pair(value: object) -> Pair:
     if isinstance(value, (tuple, list)):
         if len(value) != 2:
             raise ValueError(f"decay_or_rank takes a float, an int, or a pair of these, got {len(value)} entries.")
@@ -86,7 +85,7 @@ def _pair(value: Any) -> Pair:
     return _decay(value), _decay(value)
 
 
-def _decay(value: Any) -> float:
+def _decay(value: object) -> float:
     if isinstance(value, bool) or (hasattr(value, "dtype") and value.dtype == bool):
         raise TypeError(f"decay_or_rank takes a float in [0, 1) or an int >= 1, got the bool {value}.")
     if isinstance(value, u.Quantity) and not u.is_unitless(value):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import brainstate
@@ -10,15 +10,16 @@ import jax
 
 from .._binding import Binding
 from .._compiler.policy import ControlFlowPolicy
+from .._compiler.relations import HiddenParamOpRelation
 from .._engines.engine import bytes_of
 from .._engines.hybrid import HybridEngine, HybridTrace
 from .._engines.io import IOEngine
 from .._engines.param import ParamEngine, ParamRecursion
 from .._engines.weight_trace import WeightTrace
-from .._types import Path, lies_under, names_of, path_str
+from .._types import Path, PyTree, lies_under, names_of, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
-from .io_dim import DecayOrRank, IODimVjpAlgorithm
+from .io_dim import DecayOrRank, IODimVjpAlgorithm, Prefix
 from .options import Legacy, VjpMethod
 from .param_dim import dense_trace
 
@@ -85,7 +86,7 @@ class HybridDimVjpAlgorithm(IODimVjpAlgorithm):
         control_flow: ControlFlowPolicy | None = None,
         config: ETraceConfig | None = None,
         random_feedback_key: jax.Array | int | None = None,
-        exact: str | int | Sequence[Any] = "free",
+        exact: str | int | Sequence[Prefix] = "free",
         **legacy: Unpack[Legacy],
     ):
         super().__init__(
@@ -104,7 +105,7 @@ class HybridDimVjpAlgorithm(IODimVjpAlgorithm):
         elif isinstance(exact, int) and exact < 0:
             raise ValueError(f"As a number of bytes, exact must not be negative, got {exact}.")
 
-    def init_etrace_state(self, *args: Any, **kwargs: Any) -> None:
+    def init_etrace_state(self, *args: PyTree, **kwargs: PyTree) -> None:
         """Allocate zero traces, as new state objects; the step counter is not touched."""
         del args, kwargs
         zeros = self._engine.init()
@@ -147,7 +148,7 @@ class HybridDimVjpAlgorithm(IODimVjpAlgorithm):
                 kept.add(i)
         return tuple(w for i in sorted(kept) for w in can[i])
 
-    def _named(self, relations: Sequence[Any]) -> set[int]:
+    def _named(self, relations: Sequence[HiddenParamOpRelation]) -> set[int]:
         """The relations that ``exact`` names."""
         if not isinstance(self.exact, (list, tuple)):
             return set()
@@ -174,16 +175,16 @@ class HybridDimVjpAlgorithm(IODimVjpAlgorithm):
     def _filters(self) -> IOEngine:
         return self._engine.filtered
 
-    def _trace_states(self):
+    def _trace_states(self) -> Iterator[tuple[brainstate.State, int | None]]:
         yield from ((self._slot_traces[w.key], w.batch_axis) for w in self._engine.exact.weights)
         yield from super()._trace_states()
 
-    def _unit_axes(self):
+    def _unit_axes(self) -> Iterator[tuple[brainstate.State, Sequence[Path], int]]:
         for w in self._engine.exact.weights:
             yield self._slot_traces[w.key], w.group.hidden_paths, w.unit_axis
         yield from super()._unit_axes()
 
-    def get_etrace_of(self, weight: brainstate.ParamState | Path) -> Any:
+    def get_etrace_of(self, weight: brainstate.ParamState | Path) -> PyTree:
         """The traces of one parameter: exact ones as :class:`ParamDimVjpAlgorithm` gives them, others as
         :class:`IODimVjpAlgorithm` does.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, Unpack
 
 import brainstate
@@ -14,7 +14,7 @@ from .._binding import Binding
 from .._compiler.policy import ControlFlowPolicy
 from .._engines.engine import Engine
 from .._engines.io import IOEngine, IOTrace
-from .._types import Path, path_str
+from .._types import Path, PyTree, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
 from .decays import Decays
@@ -25,6 +25,7 @@ __all__ = ["ES_D_RTRL", "IODimVjpAlgorithm", "pp_prop"]
 
 Decay: TypeAlias = "float | int | u.Quantity"
 DecayOrRank: TypeAlias = "Decay | tuple[Decay, Decay]"
+Prefix: TypeAlias = "str | Sequence[Hashable]"  # a path, a beginning of one, or these as a string with dots
 
 
 class IODimVjpAlgorithm(ETraceVjpAlgorithm):
@@ -154,7 +155,7 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
             raise AttributeError(f"The parameters decay differently: {shown}.")
         return self._decays.common
 
-    def init_etrace_state(self, *args: Any, **kwargs: Any) -> None:
+    def init_etrace_state(self, *args: PyTree, **kwargs: PyTree) -> None:
         """Allocate zero traces, as new state objects; the step counter is not touched."""
         del args, kwargs
         self._allocate(self._engine.init())
@@ -168,7 +169,7 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
         """The engine of those traces that are filtered inputs and sensitivities: here, of all."""
         return self._engine
 
-    def _trace_states(self):
+    def _trace_states(self) -> Iterator[tuple[brainstate.State, int | None]]:
         engine = self._filters
         with_batch = {g.index for _, r, g, _ in engine.pairs if r.one.primitive.batched}
         axis = {key: int(r.sub_steps is not None) for _, r, g, key in engine.pairs if g.index in with_batch}
@@ -178,7 +179,7 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
         for key, state in (*self.etrace_xs.items(), *self.etrace_dfs.items()):
             yield state, axis.get(key)
 
-    def _unit_axes(self):
+    def _unit_axes(self) -> Iterator[tuple[brainstate.State, Sequence[Path], int]]:
         for _, _, g, key in self._filters.pairs:
             yield self.etrace_dfs[key], g.hidden_paths, -2
 
@@ -220,12 +221,12 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
         """What stands in the place of D; that no decay of one parameter changes it for another."""
         return "jacobian" if self._decays.is_mapping else self.config.recursion_f
 
-    def _get_etrace_data(self) -> Any:
+    def _get_etrace_data(self) -> PyTree:
         return IOTrace(
             {k: s.value for k, s in self.etrace_xs.items()}, {k: s.value for k, s in self.etrace_dfs.items()}
         )
 
-    def _assign_etrace_data(self, vals: Any) -> None:
+    def _assign_etrace_data(self, vals: PyTree) -> None:
         for states, values in ((self.etrace_xs, vals.xs), (self.etrace_dfs, vals.dfs)):
             for key, state in states.items():
                 state.value = values[key]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import warnings
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Literal, TypeAlias, TypedDict
 
 import jax
+from jax.typing import DTypeLike
 
 from .._compiler.policy import ControlFlowPolicy
 from .config import ETraceConfig
@@ -20,7 +21,7 @@ VjpMethod: TypeAlias = Literal["single-step", "multi-step"]
 class Legacy(TypedDict, total=False):
     """Accepted and ignored."""
 
-    mode: Any
+    mode: object
 
 
 class IOOptions(Legacy, total=False):
@@ -36,7 +37,7 @@ class IOOptions(Legacy, total=False):
 class ParamOptions(Legacy, total=False):
     """What rules pass on to :class:`ParamDimVjpAlgorithm`."""
 
-    trace_dtype: Any
+    trace_dtype: DTypeLike | None
     chunked_trace: bool
     control_flow: ControlFlowPolicy | None
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import brainstate
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from .._binding import Binding
 from .._compiler.policy import ControlFlowPolicy
@@ -16,7 +17,7 @@ from .._engines.instant import SlotTrace
 from .._engines.param import ParamEngine, ParamRecursion, check_anchors
 from .._engines.weight_trace import WeightTrace
 from .._jax import any_rank
-from .._types import Path, path_str
+from .._types import Path, PyTree, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
 from .options import Legacy, VjpMethod, legacy_options
@@ -93,7 +94,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         name: str | None = None,
         vjp_method: VjpMethod = "single-step",
         fast_solve: bool = True,
-        trace_dtype: Any = None,
+        trace_dtype: DTypeLike | None = None,
         chunked_trace: bool = True,
         control_flow: ControlFlowPolicy | None = None,
         config: ETraceConfig | None = None,
@@ -109,7 +110,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         if self.trace_dtype is not None and not jnp.issubdtype(self.trace_dtype, jnp.inexact):
             raise ValueError(f"trace_dtype must be a floating-point type, got {self.trace_dtype}.")
 
-    def init_etrace_state(self, *args: Any, **kwargs: Any) -> None:
+    def init_etrace_state(self, *args: PyTree, **kwargs: PyTree) -> None:
         """Allocate zero traces, as new state objects; the step counter is not touched."""
         del args, kwargs
         self._slot_traces = {k: EligibilityTrace(v) for k, v in self._engine.init().items()}
@@ -119,7 +120,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         numbers = tuple(range(len(binding.graph.hidden_param_op_relations)))
         recursion = ParamRecursion(config.temporal_recursion, config.decay, config.kappa)
 
-        def plan():
+        def plan() -> tuple[WeightTrace, ...]:
             if config.recurrence_scope == "sparse_n":
                 check_anchors(binding.graph.hidden_param_op_relations)
             return ParamEngine.plan(binding, numbers, recursion, not self._overrides("_update_etrace_data"))
@@ -134,10 +135,10 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
     def _dense(self, weight: WeightTrace) -> dict[str, jax.Array]:
         return dense_trace(weight, self._slot_traces[weight.key].value, self._binding, self.param_states)
 
-    def _trace_states(self):
+    def _trace_states(self) -> Iterator[tuple[brainstate.State, int | None]]:
         return ((self._slot_traces[w.key], w.batch_axis) for w in self._engine.weights)
 
-    def _unit_axes(self):
+    def _unit_axes(self) -> Iterator[tuple[brainstate.State, Sequence[Path], int]]:
         return ((self._slot_traces[w.key], w.group.hidden_paths, w.unit_axis) for w in self._engine.weights)
 
     def get_etrace_of(self, weight: brainstate.ParamState | Path) -> dict[str, dict[str, jax.Array]]:

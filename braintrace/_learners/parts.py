@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import brainstate
 import brainunit as u
 import jax
 import jax.numpy as jnp
 
 from .._precision import wide, widened
+from .._types import PyTree
 
 __all__ = ["FixedRandomFeedback", "GradExpon", "KappaFilter"]
 
@@ -81,25 +80,25 @@ class KappaFilter(brainstate.ShortTermState):
 
     __module__ = "braintrace"
 
-    value: Any
+    value: PyTree
 
-    def __init__(self, init_value: Any, kappa: float):
+    def __init__(self, init_value: PyTree, kappa: float):
         if not 0.0 <= kappa < 1.0:
             raise ValueError(f"kappa must lie in [0, 1), got {kappa}.")
         super().__init__(widened(init_value))
         self.kappa = kappa
 
-    def update(self, x: Any) -> Any:
+    def update(self, x: PyTree) -> PyTree:
         """Filter one input, store and return the new value."""
         self.value = jax.tree.map(lambda v, x: (1 - self.kappa) * x + self.kappa * v, self.value, x)
         return self.value
 
-    def reset_state(self, batch_size: int | None = None, **kwargs: Any) -> None:
+    def reset_state(self, batch_size: int | None = None, **kwargs: object) -> None:
         """Zero the value; ``batch_size`` replaces its leading axis (or becomes the axis of a scalar)."""
 
         del kwargs
 
-        def zeros(v):
+        def zeros(v: jax.Array) -> jax.Array:
             shape = jnp.shape(v) if batch_size is None else (batch_size, *jnp.shape(v)[1:])
             return jnp.zeros(shape, jnp.result_type(v))
 
@@ -142,7 +141,7 @@ class GradExpon(brainstate.nn.Module):
 
     __module__ = "braintrace"
 
-    def __init__(self, grad_shape: Any, tau_or_decay: Any):
+    def __init__(self, grad_shape: PyTree, tau_or_decay: float | u.Quantity):
         super().__init__()
         if isinstance(tau_or_decay, u.Quantity):
             self.decay = u.math.exp(-brainstate.environ.get_dt() / tau_or_decay)
@@ -158,6 +157,6 @@ class GradExpon(brainstate.nn.Module):
         zeros = jax.tree.map(lambda g: jnp.zeros(jnp.shape(g), wide(jnp.result_type(g))), grad_shape)
         self.gradients = brainstate.LongTermState(zeros)
 
-    def update(self, grads: Any) -> None:
+    def update(self, grads: PyTree) -> None:
         """Add one gradient to the decaying sum."""
         self.gradients.value = jax.tree.map(lambda G, g: self.decay * G + g, self.gradients.value, grads)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterator, Mapping
-from typing import Any, Unpack
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Unpack
 
 import brainstate
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import PyTreeDef
 from jax.typing import DTypeLike
 
 from .._binding import Binding
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
 from .._engines.projection import Projection, ProjectionEngine, Projections
-from .._types import Path, path_str
+from .._types import Path, PyTree, Shape, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
 from .options import Legacy, VjpMethod, legacy_options
@@ -132,9 +133,9 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
             raise ValueError(f"projection_eps must be above 0, also in float32, got {projection_eps!r}.")
         self.projection_eps: float = float(projection_eps)
         self.projection_key = projection_key
-        self._key: Any = _as_key(projection_key)
+        self._key: jax.Array = _as_key(projection_key)
 
-    def init_etrace_state(self, *args: Any, **kwargs: Any) -> None:
+    def init_etrace_state(self, *args: PyTree, **kwargs: PyTree) -> None:
         """Allocate zero projections, as new state objects; the step counter is not touched."""
         del args, kwargs
         engine = self._engine
@@ -151,15 +152,15 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
         numbers = tuple(range(len(binding.graph.hidden_param_op_relations)))
         return ProjectionEngine(binding, numbers, self._key, self._draw_projection, self.projection_eps)
 
-    def _of_parameters(self, projections: Mapping[int, Projection]) -> Iterator[tuple[int, tuple[Path, Any]]]:
+    def _of_parameters(self, projections: Mapping[int, Projection]) -> Iterator[tuple[int, tuple[Path, PyTree]]]:
         """Group index, path and projected value, a pytree like the parameter."""
         for index, own in projections.items():
             paths = self._engine.paths_of(index)
-            tree: Any = jax.tree.structure([self.param_states[p].value for p in paths])
+            tree: PyTreeDef = jax.tree.structure([self.param_states[p].value for p in paths])
             for path, value in zip(paths, tree.unflatten(own.parameters)):
                 yield index, (path, value)
 
-    def reset_state(self, batch_size: int | None = None, **kwargs: Any) -> None:
+    def reset_state(self, batch_size: int | None = None, **kwargs: object) -> None:
         """Zero the projections and the step counter, and begin the stream of random signs anew.
 
         Parameters
@@ -174,7 +175,7 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
         self.projection_rng.value = jnp.broadcast_to(first, (*front, *first.shape))
         self.projection_step.value = jnp.zeros(front, jnp.int32)
 
-    def _trace_states(self):
+    def _trace_states(self) -> Iterator[tuple[brainstate.State, int | None]]:
         relations = self.graph.hidden_param_op_relations
         wider = lambda r, g: len(g.varshape) > r.y_var.aval.ndim  # noqa: E731
         with_batch = {g.index for r in relations for g in r.hidden_groups if r.primitive.batched or wider(r, g)}
@@ -183,13 +184,13 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
         for state in self.etrace_theta.values():
             yield state, None
 
-    def _unit_axes(self):
+    def _unit_axes(self) -> Iterator[tuple[brainstate.State, Sequence[Path], int]]:
         for index, state in self.etrace_s.items():
             yield state, self.graph.hidden_groups[index].hidden_paths, -2
         for (_, path), state in self.etrace_theta.items():
             yield state, [path], -1
 
-    def get_etrace_of(self, weight: brainstate.ParamState | Path) -> dict[tuple[int, Path], Any]:
+    def get_etrace_of(self, weight: brainstate.ParamState | Path) -> dict[tuple[int, Path], PyTree]:
         """The projections of one parameter.
 
         Parameters
@@ -213,7 +214,7 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
         return found
 
     def _draw_projection(
-        self, key: jax.Array, step: jax.Array, group_index: int, shape: tuple[int, ...], dtype: DTypeLike
+        self, key: jax.Array, step: jax.Array, group_index: int, shape: Shape, dtype: DTypeLike
     ) -> jax.Array:
         """Random signs for one group at one step."""
         return jax.random.rademacher(jax.random.fold_in(jax.random.fold_in(key, step), group_index), shape, dtype)
@@ -233,7 +234,7 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
             self.etrace_theta[index, path].value = value
 
 
-def _as_key(given: Any) -> jax.Array:
+def _as_key(given: PyTree) -> jax.Array:
     key = given
     if isinstance(key, numbers.Integral) and not isinstance(key, bool):
         key = jax.random.key(int(key))

@@ -8,10 +8,12 @@ from typing import Any, Literal, Unpack
 
 import brainstate
 import jax
+from jax.typing import DTypeLike
 
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
 from .._engines.param import check_anchors
+from .._types import PyTree
 from .config import ETraceConfig
 from .io_dim import DecayOrRank, pp_prop
 from .options import EPropOptions, IOOptions, Legacy, SnApOptions, VjpMethod, legacy_options
@@ -336,7 +338,7 @@ class SnAp(ParamDimVjpAlgorithm):
         )
         self.n = int(n)
 
-    def init_etrace_state(self, *args: Any, **kwargs: Any) -> None:
+    def init_etrace_state(self, *args: PyTree, **kwargs: PyTree) -> None:
         """Allocate zero traces, as new state objects; the step counter is not touched."""
         check_anchors(self.graph.hidden_param_op_relations)
         super().init_etrace_state(*args, **kwargs)
@@ -396,9 +398,9 @@ class ThreeFactor(ParamDimVjpAlgorithm):
         model: brainstate.nn.Module,
         name: str | None = None,
         vjp_method: VjpMethod = "single-step",
-        modulator: Any = None,
+        modulator: PyTree = None,
         fast_solve: bool = True,
-        trace_dtype: Any = None,
+        trace_dtype: DTypeLike | None = None,
         chunked_trace: bool = True,
         control_flow: ControlFlowPolicy | None = None,
         snap_max_jacobian_elements: int = CEILING,

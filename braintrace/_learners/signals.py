@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from .._compiler.groups import HiddenGroup
+from .._types import PyTree
 
 __all__ = ["expand_modulator", "feedback_matrix", "random_feedback"]
 
 
-def feedback_matrix(key: Any, group: HiddenGroup) -> jax.Array:
+def feedback_matrix(key: jax.Array, group: HiddenGroup) -> jax.Array:
     """A fixed square matrix over the units (the last axis) of a group, entries ``0.1 N(0, 1)``."""
     n = group.varshape[-1] if group.varshape else 1
     return jax.lax.stop_gradient(0.1 * jax.random.normal(jax.random.fold_in(key, group.index), (n, n)))
@@ -27,7 +26,7 @@ def random_feedback(signal: jax.Array, matrix: jax.Array) -> jax.Array:
     return jnp.einsum("...la,lk->...ka", unit, matrix.astype(signal.dtype)).reshape(shape)
 
 
-def expand_modulator(modulator: Any, group: HiddenGroup, dtype: DTypeLike) -> jax.Array:
+def expand_modulator(modulator: PyTree, group: HiddenGroup, dtype: DTypeLike) -> jax.Array:
     """A third factor as a signal of shape ``V + (S,)``: a scalar, an array of shape V, or one that broadcasts."""
     if isinstance(modulator, (list, tuple)):
         raise TypeError(f"The modulator must be a scalar or an array, got a {type(modulator).__name__}.")

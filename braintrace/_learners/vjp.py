@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, TypeVar
 
 import brainstate
 import jax
 import jax.numpy as jnp
+from jax.tree_util import PyTreeDef
 
 from .._binding import Binding
 from .._chunks import Recorder
@@ -22,7 +23,7 @@ from .._jax import any_rank, is_tracer, trace_context
 from .._legacy.executor import ETraceVjpGraphExecutor
 from .._online import Hooks, OnlineStep
 from .._past import Past
-from .._types import Path
+from .._types import Path, PyTree
 from .base import ETraceAlgorithm
 from .config import ETraceConfig
 from .options import VjpMethod
@@ -31,7 +32,10 @@ from .signals import expand_modulator, feedback_matrix, random_feedback
 __all__ = ["ETraceVjpAlgorithm"]
 
 
-def _check_config(config: Any, own: ETraceConfig) -> ETraceConfig:
+T = TypeVar("T")
+
+
+def _check_config(config: object, own: ETraceConfig) -> ETraceConfig:
     if not isinstance(config, ETraceConfig):
         raise TypeError(f"config must be an ETraceConfig, got {type(config).__name__}.")
     if config.trace_factorization != own.trace_factorization:
@@ -124,12 +128,12 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         return self._config
 
     @property
-    def modulator(self) -> Any:
+    def modulator(self) -> PyTree:
         """The standing third factor of rules that take one; a jitted step reads its present value."""
         return None if self._modulator is None else self._modulator.value
 
     @modulator.setter
-    def modulator(self, value: Any) -> None:
+    def modulator(self, value: PyTree) -> None:
         # Write into the state that a jitted step reads, where it can hold the value.
         known = self._modulator
         if known is not None and value is not None and jnp.shape(known.value) == jnp.shape(value):
@@ -145,7 +149,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
     def _is_single_step(self) -> bool:
         return self.vjp_method == "single-step"
 
-    def reset_state(self, batch_size: int | None = None, **kwargs: Any) -> None:
+    def reset_state(self, batch_size: int | None = None, **kwargs: object) -> None:
         """Zero the traces and the step counter; the model's states are untouched.
 
         Parameters
@@ -179,7 +183,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         for state, axis in self._trace_states():
             place = 0 if mapped else axis
 
-            def zeros(e, place=place):
+            def zeros(e: jax.Array, place: int | None = place) -> jax.Array:
                 shape = list(e.shape)
                 if place is not None and size is not None and e.ndim > place:
                     shape[place] = size
@@ -201,7 +205,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             found = shape[0] if shape and found is None else found
         return found, False
 
-    def _plan(self, name: str, make: Callable[[], Any]) -> Any:
+    def _plan(self, name: str, make: Callable[[], T]) -> T:
         """What an engine finds out once for each compiled step; no attribute, whose states would be the learner's."""
         plans = self.graph_executor.compiled.plans
         if name not in plans:
@@ -209,7 +213,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         return plans[name]
 
     @property
-    def _trace_shapes(self) -> Any:
+    def _trace_shapes(self) -> PyTree:
         """Of the traces of one sample, or of one batch, as the compiled step needs them."""
         return self._plan("shapes", lambda: jax.eval_shape(self._engine.init))
 
@@ -217,7 +221,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         states = super()._select(call)
         if self.is_compiled and not self._overrides("init_etrace_state", "_get_etrace_data"):
             wanted, held = self._trace_shapes, self._get_etrace_data()
-            trees: list[Any] = [jax.tree.structure(t, is_leaf=is_pieces) for t in (wanted, held)]
+            trees: list[PyTreeDef] = [jax.tree.structure(t, is_leaf=is_pieces) for t in (wanted, held)]
             if trees[0] != trees[1]:
                 raise ValueError(
                     "Another hidden state or operation is trained by this call than by the first one, for which the "
@@ -246,11 +250,11 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         """The states of traces, and which of their axes is the batch."""
         raise NotImplementedError
 
-    def _get_etrace_data(self) -> Any:
+    def _get_etrace_data(self) -> PyTree:
         """Values of the trace states."""
         raise NotImplementedError
 
-    def _assign_etrace_data(self, vals: Any) -> None:
+    def _assign_etrace_data(self, vals: PyTree) -> None:
         """Write the trace states."""
         raise NotImplementedError
 
@@ -259,42 +263,46 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
     def _update_etrace_data(
         self,
         running_index: jax.Array,
-        old_traces: Any,
-        xs_and_dfs: tuple[Any, Any],
-        Ds: Sequence[Any],
-        weight_vals: dict[Path, Any],
+        old_traces: PyTree,
+        xs_and_dfs: tuple[PyTree, PyTree],
+        Ds: PyTree,
+        weight_vals: dict[Path, PyTree],
         input_is_multi_step: bool,
-    ) -> Any:
+    ) -> PyTree:
         """Traces after one step."""
         del running_index, weight_vals, input_is_multi_step
         return self._engine.advance(old_traces, xs_and_dfs, Ds)
 
-    def _compute_learning_signal(self, signals: list[jax.Array], args_plus_aux: Any) -> list[jax.Array]:
+    def _compute_learning_signal(
+        self, signals: list[jax.Array], args_plus_aux: tuple[PyTree, PyTree]
+    ) -> list[jax.Array]:
         """Signals per group, shape ``V + (S,)``, as they meet the traces."""
         kind = self.config.learning_signal
         groups = self.graph.hidden_groups
         if kind == "random_feedback":
             traced = self.graph.traced
-            matrices = {g.index: feedback_matrix(self._feedback_key, g) for g in groups if g.index in traced}
+            key = self._feedback_key
+            assert key is not None  # see __init__
+            matrices = {g.index: feedback_matrix(key, g) for g in groups if g.index in traced}
             return [random_feedback(s, matrices[i]) if i in matrices else s for i, s in enumerate(signals)]
         if kind == "modulatory":
             _, modulator = args_plus_aux
             return [expand_modulator(modulator, g, s.dtype) for g, s in zip(groups, signals)]
         return signals
 
-    def _get_update_aux(self) -> Any:
+    def _get_update_aux(self) -> PyTree:
         """A pytree per call that reaches the signal hook but not the model."""
         return self.modulator
 
     def _solve_weight_gradients(
         self,
         running_index: jax.Array,
-        traces: Any,
+        traces: PyTree,
         signals: None,
-        weight_vals: dict[Path, Any],
-        plain_grads: dict[Path, Any],
+        weight_vals: dict[Path, PyTree],
+        plain_grads: dict[Path, PyTree],
         etp_window_grads: None,
-    ) -> dict[Path, Any]:
+    ) -> dict[Path, PyTree]:
         """The gradient of every parameter, which arrives complete in ``plain_grads``: a subclass may change it.
 
         ``traces`` are those after the step (of a window: at its entry), ``running_index`` counts their steps.
@@ -302,7 +310,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         del running_index, traces, signals, weight_vals, etp_window_grads
         return plain_grads
 
-    def _inject_exit_cotangent(self, exit_hiddens: dict[Path, jax.Array], aux: Any) -> dict[Path, jax.Array] | None:
+    def _inject_exit_cotangent(self, exit_hiddens: dict[Path, jax.Array], aux: PyTree) -> dict[Path, jax.Array] | None:
         """Cotangents of the hidden values at the exit of a window, for losses after it; by default there are none.
 
         They reach plain uses of parameters, the arguments, and the states at the entry; what a trace carries over
@@ -320,7 +328,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
     # -- one call -----------------------------------------------------------------------------------------------
 
     @any_rank
-    def update(self, *args: Any, modulator: Any = None, **kwargs: Any) -> Any:
+    def update(self, *args: PyTree, modulator: PyTree = None, **kwargs: PyTree) -> PyTree:
         """Run the model for one step, or for a window, and advance the traces.
 
         Parameters
@@ -377,7 +385,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         self.running_index.value = index + (1 if length is None else length)
         return out
 
-    def _aux(self, modulator: Any) -> Any:
+    def _aux(self, modulator: PyTree) -> PyTree:
         if self.config.learning_signal != "modulatory":
             if modulator is not None:
                 raise TypeError(f"{type(self).__name__} takes no modulator: its learning signal is not 'modulatory'.")
@@ -429,7 +437,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         return static and self._engine.has_chunks and not self._overrides(*hooks)
 
     @contextlib.contextmanager
-    def _recording(self, zeros: Any) -> Iterator[Recorder]:
+    def _recording(self, zeros: PyTree) -> Iterator[Recorder]:
         before, self._recorder = self._recorder, Recorder(self._online, self._is_single_step, zeros)
         try:
             yield self._recorder

@@ -52,7 +52,7 @@ class Unshared:
     """
 
     expand: Callable[[Weights], Gradients]
-    impl: Callable[[jax.Array, Weights], jax.Array]
+    impl: Callable[[PyTree, Weights], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
