@@ -35,11 +35,14 @@ class Dependence(NamedTuple):
         It depends on the input, and is not known to vanish with it (``w`` of ``(x + 1) @ w``).
     linear : tuple of str
         It does not depend on the trained operands.
+    fixed : tuple of int
+        Positions of the operands that are neither trained nor the input on which some of them depend.
     """
 
     offset: tuple[str, ...]
     affine: tuple[str, ...]
     linear: tuple[str, ...]
+    fixed: tuple[int, ...]
 
 
 def dependence(
@@ -67,6 +70,7 @@ def dependence(
     read = {key: reads(closed, [j == i for j in range(len(keys))]) for i, key in enumerate(keys)}
     offset = tuple(k for k in keys if not any(read[k][:lead]))
     linear = tuple(k for k in keys if not any(read[k][lead:][: len(keys)]))
+    read_fixed = tuple(i for j, i in enumerate(sorted(operands)) if any(r[lead + len(keys) + j] for r in read.values()))
     affine: tuple[str, ...] = ()
     if x is not None:
         if primitive.rules.pp_x_repr is not None:
@@ -75,7 +79,7 @@ def dependence(
             closed = program(jax.eval_shape(primitive.x_repr, inputs, weights | untrained), False)
         vanish = _vanishes(closed, [True] + [False] * (len(open_jaxpr(closed).invars) - 1))
         affine = tuple(k for k, zero in zip(keys, vanish) if not zero and k not in offset)
-    return Dependence(offset, affine, linear)
+    return Dependence(offset, affine, linear, read_fixed)
 
 
 def _struct(var: Atom) -> jax.ShapeDtypeStruct:

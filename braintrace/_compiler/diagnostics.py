@@ -61,6 +61,7 @@ class DiagnosticKind(str, enum.Enum):  # noqa: UP042
     STATE_MISMATCH = "state_mismatch"
     STATE_NOT_HIDDEN = "state_not_hidden"
     RECURRENT_MIXING = "recurrent_mixing"
+    WEIGHT_VARIES = "weight_varies"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from .influence import Influence
 from .module_info import ModuleInfo
 from .operands import NO_PARAMETER, OperandProgram, Step
 from .relations import HiddenParamOpRelation
+from .varying import Trained, is_varying, trained
 
 __all__ = ["find_relations"]
 
@@ -72,8 +73,10 @@ class _Finder:
         opaque = [k for k in self.reach.ops(op.y) - {op.index} if not self.flow.ops[k].primitive.gradient_enabled]
         others = [k for k in opaque if _direct_groups(self.flow, self.group_of, k) & set(usable)]
         through = bool(others or self.reach.links(op.y))
-        relation = _relation(self.step, op, program, paths, used, self.calls.setdefault(first, 0), through)
+        found = trained(self.step, op, program, paths)
+        relation = _relation(self.step, op, found, used, self.calls.setdefault(first, 0), through)
         if usable:
+            self._describe_weight(op, program, found)
             self.relations.append(relation)
             self.calls[first] += 1
             self._describe_relation(op, first, relation, used, through)
@@ -114,6 +117,20 @@ class _Finder:
             text = f"Operand {key!r} of {name} at {path_str(first)!r} comes from no parameter and is not trained."
             self.note(info, DiagnosticKind.TRAINABLE_INVAR_NOT_PARAMSTATE, op, text, weight_path=first)
 
+    def _describe_weight(self, op: MarkedOp, program: OperandProgram, found: Trained) -> None:
+        """A weight that is computed in another way at every step, and has a trace as if it were not."""
+        if found.program is not program or not is_varying(self.step, op, program):
+            return
+        first = next(iter(found.paths.values()))
+        text = (
+            f"The weight of {op.primitive.name} at {path_str(first)!r} is computed from its parameter and from values "
+            "that change from step to step (random numbers, inputs, states). Its trace takes the past as if they had "
+            "been what they are now: the parameter gets a wrong gradient from earlier steps. Keep these values for the "
+            "whole sequence, or multiply the input or the output of the operation by them."
+        )
+        kind = DiagnosticKind.WEIGHT_VARIES
+        self.note(DiagnosticLevel.WARNING, kind, op, text, weight_path=first)
+
     def _describe_relation(
         self, op: MarkedOp, first: Path, relation: HiddenParamOpRelation, used: Sequence[HiddenGroup], through: bool
     ) -> None:
@@ -145,42 +162,36 @@ class _Finder:
 
 
 def _relation(
-    step: Step,
-    op: MarkedOp,
-    program: OperandProgram,
-    paths: dict[str, Path],
-    used: tuple[HiddenGroup, ...],
-    call: int,
-    mixed: bool,
+    step: Step, op: MarkedOp, found: Trained, used: tuple[HiddenGroup, ...], call: int, mixed: bool
 ) -> HiddenParamOpRelation:
     info = step.info
     connected = tuple(p for g in used for p in _connected(g, op))
     states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
-    trainable = {k: op.operands[k] for k in paths}
-    fixed = _fixed_vars(op, paths)
-    reads = step.dependence(op, trainable, fixed)
+    constant = frozenset(i for i, v in found.fixed.items() if _is_constant(info, v))
+    reads = step.dependence(op, found.primitive, found.variables, found.fixed)
     return HiddenParamOpRelation(
-        key=(next(iter(paths.values())), call),
-        primitive=op.primitive,
+        key=(next(iter(found.paths.values())), call),
+        primitive=found.primitive,
         x_var=op.x,
         y_var=op.y,
         hidden_groups=used,
         connected_hidden_paths=connected,
         eqn_params=dict(op.eqn.params),
         path_classification=dict.fromkeys(connected, "mixed" if mixed else "all_direct"),
-        trainable_vars=trainable,
-        trainable_paths=paths,
-        trainable_leaf_indices={k: _leaf(info, op.operands[k], paths[k]) for k in paths},
-        trainable_param_states={k: states[p] for k, p in paths.items()},
-        fixed_vars=fixed,
-        constant=frozenset(i for i, v in fixed.items() if _is_constant(info, v)),
+        trainable_vars=found.variables,
+        trainable_paths=found.paths,
+        trainable_leaf_indices={k: _leaf(info, v, found.paths[k]) for k, v in found.variables.items()},
+        trainable_param_states={k: states[p] for k, p in found.paths.items()},
+        fixed_vars=found.fixed,
+        constant=constant,
         op_index=op.index,
-        parameter_paths=_parameter_paths(info, program),
-        operand_program=program,
+        parameter_paths=_parameter_paths(info, found.program),
+        operand_program=found.program,
         residual_free=bool(used) and _residual_free(step, op, used),
         offset_keys=reads.offset,
         affine_keys=reads.affine,
         linear_keys=reads.linear,
+        varying=frozenset(reads.fixed) - constant,
     )
 
 
@@ -189,12 +200,6 @@ def _connected(group: HiddenGroup, op: MarkedOp) -> list[Path]:
     row = group.cut.df.get(op.index, ())
     driven = {i for (i, _), entry in zip(group.slots, row) if entry.kind != "zero"}
     return [p for i, p in enumerate(group.hidden_paths) if i in driven or not driven]
-
-
-def _fixed_vars(op: MarkedOp, trained: Iterable[str]) -> Mapping[int, Atom]:
-    slots = op.primitive.trainables(op.eqn.params)
-    taken = {slots[k] for k in trained} | {op.primitive.x_index}
-    return {i: v for i, v in enumerate(op.eqn.invars) if i not in taken}
 
 
 def _is_constant(info: ModuleInfo, var: Atom) -> bool:

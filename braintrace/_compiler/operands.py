@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 
 from .._jax import Atom, ClosedJaxpr, Literal, Var, eval_jaxpr, hashed
+from .._ops.primitive import ETPPrimitive
 from .._program import before, made_at, sub_program, variables
 from .._types import Path, PyTree
 from .dependence import Dependence, dependence
@@ -44,13 +45,15 @@ class Step:
             self._programs[op.index] = program_of_operands(self, op)
         return self._programs[op.index]
 
-    def dependence(self, op: MarkedOp, trained: Mapping[str, Var], fixed: Mapping[int, Atom]) -> Dependence:
+    def dependence(
+        self, op: MarkedOp, primitive: ETPPrimitive, trained: Mapping[str, Var], fixed: Mapping[int, Atom]
+    ) -> Dependence:
         """:func:`dependence` of an operation, found once for all that differ in nothing it asks about."""
-        arguments = op.primitive, op.eqn.params, op.x, op.y, trained, fixed
+        arguments = primitive, op.eqn.params, op.x, op.y, trained, fixed
         shape_of = lambda v: None if v is None else (v.aval.shape, v.aval.dtype)  # noqa: E731
         operands = tuple((k, shape_of(v)) for k, v in (*trained.items(), *fixed.items()))
         params = tuple(op.eqn.params.items())
-        key = hashed(op.primitive, op.primitive.rules, params, shape_of(op.x), shape_of(op.y), operands)
+        key = hashed(primitive, primitive.rules, params, shape_of(op.x), shape_of(op.y), operands)
         if key is None:
             return dependence(*arguments)
         if key not in self._dependence:

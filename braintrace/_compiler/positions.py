@@ -30,11 +30,11 @@ from .._jax import (
     scan_operands,
     structs,
 )
-from .._types import Shape
+from .._types import PyTree, Shape
 from .labels import MANY, NONE, Label, Labels, mixes, own_label
 from .position_rules import ENDS, combine, reduce, rule_for
 
-__all__ = ["dependence", "moves", "no_cut", "propagate", "transfer"]
+__all__ = ["dependence", "entry_positions", "moves", "no_cut", "propagate", "transfer"]
 
 
 def dependence(eqn: JaxprEqn) -> list[dict[int, Label]]:
@@ -71,6 +71,23 @@ def propagate(
         for var, labels in zip(eqn.outvars, outs):
             if labels and (how.all_values or _differentiable(var.aval)):
                 env[var] = {s: lab for s, lab in labels.items() if not np.all(lab[0] == NONE)}
+
+
+def entry_positions(
+    apply: Callable[..., jax.Array], args: tuple[PyTree, ...], y: jax.ShapeDtypeStruct
+) -> dict[str, Label | None]:
+    """Per weight the entry of the output ``y`` that each of its entries acts on, as the reverse pass tells.
+
+    ``apply(x, weights, ...)`` is an operation, and ``args`` what it takes; ``None`` where nothing is known of a weight.
+    """
+
+    def derivative(cotangent: jax.Array, x: PyTree, weights: Mapping[str, jax.Array], *others: PyTree) -> PyTree:
+        return jax.vjp(lambda w: apply(x, w, *others), weights)[1](cotangent)[0]
+
+    jaxpr = open_jaxpr(jax.make_jaxpr(derivative)(y, *args))
+    env = {jaxpr.invars[0]: {("y", 0): own_label(y.shape, len(y.shape))}}
+    propagate(jaxpr.eqns, env, no_cut)
+    return {k: env.get(v, {}).get(("y", 0)) for k, v in zip(sorted(args[1]), jaxpr.outvars)}
 
 
 def transfer(eqn: JaxprEqn, inputs: list[Labels], constants: Mapping[Var, ArrayLike]) -> list[Labels]:

@@ -67,6 +67,8 @@ class HiddenParamOpRelation(NamedTuple):
         Trained operands whose gradient depends on the input, and is not known to vanish with it.
     linear_keys : tuple of str
         Trained operands whose gradient does not depend on the operands themselves (no hook).
+    varying : frozenset of int
+        Operands among ``fixed_vars`` that change from step to step and that the gradient of trained ones depends on.
     """
 
     key: tuple[Path, int]
@@ -90,6 +92,7 @@ class HiddenParamOpRelation(NamedTuple):
     offset_keys: tuple[str, ...]
     affine_keys: tuple[str, ...]
     linear_keys: tuple[str, ...]
+    varying: frozenset[int] = frozenset()
 
     @property
     def is_static(self) -> bool:
@@ -105,6 +108,16 @@ class HiddenParamOpRelation(NamedTuple):
     def title(self) -> str:
         """The name of the operation, and how many sub-steps of it there are."""
         return title_of(self.primitive, self.y_var)
+
+    @property
+    def invars(self) -> list[Atom | _SubStep | None]:
+        """Variables of all operands, in order."""
+        by_position = dict(self.fixed_vars)
+        if self.primitive.x_index is not None:
+            by_position[self.primitive.x_index] = self.x_var
+        slots = self.primitive.trainables(self.eqn_params)
+        by_position |= {slots[k]: v for k, v in self.trainable_vars.items()}
+        return [by_position[i] for i in sorted(by_position)]
 
     @property
     def untrained(self) -> dict[str, int]:

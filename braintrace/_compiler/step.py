@@ -176,6 +176,9 @@ class _Views:
         self.owner = {v: paths[0] for v, paths in flow.members.items()}
         self.index_of = [flow.ops[r.op_index].position for r in operations]
         self.operation_at = {index: i for i, index in enumerate(self.index_of)}
+        self.invars = [e.invars for e in self.eqns]
+        for index, operation in zip(self.index_of, operations):
+            self.invars[index] = operation.invars
         # Whatever leads into F, or into anything that leads there, sees plain old values.
         news = [[v for v in g.hidden_outvars if not isinstance(v, Literal)] for g in groups]
         leads_to = [frozenset([g.index]).union(*map(reach.groups, vs)) for g, vs in zip(groups, news)]
@@ -228,7 +231,7 @@ class _Views:
                 continue
             found: dict[Hashable, tuple[Sequence[Value], list[Value], list[Value]]] = {}
             for view in self.all:
-                args = [seen_in(v, self.of_inputs(index, view)) for v in eqn.invars]
+                args = [seen_in(v, self.of_inputs(index, view)) for v in self.invars[index]]
                 of_links = [seen_in(v, self.link_view[index]) for v in eqn.invars] if index in self.link_view else args
                 key = () if eqn.effects else tuple(map(id, (*args, *of_links)))
                 if key not in found:  # what is found keeps its inputs, so that no other object gets their ids

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeAlias
 import jax
 
 from .._binding import Binding, Fixed, Gradients, Operands, Signals
+from .._compiler.diagnostics import CompilationRecord
 from .._compiler.step import StepRecord
 from .._types import PyTree, Shape
 from .engine import Cotangents, Emitted, Engine
@@ -81,6 +82,9 @@ class HybridEngine(Engine):
 
     def forms(self) -> dict[int, tuple[str, int]]:
         return self.exact.forms() | self.filtered.forms()
+
+    def remarks(self) -> list[CompilationRecord]:
+        return self.filtered.remarks()
 
     # -- a chunk
 

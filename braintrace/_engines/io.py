@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from .._binding import Binding, Fixed, Gradients, Operands, Signals
+from .._compiler.diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .._compiler.groups import HiddenGroup
 from .._compiler.relations import HiddenParamOpRelation
 from .._compiler.step import StepRecord
 from .._jax import zeros
 from .._precision import wide, widened
-from .._types import PyTree, Shape
+from .._types import PyTree, Shape, path_str
 from .engine import Cotangents, Emitted, Engine, bytes_of
 from .record import (
     Jacobian,
@@ -137,6 +138,23 @@ class IOEngine(Engine):
             size[i] = size.get(i, 0) + bytes_of(traces.dfs[key])
         shown = {i: "/".join(f"{d:.4g}" for d in dict.fromkeys(self.decays[i])) for i in self.numbers}
         return {i: (f"filtered, decay {shown[i]}", size[i]) for i in self.numbers}
+
+    def remarks(self) -> list[CompilationRecord]:
+        """On weights that the filters take for the same at every step."""
+        return [
+            CompilationRecord(
+                DiagnosticKind.WEIGHT_VARIES,
+                DiagnosticLevel.WARNING,
+                f"The weight of {r.primitive.name} at {path_str(r.path)!r} is computed with values that change from "
+                "step to step (random numbers, inputs, states). pp_prop filters inputs alone, and takes the past as if "
+                "these values had been what they are now. Use D_RTRL, or HybridDimVjpAlgorithm with this path in "
+                "exact=[...], or multiply the input or the output of the operation by these values.",
+                primitive=r.primitive.name,
+                weight_path=r.path,
+            )
+            for r in self.relations.values()
+            if r.varying
+        ]
 
     # -- what signals make of the traces
 

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from .._binding import Fixed, Operands
-from .._compiler.labels import MANY, NONE, is_aligned, own_label
-from .._compiler.positions import no_cut, propagate
+from .._compiler.labels import NONE, is_aligned, mixes, own_label
+from .._compiler.positions import entry_positions, no_cut, propagate
 from .._compiler.relations import HiddenParamOpRelation
 from .._jax import Literal, Var, open_jaxpr
 from .._ops.primitive import Unshared
@@ -142,26 +142,17 @@ def _find_anchors(
     fixed: dict[int, jax.ShapeDtypeStruct],
     where: str,
 ) -> dict[str, Anchor]:
-    def derivative(
-        x: jax.Array,
-        cotangent: jax.Array,
-        weights: dict[str, jax.Array],
-        constants: dict[str, jax.Array],
-        fixed: dict[int, jax.Array],
-    ) -> dict[str, jax.Array]:
-        return jax.vjp(lambda w: layout.apply(x, w | constants, fixed), weights)[1](cotangent)[0]
-
     trained = layout.relation.trainable_vars
     constants = {k: w for k, w in weights.items() if k not in trained}
-    weights = {k: weights[k] for k in trained}
-    jaxpr = open_jaxpr(jax.make_jaxpr(derivative)(x, y, weights, constants, fixed))
-    env = {jaxpr.invars[1]: {("y", 0): own_label(y.shape, len(y.shape))}}
-    propagate(jaxpr.eqns, env, no_cut)
+    found = entry_positions(
+        lambda x, w, constants, fixed: layout.apply(x, w | constants, fixed),
+        (x, {k: weights[k] for k in trained}, constants, fixed),
+        y,
+    )
     anchors: dict[str, Anchor] = {}
-    for key, var in zip(sorted(weights), jaxpr.outvars):
-        label = env.get(var, {}).get(("y", 0))
+    for key, label in found.items():
         index = [] if label is None else [np.where(a == NONE, 0, a) for a in label[1:]]
-        if label is None or any(np.any(a == MANY) for a in index):
+        if label is None or mixes(label):
             raise NotImplementedError(
                 f"A weight of {where} acts on several positions of one sample, so that there is no single trace per "
                 "weight. Use braintrace.pp_prop, or register the rule unshare or dt_to_t on the operation."

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from brainstate.util import FlattedDict
 
 from .._compiler.call import Call
+from .._compiler.diagnostics import CompilationRecord, emit
 from .._compiler.executor import ETraceGraphExecutor
 from .._compiler.graph import ETraceGraph
 from .._compiler.report import CompilationReport
@@ -174,7 +175,12 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
             )
         self.init_etrace_state(*args)
         self.is_compiled = True
+        emit(self._remarks())
         self._lay_out()
+
+    def _remarks(self) -> list[CompilationRecord]:
+        """What users should know of the traces that their model gets."""
+        return []
 
     def _not_hidden(self) -> str:
         states = {p: s for p, s in self.other_states.items() if not isinstance(s, brainstate.random.RandomState)}

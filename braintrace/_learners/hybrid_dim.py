@@ -9,6 +9,7 @@ import brainstate
 import jax
 
 from .._binding import Binding
+from .._compiler.diagnostics import CompilationRecord
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.relations import HiddenParamOpRelation
 from .._engines.engine import bytes_of
@@ -111,6 +112,9 @@ class HybridDimVjpAlgorithm(IODimVjpAlgorithm):
         zeros = self._engine.init()
         self._slot_traces = {k: EligibilityTrace(v) for k, v in zeros.exact.items()}
         self._allocate(zeros.filtered)
+
+    def _remarks(self) -> list[CompilationRecord]:
+        return self._engine.remarks()
 
     def _make_engine(self, binding: Binding) -> HybridEngine:
         relations = binding.graph.hidden_param_op_relations

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._jax import any_rank
+from .._jax import any_rank, consts_of, is_tracer
 from .._types import PyTree
 from .primitive import Anchors, Aval, Avals, ETPPrimitive, Params, anchored
 
@@ -22,7 +22,20 @@ Hook = Callable[[jax.Array], jax.Array] | None
 
 
 def apply_hook(hook: Hook, value: jax.Array) -> jax.Array:
-    return value if hook is None else hook(value)
+    if hook is None:
+        return value
+    # It is called again when the operation is differentiated and compiled; what else it reads would be out of date.
+    closed = jax.make_jaxpr(hook)(jax.ShapeDtypeStruct(value.shape, value.dtype))
+    others = [tuple(c.shape) for c in consts_of(closed) if is_tracer(c)]
+    if others:
+        code = getattr(hook, "__code__", None)
+        where = "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
+        raise ValueError(
+            f"The function {getattr(hook, '__qualname__', hook)}{where} that an operation applies to its parameter of "
+            f"shape {tuple(value.shape)} reads more than this parameter: a state, another parameter or an input, of "
+            f"shape {others[0]}. Apply it in front of the operation instead, as in matmul(x, f(w))."
+        )
+    return hook(value)
 
 
 def weight_and_bias(params: Params) -> dict[str, int]:

@@ -1,0 +1,139 @@
+"""Weights that are computed from parameters in another way at every step: a random mask, a gain, a schedule.
+
+A trace of such a weight would have to be pulled back through what was computed at each step of the past. So the
+parameters themselves have traces, where each of their entries acts on one entry of the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+
+from .._jax import Atom, ClosedJaxpr, Literal, Var, open_jaxpr, reads, structs
+from .._ops.composed import ComposedPrimitive
+from .._ops.primitive import ETPPrimitive
+from .._ops.stacked import StackedPrimitive
+from .._program import behind, sub_program, variables
+from .._types import Path, PyTree
+from .flow import MarkedOp
+from .labels import is_aligned, mixes, own_label
+from .operands import OperandProgram, Step
+from .positions import entry_positions, no_cut, propagate
+
+__all__ = ["Trained", "is_varying", "trained"]
+
+
+class Trained(NamedTuple):
+    """An operation as it is trained: with operands of its own, or with the parameters that these are computed from."""
+
+    primitive: ETPPrimitive
+    program: OperandProgram
+    paths: dict[str, Path]  # by key
+    variables: dict[str, Var]  # by key
+    fixed: dict[int, Atom]  # operands that are neither trained nor the input, by position
+
+
+def trained(step: Step, op: MarkedOp, program: OperandProgram, paths: dict[str, Path]) -> Trained:
+    """The operation with its parameters where its weights vary and that can be had, else with its own operands."""
+    slots = op.primitive.trainables(op.eqn.params)
+    taken = {slots[k] for k in paths} | {op.primitive.x_index}
+    fixed = {i: v for i, v in enumerate(op.eqn.invars) if i not in taken}
+    own = Trained(op.primitive, program, paths, {k: op.operands[k] for k in paths}, fixed)
+    return (_composed(step, op, own) or own) if is_varying(step, op, program) else own
+
+
+def is_varying(step: Step, op: MarkedOp, program: OperandProgram) -> bool:
+    """Whether the way back from the weights to the parameters is another one at every step."""
+    if program.identity is not None or program.inputs == program.leaves:
+        return False
+
+    def back(values: list[jax.Array], bars: list[jax.Array]) -> list[jax.Array]:
+        invals: list[PyTree] = [None] * len(step.info.jaxpr.invars)
+        for i, value in zip(program.inputs, values):
+            invals[i] = value
+        found = program.pull_back(invals, dict(zip(program.keys, bars)))
+        return [found[i] for i in program.leaves]
+
+    inputs = structs([step.info.jaxpr.invars[i] for i in program.inputs])
+    closed = jax.make_jaxpr(back)(inputs, structs([op.operands[k] for k in program.keys]))
+    read = reads(closed, [True] * len(program.leaves))
+    return any(of for i, of in zip(program.inputs, read) if i not in program.leaves)
+
+
+def _composed(step: Step, op: MarkedOp, own: Trained) -> Trained | None:
+    one, params, keys = op.primitive, op.eqn.params, own.program.keys
+    if isinstance(one, StackedPrimitive) or not ComposedPrimitive.takes(one) or _shares(op, own):
+        return None
+    info, outs = step.info, [op.operands[k] for k in keys]
+    leaves: list[Var] = [info.jaxpr.invars[i] for i in own.program.leaves]
+    made, inner = set(leaves), []
+    for eqn in behind(info.jaxpr.eqns, outs)[0]:
+        if not made.isdisjoint(variables(eqn.invars)):
+            made.update(eqn.outvars)
+            inner.append(eqn)
+    known = made | set(info.jaxpr.constvars)
+    values = list(dict.fromkeys(v for eqn in inner for v in variables(eqn.invars) if v not in known))
+    program = sub_program(info.closed_jaxpr, [*leaves, *values], outs, inner)
+    names = _names(program, keys, len(leaves))
+    acts_on = _entry_by_entry(program, len(leaves))
+    slots, identity = one.trainables(params), own.program.leaves
+    weights = [slots[k] for k in keys]
+    kept = [i for i in range(len(op.eqn.invars)) if i not in weights]
+    further = len(kept) + len(leaves)
+    found = Trained(
+        ComposedPrimitive(one, program, weights, kept, names, None if acts_on is None else [keys[k] for k in acts_on]),
+        OperandProgram(tuple(names), None, identity, identity, identity),
+        {k: info.invar_to_weight_path[v] for k, v in zip(names, leaves)},
+        dict(zip(names, leaves)),
+        {kept.index(i): v for i, v in own.fixed.items()} | {further + m: v for m, v in enumerate(values)},
+    )
+    return found if found.primitive.rules.anchors is not None or _has_traces(op, found) else None
+
+
+def _shares(op: MarkedOp, own: Trained) -> bool:
+    """Whether a weight acts on several positions of a sample, so that the operation says how it has one for each."""
+    one, params = op.primitive, op.eqn.params
+    if one.rules.unshare is None or op.x is None:
+        return one.rules.unshare is not None
+    lead = one.lead(op.y.aval, params)
+    x, y = (jax.ShapeDtypeStruct(v.aval.shape[lead:], v.aval.dtype) for v in (op.x, op.y))
+    weights = {k: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for k, v in own.variables.items()}
+    return one.rules.unshare(x, y, weights, params) is not None
+
+
+def _names(program: ClosedJaxpr, keys: Sequence[str], number: int) -> list[str]:
+    """Of the parameters: those of the first weight that each of them acts on."""
+    names: list[str] = []
+    acts_on = [reads(program, [k == key for k in keys])[:number] for key in keys]
+    for j in range(number):
+        key = next((k for k, of in zip(keys, acts_on) if of[j]), keys[0])
+        names.append(key if key not in names else f"{key}_{j}")
+    return names
+
+
+def _entry_by_entry(program: ClosedJaxpr, number: int) -> list[int] | None:
+    """For every parameter the output whose entries it has, one by one; ``None`` if it is not so for all."""
+    jaxpr, acts_on = open_jaxpr(program), {}
+    leaves = jaxpr.invars[:number]
+    env = {v: {("leaf", j): own_label(v.aval.shape, len(v.aval.shape))} for j, v in enumerate(leaves)}
+    propagate(jaxpr.eqns, env, no_cut)
+    for k, out in enumerate(jaxpr.outvars):
+        for (_, j), label in ({} if isinstance(out, Literal) else env.get(out, {})).items():
+            shape = leaves[j].aval.shape
+            if out.aval.shape != shape or not is_aligned(label, shape) or j in acts_on:
+                return None
+            acts_on[j] = k
+    return [acts_on[j] for j in range(number)] if len(acts_on) == number else None
+
+
+def _has_traces(op: MarkedOp, found: Trained) -> bool:
+    """Whether every entry of a parameter acts on one entry of the output of a sample."""
+    one, params = found.primitive, op.eqn.params
+    lead = one.lead(op.y.aval, params)
+    sample = lambda v: jax.ShapeDtypeStruct(v.aval.shape[lead:], v.aval.dtype)  # noqa: E731
+    whole = lambda of: {k: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for k, v in of.items()}  # noqa: E731
+    args = None if op.x is None else sample(op.x), whole(found.variables), whole(found.fixed)
+    labels = entry_positions(lambda x, w, fixed: one.apply_sample(x, w, params, fixed), args, sample(op.y))
+    return all(label is not None and not mixes(label) for label in labels.values())

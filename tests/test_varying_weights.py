@@ -1,0 +1,140 @@
+"""Weights that are computed in another way at every step: by random masks, inputs, states, the number of the step.
+
+The memory is position by position, so that D_RTRL is back-propagation through time; pp_prop says that it is not.
+"""
+
+import warnings
+
+import brainevent
+import brainstate
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import braintrace
+
+N_IN, N, T = 3, 4, 6
+MATRIX = brainevent.CSR.fromdense(jnp.array([[1.0, 0.0, 2.0, 0.0], [0.0, 0.5, 0.0, 1.0], [1.5, 0.0, 0.0, -1.0]]))
+
+
+class Net(brainstate.nn.Module):
+    def __init__(self, row):
+        super().__init__()
+        self.of_input, shapes = ROWS[row]
+        self.w = {
+            k: brainstate.ParamState(jax.random.normal(jax.random.key(i), shape))
+            for i, (k, shape) in enumerate(shapes.items())
+        }
+
+    def init_state(self, batch_size=None, **_):
+        self.h = brainstate.HiddenState(jnp.zeros((N,) if batch_size is None else (batch_size, N)))
+        self.gain = brainstate.ShortTermState(jnp.ones(()))
+
+    def update(self, x):
+        self.gain.value = -0.8 * self.gain.value
+        y = self.of_input(self, {k: w.value for k, w in self.w.items()}, x)
+        self.h.value = jnp.tanh(0.8 * self.h.value + y)
+        return self.h.value
+
+
+def mask(shape):
+    return brainstate.random.bernoulli(0.5, shape).astype(float)
+
+
+W = {"w": (N_IN, N)}
+ROWS = {  # what the memory gets, shapes of the parameters
+    "random mask": (lambda m, w, x: braintrace.matmul(x, w["w"] * mask((N_IN, N))), W),
+    "mean of the input": (lambda m, w, x: braintrace.matmul(x, w["w"] * x.mean()), W),
+    "state": (lambda m, w, x: braintrace.matmul(x, w["w"] * m.gain.value), W),
+    "number of the step": (lambda m, w, x: braintrace.matmul(x, w["w"] / (1.0 + brainstate.environ.get("i"))), W),
+    "bias": (lambda m, w, x: braintrace.matmul(x, w["w"], w["b"] * m.gain.value), W | {"b": (N,)}),
+    "weight and bias": (
+        lambda m, w, x: braintrace.matmul(x, w["w"] * m.gain.value, w["b"] * x.mean() + 1.0),
+        W | {"b": (N,)},
+    ),
+    "gain of each output": (lambda m, w, x: braintrace.matmul(x, w["g"] * m.gain.value * w["w"]), W | {"g": (N,)}),
+    "twice": (
+        lambda m, w, x: braintrace.matmul(x, w["w"] * m.gain.value) + braintrace.matmul(x, w["w"]),
+        W,
+    ),
+    "element-wise": (lambda m, w, x: x[..., :1] + braintrace.element_wise(w["b"] * m.gain.value), {"b": (N,)}),
+    "sparse": (
+        lambda m, w, x: braintrace.sparse_matmul(x, w["d"] * mask((6,)), sparse_mat=MATRIX),
+        {"d": (6,)},
+    ),
+    "noise": (lambda m, w, x: braintrace.matmul(x, w["w"] + brainstate.random.randn(N_IN, N)), W),
+    "norm": (
+        lambda m, w, x: braintrace.matmul(x, m.gain.value * w["w"] / jnp.abs(w["w"]).sum(1, keepdims=True)),
+        W,
+    ),
+    "einsum": (lambda m, w, x: braintrace.einsum("bi,ij->bj", x, w["w"] * m.gain.value), W),
+}
+
+
+def inputs(batch):
+    return jax.random.normal(jax.random.key(7), (T, *([] if batch is None else [batch]), N_IN))
+
+
+def loss_of(function, i, x):
+    with brainstate.environ.context(i=i):
+        return (function(x) ** 2).sum()
+
+
+def online(row, rule, batch, driver, **options):
+    net, xs = Net(row), inputs(batch)
+    with brainstate.environ.context(i=jnp.zeros(())):
+        learner = braintrace.compile(net, rule, xs[0], batch_size=batch, vmap=driver == "vmap", **options)
+    step = lambda i, x: loss_of(learner, i, x)  # noqa: E731
+    brainstate.random.seed(3)
+    if driver != "steps":
+        chunk = 4 if driver == "chunks" else None
+        found = learner.etrace_grad(jnp.arange(float(T)), xs, step_fn=step, reduction="sum", trace_chunk=chunk)
+    else:
+        gradient = brainstate.transform.grad(step, learner.param_states)
+        each = [gradient(i, x) for i, x in zip(jnp.arange(float(T)), xs)]
+        found = jax.tree.map(lambda *g: sum(g), *each)
+    return {k[-1]: v for k, v in found.items()}
+
+
+def through_time(row, batch):
+    net, xs = Net(row), inputs(batch)
+    brainstate.nn.init_all_states(net, **({} if batch is None else {"batch_size": batch}))
+    brainstate.random.seed(3)
+
+    def whole():
+        each = brainstate.transform.for_loop(lambda i, x: loss_of(net, i, x), jnp.arange(float(T)), xs)
+        return each.sum()
+
+    found = brainstate.transform.grad(whole, net.states(brainstate.ParamState))()
+    return {k[-1]: v for k, v in found.items()}
+
+
+def agree(found, expected, rtol):
+    return all(np.allclose(found[k], expected[k], rtol=rtol, atol=1e-5 * abs(expected[k]).max()) for k in expected)
+
+
+@pytest.mark.parametrize("row, batch, driver", [(r, 2, "steps") for r in ROWS if r != "norm"] + [
+    ("random mask", 2, "chunks"), ("weight and bias", 2, "chunks"), ("gain of each output", 2, "whole"),
+    ("sparse", 2, "whole"), ("element-wise", 2, "chunks"), ("twice", None, "steps"), ("state", None, "chunks"),
+])  # fmt: skip
+def test_traces_of_the_parameters_are_exact(row, batch, driver):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", braintrace.CompilationWarning)
+        found = online(row, "d_rtrl", batch, driver)
+    assert agree(found, through_time(row, batch), 1e-4)
+
+
+def test_pp_prop_says_that_it_takes_the_past_as_the_present():
+    with pytest.warns(braintrace.CompilationWarning, match="weight_varies.*'w.w'.*D_RTRL.*exact="):
+        online("state", "pp_prop", 2, "steps", decay_or_rank=0.9)
+    with warnings.catch_warnings():  # the way back is the same at every step
+        warnings.simplefilter("error", braintrace.CompilationWarning)
+        online("noise", "pp_prop", 2, "steps", decay_or_rank=0.9)
+
+
+def test_a_weight_of_which_nothing_is_exact():
+    """An entry of the parameter acts on several outputs, in another way at every step."""
+    with pytest.warns(braintrace.CompilationWarning, match="weight_varies.*'w.w'.*wrong gradient from earlier steps"):
+        found = online("norm", "d_rtrl", 2, "steps")
+    assert not agree(found, through_time("norm", 2), 1e-2)
