@@ -222,7 +222,9 @@ class _Chunked:
             first = jax.eval_shape(lambda items: (*jax.tree.map(head, items), self._zeros()), items)
             self.program = self.step.make_jaxpr(*first).get_jaxpr(*first)
             if self.learner.graph is graph:
-                return self.calls == 1
+                # A step that reads the traces wants those that it finds there, not those of the chunk's beginning.
+                traces = {id(state) for state, _ in self.learner._trace_states()}
+                return self.calls == 1 and traces.isdisjoint(map(id, self.step.get_states(*first)))
 
     def _one_call(self, *item: PyTree) -> tuple[list[jax.Array], ZerosOfCall, PyTree, Recorded | None]:
         """Gradients of plain uses of parameters, cotangents of the zeros, result, and what the learner's call left.

@@ -623,6 +623,8 @@ RECORDS = [  # step, kind, level, primitive, parameter
     (mixed_by(lambda h: jnp.roll(h, 1)), "recurrent_mixing", WARNING, None, "w"),
     (mixed_by(jax.nn.softmax), "recurrent_mixing", WARNING, None, "w"),
     (mixed_by(lambda h: h + h.mean()), "recurrent_mixing", WARNING, None, "w"),
+    (mixed_by(lambda h: h @ jnp.eye(N)), "recurrent_mixing", WARNING, None, "w"),
+    (mixed_by(lambda h: jnp.convolve(h, jnp.ones(3), "same")), "recurrent_mixing", WARNING, None, "w"),
 ]
 
 
@@ -752,7 +754,7 @@ def test_a_record_shows_what_it_has():
 
 def test_names_of_kinds_and_levels():
     assert [level.value for level in DiagnosticLevel] == ["info", "warning", "error"]
-    assert len(DiagnosticKind) == 34 and all(kind.value == kind.name.lower() == kind for kind in DiagnosticKind)
+    assert len(DiagnosticKind) == 35 and all(kind.value == kind.name.lower() == kind for kind in DiagnosticKind)
     with pytest.raises(ValueError):
         compiled(leaky).explain(kind="nothing")
 

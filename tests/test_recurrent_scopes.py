@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import warnings
 
 import brainevent
 import brainstate
@@ -659,3 +660,35 @@ def test_a_group_without_recurrent_mixing_has_no_neighbours():
     plain = braintrace.compile(Leaky(), "d_rtrl", xs[0])
     found = [g.etrace_grad(xs, step_fn=lambda x, g=g: (g(x) * WEIGHT).sum())["w", "in"] for g in (learner, plain)]
     np.testing.assert_allclose(*found, rtol=1e-12)
+
+
+class Populations(brainstate.nn.Module):
+    """Two populations that drive each other through operations."""
+
+    def __init__(self, n_e, n_i):
+        super().__init__()
+        self.sizes = n_e, n_i
+        shapes = dict(w=(INPUTS, n_e), ei=(n_e, n_i), ie=(n_i, n_e))
+        self.w = {k: brainstate.ParamState(jnp.asarray(weight(i, *s))) for i, (k, s) in enumerate(shapes.items())}
+
+    def init_state(self, **_):
+        self.e, self.i = (brainstate.HiddenState(jnp.zeros(n)) for n in self.sizes)
+
+    def update(self, x):
+        e, i = self.e.value, self.i.value
+        mm = lambda k, x: braintrace.matmul(x, self.w[k].value)  # noqa: E731
+        self.e.value = jnp.tanh(0.5 * e + mm("w", x) - mm("ie", i))
+        self.i.value = jnp.tanh(0.5 * i + mm("ei", e))
+        return self.e.value
+
+
+@pytest.mark.filterwarnings("ignore:.*snap_pattern")
+@pytest.mark.parametrize("rule, options", [(braintrace.SnAp, {"n": 2}), ("ostl_recurrent", {})])
+def test_groups_that_a_rule_for_recurrent_mixing_keeps_apart(rule, options):
+    with pytest.warns(braintrace.CompilationWarning, match=r"recurrent_mixing.*'e', 'i' depend on.*\(4,\), \(3,\)"):
+        braintrace.compile(Populations(4, 3), rule, jnp.zeros(INPUTS), **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", braintrace.CompilationWarning)
+        warnings.filterwarnings("ignore", ".*snap_pattern")
+        braintrace.compile(Populations(4, 4), rule, jnp.zeros(INPUTS), **options)
+        braintrace.compile(Populations(4, 3), "d_rtrl", jnp.zeros(INPUTS))

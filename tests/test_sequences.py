@@ -480,3 +480,20 @@ def test_a_mapped_learner_answers_as_its_learner_does():
     mapped.reset_state()
     assert not any(np.any(t) for t in jax.tree.leaves(mapped.get_etrace_of(("Wz", "weight"))))
     assert not np.any(inner.running_index.value)
+
+
+@pytest.mark.parametrize("rule", ["pp_prop", "d_rtrl", "hybrid"])
+def test_a_step_that_reads_the_traces_finds_those_of_its_time(rule):
+    def learner_of():
+        brainstate.random.seed(0)
+        options = {} if rule == "d_rtrl" else {"decay_or_rank": 0.9}
+        return braintrace.compile(braintrace.nn.GRUCell(3, 4), rule, xs[0], batch_size=2, **options)
+
+    def trace_of(learner):
+        return jax.tree.map(jnp.sum, learner.get_etrace_of(("Wz", "weight")))
+
+    xs = jax.random.normal(jax.random.key(0), (7, 2, 3))
+    one, whole = learner_of(), learner_of()
+    each = [(one(x), trace_of(one))[1] for x in xs]
+    _, found = whole.etrace_grad(xs, step_fn=lambda x: ((whole(x) ** 2).sum(), trace_of(whole)), has_aux=True)
+    jax.tree.map(lambda a, *b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, *each)

@@ -25,7 +25,7 @@ from .relations import HiddenParamOpRelation
 from .scope import CEILING, Scope, scope_of
 from .slices import slice_group
 from .step import PerturbedStep, perturb
-from .untraced import coupled_groups, mixing_transitions, unmarked_parameters, untraced_memory
+from .untraced import coupled_groups, fixed_products, mixing_transitions, unmarked_parameters, untraced_memory
 
 __all__ = [
     "ETraceGraph", "compile_etrace_graph", "compile_in_scope", "groups_of", "reach_of",
@@ -177,9 +177,11 @@ def compile_in_scope(
     step = perturb(info, flow, reach, groups, (*relations, *plain))
     perturbation = add_hidden_perturbation_from_minfo(info) if include_hidden_perturb else None
     found += unmarked_parameters(info, flow, influence) + untraced_memory(info, influence)
-    found += coupled_groups(flow, groups, relations)
-    if not scope.mixing:
-        found += mixing_transitions(flow, groups, relations)
+    if scope.mixing and len(groups) > 1:
+        found += coupled_groups(analyse_flow(info, mixing=True), groups, relations)
+    elif not scope.mixing:
+        found += coupled_groups(flow, groups, relations) + mixing_transitions(flow, groups, relations)
+        found += fixed_products(info, flow, influence, groups, relations)
     diagnostics = (*info.diagnostics, *flow.diagnostics, *merged, *found)
     return ETraceGraph(info, groups, group_of, relations, plain, perturbation, step, diagnostics)
 

@@ -16,7 +16,7 @@ from .labels import unaligned_axes
 from .module_info import ModuleInfo
 from .relations import HiddenParamOpRelation
 
-__all__ = ["coupled_groups", "mixing_transitions", "unmarked_parameters", "untraced_memory"]
+__all__ = ["coupled_groups", "fixed_products", "mixing_transitions", "unmarked_parameters", "untraced_memory"]
 
 
 def unmarked_parameters(info: ModuleInfo, flow: Flow, influence: Influence) -> list[CompilationRecord]:
@@ -143,10 +143,49 @@ def mixing_transitions(
     return records
 
 
+def fixed_products(
+    info: ModuleInfo,
+    flow: Flow,
+    influence: Influence,
+    groups: Sequence[HiddenGroup],
+    relations: Sequence[HiddenParamOpRelation],
+) -> list[CompilationRecord]:
+    """Products without a parameter with which hidden values of a traced group reach the group again."""
+    opaque, records = influence.opaque.__contains__, []
+    trained = influence.of([v for invars in info.weight_path_to_invars.values() for v in invars], opaque)
+    for position, eqn in enumerate(influence.eqns):
+        inputs = variables(eqn.invars)
+        if position in influence.opaque or not is_product(eqn) or not trained.isdisjoint(inputs):
+            continue
+        kept = {s for v in eqn.outvars for s in flow.labels.get(v, {})}
+        cut = {s[1] for v in inputs for s in flow.labels.get(v, {}) if s[0] != "y" and s not in kept}
+        driven = set(influence.driven(influence.of(eqn.outvars, opaque))) if cut else set()
+        for group in groups:
+            sources, targets = (tuple(p for p in group.hidden_paths if p in of) for of in (cut, driven))
+            of = dict.fromkeys(p for r in relations if group in r.hidden_groups for p in r.parameter_paths)
+            if not (sources and targets and of):
+                continue
+            line = source_line(eqn)
+            records.append(
+                CompilationRecord(
+                    DiagnosticKind.RECURRENT_MIXING,
+                    DiagnosticLevel.WARNING,
+                    f"The {eqn.primitive.name}{f' at {line}' if line else ''} takes {_named(sources)} to "
+                    f"{_named(targets)} without a parameter. Traces of {_named(of)} leave it out, as they do every "
+                    "product of hidden values, with what a position does to itself in it; the current step is exact. "
+                    "Use a rule that sees the mixing (OSTLRecurrent, SnAp, UORO), or write what a position does to "
+                    "itself apart from it.",
+                    weight_path=next(iter(of)),
+                    hidden_paths=tuple(dict.fromkeys((*sources, *targets))),
+                )
+            )
+    return records
+
+
 def coupled_groups(
     flow: Flow, groups: Sequence[HiddenGroup], relations: Sequence[HiddenParamOpRelation]
 ) -> list[CompilationRecord]:
-    """Groups that depend on each other, both ways and through no operation, and yet are no one group."""
+    """Groups that depend on each other, both ways, and yet are no one group; as far as ``flow`` sees."""
     group_of = {p: g.index for g in groups for p in g.hidden_paths}
     follows: dict[int, set[int]] = {g.index: set() for g in groups}
     for target, labels in flow.into.items():
