@@ -22,6 +22,7 @@ from ._engines.record import add, contraction, read_record
 from ._jax import any_rank, open_jaxpr, trace_context
 from ._online import Extras, OnlineStep, over_window, silent
 from ._precision import wide
+from ._program import variables
 from ._types import Path, PyTree, Shape, head
 
 if TYPE_CHECKING:
@@ -222,9 +223,19 @@ class _Chunked:
             first = jax.eval_shape(lambda items: (*jax.tree.map(head, items), self._zeros()), items)
             self.program = self.step.make_jaxpr(*first).get_jaxpr(*first)
             if self.learner.graph is graph:
-                # A step that reads the traces wants those that it finds there, not those of the chunk's beginning.
-                traces = {id(state) for state, _ in self.learner._trace_states()}
-                return self.calls == 1 and traces.isdisjoint(map(id, self.step.get_states(*first)))
+                return self.calls == 1 and not self._reads_traces(first)
+
+    def _reads_traces(self, args: tuple[PyTree, ...]) -> bool:
+        """Whether the step uses the traces: it wants those of its time, not those of the chunk's beginning."""
+        jaxpr = open_jaxpr(self.program)
+        number = lambda states: sum(len(jax.tree.leaves(s.value)) for s in states)  # noqa: E731
+        states = self.step.get_states(*args)
+        results = len(jaxpr.outvars) - number(self.step.get_write_states(*args))
+        used = set(variables([*(v for e in jaxpr.eqns for v in e.invars), *jaxpr.outvars[:results]]))
+        traces = {id(state) for state, _ in self.learner._trace_states()}
+        values = iter(jaxpr.invars[len(jaxpr.invars) - number(states) :])
+        of_states = {id(s): [next(values) for _ in jax.tree.leaves(s.value)] for s in states}
+        return any(not used.isdisjoint(vs) for i, vs in of_states.items() if i in traces)
 
     def _one_call(self, *item: PyTree) -> tuple[list[jax.Array], ZerosOfCall, PyTree, Recorded | None]:
         """Gradients of plain uses of parameters, cotangents of the zeros, result, and what the learner's call left.
