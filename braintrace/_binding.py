@@ -87,14 +87,17 @@ class Binding:
         return dict(zip(self._info.states_of(brainstate.HiddenState), hidden))
 
     def hidden_zeros(self) -> dict[Path, jax.Array]:
-        """Without units, as everything that meets the traces."""
-        return {p: jnp.zeros(v.aval.shape, v.aval.dtype) for p, v in self._info.hidden_path_to_invar.items()}
+        """Without units, as everything that meets the traces; none for integers and booleans."""
+        avals = {p: v.aval for p, v in self._info.hidden_path_to_invar.items()}
+        return {p: jnp.zeros(a.shape, a.dtype) for p, a in avals.items() if jnp.issubdtype(a.dtype, jnp.inexact)}
 
     def shifted(self, hidden: Sequence[PyTree], zeros: Mapping[Path, jax.Array]) -> list[PyTree]:
         """Hidden values plus reals without units."""
         info = self._info
         of = {p: info.complex_hidden[p].join(z) if p in info.complex_hidden else z for p, z in zeros.items()}
-        return [jax.tree.map(lambda v, z=of[p]: v + z, h) for p, h in self.hidden_by_path(hidden).items()]
+        return [
+            jax.tree.map(lambda v, z=of[p]: v + z, h) if p in of else h for p, h in self.hidden_by_path(hidden).items()
+        ]
 
     def reals(self, by_path: Mapping[Path, PyTree]) -> dict[Path, jax.Array]:
         """Hidden values without units, complex ones as their parts."""

@@ -497,3 +497,35 @@ def test_a_step_that_reads_the_traces_finds_those_of_its_time(rule):
     each = [(one(x), trace_of(one))[1] for x in xs]
     _, found = whole.etrace_grad(xs, step_fn=lambda x: ((whole(x) ** 2).sum(), trace_of(whole)), has_aux=True)
     jax.tree.map(lambda a, *b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, *each)
+
+
+class Refractory(brainstate.nn.Module):
+    """A counter of integers, or a flag, says which units rest; all memory is position by position."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.w, self.dtype = brainstate.ParamState(2 * jax.random.normal(jax.random.key(1), (3, 4))), dtype
+
+    def init_state(self, batch_size=None, **_):
+        self.v = HiddenState(jnp.zeros((batch_size, 4)))
+        self.rest = HiddenState(jnp.zeros((batch_size, 4), self.dtype))
+
+    def update(self, x):
+        drive = braintrace.matmul(x, self.w.value)
+        self.v.value = jnp.where(self.rest.value > 0, 0.5 * self.v.value, jnp.tanh(0.9 * self.v.value + drive))
+        self.rest.value = (self.v.value > 0.4).astype(self.dtype)
+        return self.v.value
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_])
+def test_windows_of_a_model_with_integers_in_its_state(dtype):
+    xs = jax.random.normal(jax.random.key(2), (6, 2, 3))
+    net = Refractory(dtype)
+    learner = braintrace.compile(net, "d_rtrl", xs[0], batch_size=2, vjp_method="multi-step")
+    found = learner.etrace_grad(
+        xs, chunk_size=2, reduction="sum", step_fn=lambda x: (learner(braintrace.MultiStepData(x)) ** 2).sum((1, 2))
+    )
+    brainstate.nn.init_all_states(net, batch_size=2)
+    loss = lambda: brainstate.transform.for_loop(lambda x: (net(x) ** 2).sum(), xs).sum()  # noqa: E731
+    exact = brainstate.transform.grad(loss, net.states(brainstate.ParamState))()
+    assert_close(dict(found), exact)
