@@ -184,7 +184,7 @@ class _Records:
             record += bytes_of(r.y_var.aval) * (1 + slots) + (0 if r.x_var is None else bytes_of(r.x_var.aval))
         for g in self.binding.graph.hidden_groups:
             if g.snap is not None:  # the Jacobian between neighbours is far larger than anything else
-                record += sum(bytes_of(v.aval) for v in open_jaxpr(g.cut.program).outvars)
+                record += sum(bytes_of(v.aval) for v in open_jaxpr(g.jacobian.program).outvars)
         return held, max(record, 1)
 
 

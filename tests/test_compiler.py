@@ -173,9 +173,9 @@ def test_a_state_of_several_variables(lead):
     state = brainstate.HiddenGroupState(jnp.zeros((*lead, N, 2)))
     (group,) = compiled(step, jnp.ones((*lead, N_IN)), hidden="", s=state).hidden_groups
     assert (group.varshape, group.num_state, group.trace_state_width) == ((*lead, N), 2, 2)
-    assert [[e.kind for e in row] for row in group.cut.D] == [["constant", "zero"], ["constant", "constant"]]
-    assert [e.kind for e in group.cut.df[0]] == ["constant", "zero"]
-    assert group.cut.aligned == {0}
+    assert [[e.kind for e in row] for row in group.jacobian.D] == [["constant", "zero"], ["constant", "constant"]]
+    assert [e.kind for e in group.jacobian.df[0]] == ["constant", "zero"]
+    assert group.jacobian.aligned == {0}
 
 
 @pytest.mark.parametrize(
@@ -193,8 +193,8 @@ def test_data_that_only_moves_keeps_its_position(move):
         return m.h.value
 
     (group,) = compiled(step).hidden_groups
-    assert group.cut.aligned == {0} and not group.cut.displaced
-    assert repr(group.cut.D) == "((0.5,),)"
+    assert group.jacobian.aligned == {0} and not group.jacobian.displaced
+    assert repr(group.jacobian.D) == "((0.5,),)"
 
 
 def test_packing_and_unpacking_a_group():
@@ -309,15 +309,15 @@ def test_structure_is_known_before_the_first_step(step, hidden, D, df):
     graph = compiled(step, hidden=hidden, **extra)
     (group,) = graph.hidden_groups
     assert names(graph) == [list(hidden)]
-    for row, expected in zip(group.cut.D, D, strict=True):
+    for row, expected in zip(group.jacobian.D, D, strict=True):
         for entry, value in zip(row, expected, strict=True):
             assert_entry(entry, value)
-    assert set(group.cut.df) == set(df)
+    assert set(group.jacobian.df) == set(df)
     for op, expected in df.items():
-        for entry, value in zip(group.cut.df[op], expected, strict=True):
+        for entry, value in zip(group.jacobian.df[op], expected, strict=True):
             assert_entry(entry, value)
     varying = sum(e is None for row in D for e in row) + sum(e is None for row in df.values() for e in row)
-    assert len(group.cut.program.jaxpr.outvars) == varying
+    assert len(group.jacobian.program.jaxpr.outvars) == varying
 
 
 def test_structure_of_spiking_neurons():
@@ -341,11 +341,11 @@ def test_structure_of_spiking_neurons():
     brainstate.nn.init_all_states(net)
     (group,) = braintrace.compile_etrace_graph(net, X).hidden_groups
     assert [p[-1] for p in group.hidden_paths] == ["g", "V"]
-    (gg, gV), (Vg, VV) = group.cut.D
+    (gg, gV), (Vg, VV) = group.jacobian.D
     assert_entry(gg, np.exp(-1 / 6))
     assert_entry(gV, 0)
     assert (Vg.kind, VV.kind) == ("constant", "varying")
-    assert [e.kind for e in group.cut.df[0]] == ["constant", "constant"]
+    assert [e.kind for e in group.jacobian.df[0]] == ["constant", "constant"]
 
 
 # -- the step as a flat program
@@ -471,7 +471,7 @@ def test_the_groups_of_an_lstm_relation():
     assert group.hidden_paths == (("h",), ("c",))
     assert {r.path[0] for r in graph.hidden_param_op_relations} == {"Wi", "Wg", "Wf", "Wo"}
     of_output = next(r for r in graph.hidden_param_op_relations if r.path[0] == "Wo")
-    assert [e.kind for e in group.cut.df[of_output.op_index]] == ["varying", "zero"]
+    assert [e.kind for e in group.jacobian.df[of_output.op_index]] == ["varying", "zero"]
     assert of_output.connected_hidden_paths == (("h",),) and set(of_output.path_classification) == {("h",)}
     of_cell = next(r for r in graph.hidden_param_op_relations if r.path[0] == "Wf")
     assert of_cell.connected_hidden_paths == group.hidden_paths
@@ -1077,7 +1077,7 @@ def test_a_traced_constant_of_the_model_is_computed_every_step():
         model = Model(step)
         learner = braintrace.pp_prop(model, 0.9)
         learner.compile_graph(X)
-        kinds.append(learner.graph.hidden_groups[0].cut.D[0][0].kind)
+        kinds.append(learner.graph.hidden_groups[0].jacobian.D[0][0].kind)
         learner(X)
         return grad(lambda: learner(-X).sum(), learner.param_states)()[("w",)]
 

@@ -549,7 +549,7 @@ def test_mixing_in_a_loop_is_said(step, mixes):
     found = graph.explain(kind="control_flow_recurrent_mixing")
     assert [r.level for r in found] == [WARNING] * mixes
     assert all(f"{__file__}:" in r.message for r in found)
-    assert (graph.hidden_groups[0].cut.D[0][0].kind == "zero") == (step is while_that_mixes)
+    assert (graph.hidden_groups[0].jacobian.D[0][0].kind == "zero") == (step is while_that_mixes)
 
 
 def test_a_parameter_in_a_long_loop_gets_the_current_step():

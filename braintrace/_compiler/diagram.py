@@ -180,7 +180,7 @@ def _into_groups(graph: ETraceGraph, sources: Sources) -> Iterator[Edge]:
     traced = {(r.op_index, g.index) for r in graph.hidden_param_op_relations for g in r.hidden_groups}
     for g in graph.hidden_groups:
         own = f"g{g.index}"
-        if any(entry.kind != "zero" for row in g.cut.D for entry in row):
+        if any(entry.kind != "zero" for row in g.jacobian.D for entry in row):
             yield _edge(own, TRACED, own, "D")
         for source in sorted({s for p in g.hidden_paths for s in sources["into", p]}, key=str):
             node, (kind, what) = _node(graph, source), source

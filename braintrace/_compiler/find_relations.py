@@ -92,7 +92,7 @@ class _Finder:
         usable = []
         for i in fed:
             group = self.groups[i]
-            if op.index in group.cut.folds or _broadcastable(op.y.aval.shape[op.front :], group.varshape):
+            if op.index in group.jacobian.folds or _broadcastable(op.y.aval.shape[op.front :], group.varshape):
                 usable.append(i)
                 continue
             text = (
@@ -143,7 +143,7 @@ class _Finder:
             )
             kind = DiagnosticKind.RELATION_PARTIAL_PATH
             self.note(DiagnosticLevel.INFO, kind, op, text, weight_path=first, hidden_paths=connected)
-        mixed = [g for g in used if op.index in g.cut.displaced]
+        mixed = [g for g in used if op.index in g.jacobian.displaced]
         if mixed:
             text = (
                 f"The way from {where} to {', '.join(g.name for g in mixed)} mixes positions. The current step is "
@@ -197,7 +197,7 @@ def _relation(
 
 def _connected(group: HiddenGroup, op: MarkedOp) -> list[Path]:
     """The members of a group that an operation acts on without passing an old value."""
-    row = group.cut.df.get(op.index, ())
+    row = group.jacobian.df.get(op.index, ())
     driven = {i for (i, _), entry in zip(group.slots, row) if entry.kind != "zero"}
     return [p for i, p in enumerate(group.hidden_paths) if i in driven or not driven]
 
@@ -275,7 +275,7 @@ def _excluded(step: Step, name: str, path: Path, op: MarkedOp, reach: Reach, inf
 
 def _residual_free(step: Step, op: MarkedOp, groups: Sequence[HiddenGroup]) -> bool:
     """Follow y to wherever it leaves F; stop at hidden values, which the signal accounts for."""
-    if any(op.index not in g.cut.aligned for g in groups):
+    if any(op.index not in g.jacobian.aligned for g in groups):
         return False
     eqns, members, outputs = step.info.jaxpr.eqns, step.flow.members, step.outputs
     inside = {p for g in groups for p in g.inside}

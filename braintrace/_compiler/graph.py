@@ -11,20 +11,20 @@ from .._jax import Literal, Var, any_rank
 from .._legacy.perturbation import HiddenPerturbation, add_hidden_perturbation_from_minfo
 from .._types import Path, PyTree
 from .call import Call, call_of
-from .cut import Cuts, Transition
 from .descent import holds_link
 from .diagnostics import CompilationRecord, DiagnosticKind, emit
 from .find_relations import find_relations
 from .flow import Flow, Reach, analyse_flow, analyse_reach
 from .groups import HiddenGroup, partition, slots_of
 from .influence import Influence
+from .jacobian import Jacobians
 from .module_info import ModuleInfo, info_of_call
 from .neighbours import find_neighbourhood
 from .policy import ControlFlowPolicy
 from .relations import HiddenParamOpRelation
 from .scope import CEILING, Scope, scope_of
-from .slices import slice_group
 from .step import PerturbedStep, perturb
+from .transition import transition_of
 from .untraced import coupled_groups, fixed_products, mixing_transitions, unmarked_parameters, untraced_memory
 
 __all__ = [
@@ -195,20 +195,18 @@ def groups_of(
         flow = analyse_flow(info, mixing=True)
     partitioned, records = partition(info, flow, scope.mixing)
     states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
-    groups, cuts = [], Cuts(info)
+    groups, jacobians = [], Jacobians()
     for index, paths in enumerate(partitioned):
         members = tuple(states[p] for p in paths)
         varshape = tuple(members[0].varshape)
-        part = slice_group(info, flow, paths, scope.mixing)
-        slots = slots_of(part.olds, varshape)
+        transition = transition_of(info, flow, paths, scope.mixing)
+        slots = slots_of(transition.olds, varshape)
         snap = None
         if scope.kind == "sparse_n":
-            snap, record = find_neighbourhood(info, flow, part, paths, varshape, len(slots), scope)
+            snap, record = find_neighbourhood(flow, transition, paths, varshape, len(slots), scope)
             records.extend(record)
-        cut = cuts.make(part, varshape, slots, scope, snap)
-        transition = Transition(info, part)
-        inside = frozenset(part.positions)
-        groups.append(HiddenGroup(index, paths, members, varshape, len(slots), cut, inside, transition, snap))
+        jacobian = jacobians.make(transition, varshape, slots, scope, snap)
+        groups.append(HiddenGroup(index, paths, members, varshape, len(slots), jacobian, transition, snap))
     return groups, {p: g for g in groups for p in g.hidden_paths}, records
 
 

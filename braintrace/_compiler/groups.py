@@ -13,12 +13,12 @@ from jax.typing import ArrayLike
 
 from .._jax import Atom, Jaxpr, Var, open_jaxpr
 from .._types import NotSupportedError, Path, PyTree, Shape, path_str
-from .cut import Cut, Transition
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flow import Flow
+from .jacobian import TransitionJacobian
 from .module_info import ModuleInfo
 from .scope import Neighbourhood
-from .slices import Slot
+from .transition import Slot, Transition
 
 __all__ = ["HiddenGroup", "partition", "slots_of"]
 
@@ -37,12 +37,10 @@ class HiddenGroup(NamedTuple):
         The shape V of one hidden variable, batch axis included.
     num_state : int
         S, the number of hidden variables per position; a complex state counts as two, its real and imaginary part.
-    cut : Cut
+    jacobian : TransitionJacobian
         The derivatives D and df with every operation's output held fixed, and their compile-time structure.
-    inside : frozenset of int
-        Numbers of the equations between old values, operation outputs and new values.
     program : Transition
-        Those equations as a program.
+        The equations between old values, operation outputs and new values.
     snap : Neighbourhood or None
         The positions that each position influences, in the scope ``'sparse_n'``: ``neighbours`` and ``valid`` of shape
         ``(num_position, num_neighbour)``, within ``n - 1`` steps; ``is_saturated`` where each influences all,
@@ -54,8 +52,7 @@ class HiddenGroup(NamedTuple):
     hidden_states: tuple[brainstate.HiddenState, ...]
     varshape: Shape
     num_state: int
-    cut: Cut
-    inside: frozenset[int]
+    jacobian: TransitionJacobian
     program: Transition
     snap: Neighbourhood | None = None
 
@@ -64,14 +61,19 @@ class HiddenGroup(NamedTuple):
         return f"hidden_group_{self.index}"
 
     @property
+    def inside(self) -> frozenset[int]:
+        """Numbers of the equations of :attr:`program` in the step."""
+        return self.program.inside
+
+    @property
     def hidden_invars(self) -> list[Var]:
         """The variables of the step that hold the members' old values."""
-        return list(self.program.part.olds)
+        return list(self.program.olds)
 
     @property
     def hidden_outvars(self) -> list[Atom]:
         """The variables of the step that hold the members' new values; a literal where the step writes a number."""
-        return list(self.program.part.news)
+        return list(self.program.news)
 
     @property
     def trace_state_width(self) -> int:
@@ -81,7 +83,7 @@ class HiddenGroup(NamedTuple):
     @property
     def is_diagonal_recurrence(self) -> bool:
         """Whether D leaves out the recurrent mixing between positions."""
-        return not self.program.part.mixing
+        return not self.program.mixing
 
     @property
     def transition_jaxpr(self) -> Jaxpr:
@@ -91,7 +93,7 @@ class HiddenGroup(NamedTuple):
     @property
     def transition_jaxpr_constvars(self) -> tuple[Var, ...]:
         """Variables of the step that the transition reads beside the old values; operation outputs come first."""
-        return self.program.inputs
+        return self.program.beside
 
     def transition(self, hidden_vals: Sequence[jax.Array], input_vals: Sequence[jax.Array]) -> list[jax.Array]:
         """New values of the members.
@@ -104,7 +106,7 @@ class HiddenGroup(NamedTuple):
             Values of :attr:`transition_jaxpr_constvars`.
         """
         self._check_values(hidden_vals, input_vals)
-        return self.program.run(hidden_vals, input_vals)
+        return self.program(hidden_vals, input_vals)
 
     def diagonal_jacobian(self, hidden_vals: Sequence[jax.Array], input_vals: Sequence[jax.Array]) -> jax.Array:
         """D per position, shape ``V + (S, S)``; arguments as for :meth:`transition`.
@@ -112,31 +114,31 @@ class HiddenGroup(NamedTuple):
         With neighbours, ``V + (M, M)`` with M = :attr:`trace_state_width`, neighbours in front of hidden variables.
         """
         self._check_values(hidden_vals, input_vals)
-        if self.cut.values:
+        if self.jacobian.values:
             size, blocks = math.prod(self.varshape), (self.num_state,) * 2
             whole = self.full_jacobian(hidden_vals, input_vals).reshape(size, self.num_state, size, self.num_state)
             return jnp.einsum("paqb,pq->pab", whole, jnp.eye(size)).reshape(*self.varshape, *blocks)
-        return self.dense_D(self.cut.varying([*hidden_vals, *input_vals]))
+        return self.dense_D(self.jacobian.varying([*hidden_vals, *input_vals]))
 
     def full_jacobian(self, hidden_vals: Sequence[jax.Array], input_vals: Sequence[jax.Array]) -> jax.Array:
         """Derivative of every new value by every old one, shape ``V + (S,) + V + (S,)``; arguments as before."""
         self._check_values(hidden_vals, input_vals)
 
         def new_values(packed: jax.Array) -> jax.Array:
-            return self.concat_hidden(self.program.run(self.split_hidden(packed), input_vals))
+            return self.concat_hidden(self.program(self.split_hidden(packed), input_vals))
 
         return jax.jacrev(new_values)(self.concat_hidden(hidden_vals))
 
     def read_transition(self, varying: Sequence[jax.Array]) -> tuple[list[PyTree], list[PyTree]]:
         """Old values and :attr:`transition_jaxpr_constvars` of one step, in the scope ``'full'``."""
-        values = [e.read(varying) for e in self.cut.values]
+        values = [e.read(varying) for e in self.jacobian.values]
         return values[: len(self.hidden_paths)], values[len(self.hidden_paths) :]
 
     def dense_D(self, varying: Sequence[jax.Array]) -> jax.Array:
         """D as one array, from its varying entries; where these are what the transition reads, the whole Jacobian."""
-        if self.cut.values:
+        if self.jacobian.values:
             return self.full_jacobian(*self.read_transition(varying))
-        D = [[e.read(varying) for e in row] for row in self.cut.D]
+        D = [[e.read(varying) for e in row] for row in self.jacobian.D]
         if self.snap is None:
             return self.dense(D)
         shape = (self.snap.num_neighbour,) * 2 + self.varshape
@@ -150,7 +152,7 @@ class HiddenGroup(NamedTuple):
 
     def dense(self, entries: PyTree) -> jax.Array:
         """Nested lists of entries (arrays, numbers, ``None`` for zero) as one array with trailing axes."""
-        dtype = jnp.result_type(*(v.aval.dtype for v in self.program.part.news))
+        dtype = jnp.result_type(*(v.aval.dtype for v in self.program.news))
         if isinstance(entries, (list, tuple)):
             parts = [self.dense(e) for e in entries]
             return jnp.stack(parts, len(self.varshape))
@@ -158,8 +160,8 @@ class HiddenGroup(NamedTuple):
 
     def _check_values(self, hidden_vals: Sequence[ArrayLike], input_vals: Sequence[ArrayLike]) -> None:
         for name, values, variables in (
-            ("hidden_vals", hidden_vals, self.program.part.olds),
-            ("input_vals", input_vals, self.program.inputs),
+            ("hidden_vals", hidden_vals, self.program.olds),
+            ("input_vals", input_vals, self.program.beside),
         ):
             found, expected = [jnp.shape(v) for v in values], [v.aval.shape for v in variables]
             if found != expected:
@@ -187,7 +189,7 @@ class HiddenGroup(NamedTuple):
         if len(values) != len(self.hidden_states):
             raise ValueError(f"{self.name} has {len(self.hidden_states)} members, got {len(values)} arrays.")
         parts = []
-        for path, old, value in zip(self.hidden_paths, self.program.part.olds, values):
+        for path, old, value in zip(self.hidden_paths, self.program.olds, values):
             if tuple(value.shape) != old.aval.shape:
                 raise ValueError(f"{path_str(path)!r} takes shape {old.aval.shape}, got {tuple(value.shape)}.")
             parts.append(value if value.ndim > len(self.varshape) else value[..., None])
@@ -203,13 +205,13 @@ class HiddenGroup(NamedTuple):
             if component is None:
                 out[i] = one
             elif component == 0:
-                out[i] = value[..., number : number + self.program.part.olds[i].aval.shape[-1]]
+                out[i] = value[..., number : number + self.program.olds[i].aval.shape[-1]]
         return out
 
     @property
     def slots(self) -> list[Slot]:
         """The S hidden variables: (member number, component or None)."""
-        return slots_of(self.program.part.olds, self.varshape)
+        return slots_of(self.program.olds, self.varshape)
 
 
 def slots_of(olds: Iterable[Var], varshape: Shape) -> list[Slot]:

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
-from .._jax import JaxprEqn, Literal
+from .._jax import Literal
 from .._types import NotSupportedError, Path, Shape, path_str
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flow import Flow, MarkedOp
 from .labels import unaligned_axes
-from .module_info import ModuleInfo
 from .scope import Neighbourhood, Scope, neighbourhood
-from .slices import Slice, mixed_axes, slice_labels
+from .transition import Transition, mixed_axes
 
 __all__ = ["find_neighbourhood"]
 
 
 def find_neighbourhood(
-    info: ModuleInfo,
     flow: Flow,
-    part: Slice,
+    transition: Transition,
     paths: Sequence[Path],
     varshape: Shape,
     num_state: int,
@@ -36,9 +35,8 @@ def find_neighbourhood(
     NotSupportedError
         If the Jacobian between neighbours has more elements than the scope's ceiling.
     """
-    eqns = info.jaxpr.eqns
-    by_old, _ = slice_labels(eqns, part, varshape)
-    floating = [labels for labels, v in zip(by_old, part.news) if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
+    by_old, _ = transition.labels(varshape)
+    floating = [labels for labels, v in zip(by_old, transition.news) if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
     axes = tuple(sorted({k for labels in floating for k in mixed_axes(labels, {}, {}, varshape)}))
     names = ", ".join(map(path_str, paths))
     records = []
@@ -55,7 +53,7 @@ def find_neighbourhood(
             f"The positions of {names} do not influence each other within the group: traces have no neighbours.",
         )
     else:
-        influence = _influence(eqns, flow, part, varshape, axes)
+        influence = _influence(flow, transition, varshape, axes)
         if isinstance(influence, str):
             found = neighbourhood(None, axes, varshape, scope.order, influence)
         else:
@@ -78,22 +76,20 @@ def find_neighbourhood(
     return found, records
 
 
-def _influence(
-    eqns: Sequence[JaxprEqn], flow: Flow, part: Slice, varshape: Shape, axes: tuple[int, ...]
-) -> np.ndarray | str:
+def _influence(flow: Flow, transition: Transition, varshape: Shape, axes: tuple[int, ...]) -> np.ndarray | str:
     """``[p, q]``: p influences q; why that is unknown unless one operation on the last axis does all of the mixing."""
-    if len(part.passed) != 1:
-        return f"hidden values enter {len(part.passed)} marked operations instead of one"
+    if len(transition.passed) != 1:
+        return f"hidden values enter {len(transition.passed)} marked operations instead of one"
     if axes != (len(varshape) - 1,):
         return f"positions mix along the axes {axes} of the shape {varshape}, and not along the last one alone"
-    op = flow.ops[next(iter(part.passed))]
+    op = flow.ops[next(iter(transition.passed))]
     name = op.primitive.name
     if op.x is None or op.x.aval.shape != varshape or op.y.aval.shape != varshape:
         return f"{name} does not map the shape {varshape} onto itself"
     if _steers(flow, op):
         return f"another operand of {name} than its input depends on hidden values"
     # Without passing through the operation, it stands as the identity: all else must be position by position.
-    by_old, by_y = slice_labels(eqns, part._replace(passed=frozenset()), varshape)
+    by_old, by_y = dataclasses.replace(transition, passed=frozenset()).labels(varshape)
     if any(op.index in labels and unaligned_axes(labels[op.index], varshape) for labels in by_y):
         return f"the output of {name} changes its positions on the way to the hidden values"
     if any(unaligned_axes(label, varshape) for labels in by_old for label in labels.values()):

@@ -12,9 +12,9 @@ from .._jax import Atom, Var
 from .._ops.primitive import ETPPrimitive
 from .._ops.stacked import StackedPrimitive
 from .._types import Path, PyTree, Shape, path_str
-from .cut import Fold
 from .flow import title_of
 from .groups import HiddenGroup
+from .jacobian import Fold
 from .operands import OperandProgram
 
 __all__ = ["HiddenParamOpRelation"]
@@ -150,7 +150,7 @@ class HiddenParamOpRelation(NamedTuple):
 
     def fold(self, group: HiddenGroup) -> Fold | None:
         """Where the entries of an output with several for every position of a group act."""
-        return group.cut.folds.get(self.op_index)
+        return group.jacobian.folds.get(self.op_index)
 
     def place(self, group: HiddenGroup, value: PyTree) -> PyTree:
         """A value per position of a group, for every entry of the output (or of the group, where y is no larger).

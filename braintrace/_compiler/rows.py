@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from .._jax import JaxprEqn, consts_of, is_tracer, open_jaxpr
+from .._jax import consts_of, is_tracer, open_jaxpr
 from .._types import PyTree, Shape
 from .labels import MANY, NONE, Label, own_label
 from .position_rules import combine
 from .positions import no_cut, propagate
 from .scope import Neighbourhood, Scope
-from .slices import Slice, Slot, displaced_axes, evaluate_slice, is_shared, mixed_axes, slice_labels
+from .transition import Slot, Transition, displaced_axes, is_shared, mixed_axes
 
 __all__ = ["Fold", "Rows"]
 
@@ -51,21 +51,20 @@ class Fold(NamedTuple):
         return value[(..., *self.positions)]
 
 
-def _y_shapes(part: Slice) -> dict[int, Shape]:
+def _y_shapes(transition: Transition) -> dict[int, Shape]:
     """The shape of every operation's output, of one sub-step."""
-    return {k: v.aval.shape[part.fronts[k] :] for k, v in part.ys.items()}
+    return {k: v.aval.shape[transition.fronts[k] :] for k, v in transition.ys.items()}
 
 
 def _folds(
-    eqns: Sequence[JaxprEqn],
-    part: Slice,
+    transition: Transition,
     varshape: Shape,
     slots: Sequence[Slot],
     inexact: Sequence[bool],
     y_labels: Sequence[Mapping[int, Label]],
 ) -> dict[int, Fold]:
     """Outputs of another shape of which every entry acts on one position: labels of F's reverse pass tell."""
-    y_shapes = _y_shapes(part)
+    y_shapes = _y_shapes(transition)
 
     def is_candidate(k: int) -> bool:
         """Whether broadcasting does not say where the entries of an output act."""
@@ -77,7 +76,7 @@ def _folds(
         )
 
     folds = {}
-    for k, var in part.ys.items():
+    for k, var in transition.ys.items():
         if not is_candidate(k):
             continue
         label: Label | None = None
@@ -93,24 +92,24 @@ def _folds(
                 k: int = k,
             ) -> jax.Array:
                 def new_value(y: jax.Array) -> jax.Array:
-                    return evaluate_slice(eqns, part, olds, others | {k: y}, externals)[a]
+                    return transition.run(olds, others | {k: y}, externals)[a]
 
                 return jax.vjp(new_value, y)[1](seed)[0]
 
             of = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)  # noqa: E731
-            others = {j: of(v) for j, v in part.ys.items() if j != k}
-            values = of(var), [of(v) for v in part.olds], others, [of(v) for v in part.externals]
-            closed = jax.make_jaxpr(reverse)(of(part.news[a]), *values)
+            others = {j: of(v) for j, v in transition.ys.items() if j != k}
+            values = of(var), [of(v) for v in transition.olds], others, [of(v) for v in transition.externals]
+            closed = jax.make_jaxpr(reverse)(of(transition.news[a]), *values)
             jaxpr = open_jaxpr(closed)
             known = {v: c for v, c in zip(jaxpr.constvars, consts_of(closed)) if not is_tracer(c)}
-            env = {jaxpr.invars[0]: {("new", 0): own_label(part.news[a].aval.shape, len(varshape))}}
+            env = {jaxpr.invars[0]: {("new", 0): own_label(transition.news[a].aval.shape, len(varshape))}}
             propagate(jaxpr.eqns, env, no_cut, known)
             found = env.get(jaxpr.outvars[0], {}).get(("new", 0))
             label = found if label is None else label if found is None else tuple(map(combine, label, found))
         if label is None or any(np.any(ids == MANY) for ids in label[1:]):
             continue
         index = tuple(np.where(ids == NONE, 0, ids) for ids in label[1:])
-        if part.fronts[k]:
+        if transition.fronts[k]:
             if any(np.any(ids != ids[:1]) for ids in index):
                 continue
             index = tuple(ids[0] for ids in index)
@@ -151,23 +150,22 @@ class Rows:
 
     def __init__(
         self,
-        eqns: Sequence[JaxprEqn],
-        part: Slice,
+        transition: Transition,
         varshape: Shape,
         slots: Sequence[Slot],
         scope: Scope,
         neighbourhood: Neighbourhood | None,
     ):
-        self.eqns, self.part, self.varshape, self.slots = eqns, part, varshape, slots
+        self.transition, self.varshape, self.slots = transition, varshape, slots
         self.scope, self.neighbourhood, self.whole = scope, neighbourhood, scope.kind == "full"
-        self.labels, self.y_labels = slice_labels(eqns, part, varshape)
-        self.keys, self.y_shapes = list(part.ys), _y_shapes(part)
-        self.inexact = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in part.news]
-        self.folds = _folds(eqns, part, varshape, slots, self.inexact, self.y_labels)
+        self.labels, self.y_labels = transition.labels(varshape)
+        self.keys, self.y_shapes = list(transition.ys), _y_shapes(transition)
+        self.inexact = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in transition.news]
+        self.folds = _folds(transition, varshape, slots, self.inexact, self.y_labels)
         self.by_position = [{k: lab for k, lab in of.items() if k not in self.folds} for of in self.y_labels]
 
     def all(self, *values: jax.Array) -> tuple[list[Bars], list[jax.Array]]:
-        num_old, num_y = len(self.part.olds), len(self.part.ys)
+        num_old, num_y = len(self.transition.olds), len(self.transition.ys)
         olds, ys, ext = values[:num_old], values[num_old : num_old + num_y], values[num_old + num_y :]
         rows = [self.of_slot(a, component, olds, ys, ext) for a, component in self.slots]
         nothing: list[jax.Array | None] = [None] * len(self.slots)
@@ -176,10 +174,10 @@ class Rows:
     def of_slot(self, a: int, component: int | None, olds: Values, ys: Values, ext: Values) -> _Row:
         if not self.inexact[a]:
             return _Row([None] * len(self.slots), {})
-        part, varshape, y_shapes, scope = self.part, self.varshape, self.y_shapes, self.scope
+        transition, varshape, y_shapes, scope = self.transition, self.varshape, self.y_shapes, self.scope
 
         def new_value(olds: Values, ys: Values) -> jax.Array:
-            return evaluate_slice(self.eqns, part, olds, dict(zip(self.keys, ys)), ext)[a]
+            return transition.run(olds, dict(zip(self.keys, ys)), ext)[a]
 
         new, pull = jax.vjp(new_value, list(olds), list(ys))
         cotangents = _cotangents(new, pull, component, self.slots, self.keys)
@@ -187,7 +185,7 @@ class Rows:
         slopes = {
             k: _along(cotangents, k, varshape, new, ys[self.keys.index(k)])
             for k, label in self.by_position[a].items()
-            if is_shared(label, y_shapes[k], varshape, part.fronts[k])
+            if is_shared(label, y_shapes[k], varshape, transition.fronts[k])
         }
         along = {k: slope for k, slope in slopes.items() if slope is not None}
         own = {k: label for k, label in self.by_position[a].items() if k not in along}
@@ -195,7 +193,7 @@ class Rows:
         of_df = mixed_axes({}, own, y_shapes, varshape)
 
         def row_of(y_shapes: Mapping[int, Shape], axes: tuple[int, ...]) -> _Row:
-            return _row(cotangents, new.dtype, part.fronts, y_shapes, varshape, axes, self.folds, scope)
+            return _row(cotangents, new.dtype, transition.fronts, y_shapes, varshape, axes, self.folds, scope)
 
         both = tuple(sorted({*of_D, *of_df}))
         if self.neighbourhood is not None:

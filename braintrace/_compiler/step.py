@@ -282,7 +282,7 @@ class _Views:
                 for r, env in zip(self.operations, envs)
             ),
             tuple(
-                tuple(g.cut.varying([stop(read(seen[self.into[g.index]], v)) for v in g.cut.inputs]))
+                tuple(g.jacobian.varying([stop(read(seen[self.into[g.index]], v)) for v in g.jacobian.inputs]))
                 if g.index in traced
                 else ()
                 for g in self.groups

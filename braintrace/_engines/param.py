@@ -45,9 +45,9 @@ class ParamRecursion:
 
     def of(self, binding: Binding, group: HiddenGroup, varying: Sequence[jax.Array | np.ndarray]) -> Recursion:
         """D and df of a group, from its varying entries at one step."""
-        D = [[e.read(varying) for e in row] for row in group.cut.D]
+        D = [[e.read(varying) for e in row] for row in group.jacobian.D]
         numbers = {r.op_index: i for i, r in enumerate(binding.graph.hidden_param_op_relations)}
-        df = {numbers[k]: [e.read(varying) for e in row] for k, row in group.cut.df.items() if k in numbers}
+        df = {numbers[k]: [e.read(varying) for e in row] for k, row in group.jacobian.df.items() if k in numbers}
         return recursion_of(D, df, self.kind, self.decay, self.kappa)
 
 
@@ -73,7 +73,7 @@ class ParamEngine(Engine):
             layout = layout_of(relations[i])
             for g in relations[i].hidden_groups:
                 # The values of varying entries do not matter: the structure is that of any step.
-                anything = [np.zeros((1,))] * len(open_jaxpr(g.cut.program).outvars)
+                anything = [np.zeros((1,))] * len(open_jaxpr(g.jacobian.program).outvars)
                 structure = recursion.of(binding, g, anything)
                 slots = factorised_slots(structure, i) if factorise and _may_factorise(relations[i]) else frozenset()
                 weights.append(WeightTrace(i, relations[i], g, layout, structure, slots))
@@ -177,7 +177,7 @@ class ParamEngine(Engine):
     @functools.cached_property
     def _steady(self) -> list[list[Steady]]:
         """Per group and varying entry, the slices that leave one of what broadcasting repeats, or ``None``."""
-        return [_slices(g.cut.program) for g in self.binding.graph.hidden_groups]
+        return [_slices(g.jacobian.program) for g in self.binding.graph.hidden_groups]
 
     def chunk_end(
         self,

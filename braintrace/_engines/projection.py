@@ -81,7 +81,7 @@ class ProjectionEngine(Engine):
     def init(self) -> Projections:
         avals, found = self.binding.graph.module_info.state_avals, {}
         for g in self.groups:
-            dtype = wide(jnp.result_type(*(v.aval.dtype for v in g.program.part.news)))
+            dtype = wide(jnp.result_type(*(v.aval.dtype for v in g.program.news)))
             own = [a for path in self.paths_of(g.index) for a in avals(path)]
             state = zeros((*g.varshape, g.num_state), dtype)
             found[g.index] = Projection(state, [zeros(a.shape, wide(a.dtype)) for a in own])

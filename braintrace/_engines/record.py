@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from .._binding import Fixed, Gradients, Operands, Signals
-from .._compiler.cut import Coefficient, Entry
 from .._compiler.graph import ETraceGraph
 from .._compiler.groups import HiddenGroup
+from .._compiler.jacobian import Coefficient, Entry
 from .._compiler.relations import HiddenParamOpRelation
 from .._compiler.step import StepRecord
 from .._jax import Var, where_compiled
@@ -112,14 +112,14 @@ def read_record(
         return entry.read(record.varying[group])
 
     dfs = {
-        pair_key(r, g.index): Sensitivity(tuple(read(e, g.index) for e in g.cut.df[r.op_index]))
+        pair_key(r, g.index): Sensitivity(tuple(read(e, g.index) for e in g.jacobian.df[r.op_index]))
         for r in relations
         for g in r.hidden_groups
     }
     traced = graph.traced
     nothing = Jacobian(())
     Ds = [
-        Jacobian(tuple(tuple(read(e, g.index) for e in row) for row in g.cut.D)) if g.index in traced else nothing
+        Jacobian(tuple(tuple(read(e, g.index) for e in row) for row in g.jacobian.D)) if g.index in traced else nothing
         for g in graph.hidden_groups
     ]
     return xs, dfs, Ds

@@ -179,7 +179,7 @@ class ETraceVjpGraphExecutor(ETraceGraphExecutor):
         dense = lambda g, entries: g.dense([e.read(record.varying[g.index]) for e in entries])  # noqa: E731
         xs = {r.key: x for r, x in zip(graph.hidden_param_op_relations, record.x)}
         dfs = {
-            (r.key, g.index): dense(g, g.cut.df[r.op_index])
+            (r.key, g.index): dense(g, g.jacobian.df[r.op_index])
             for r in graph.hidden_param_op_relations
             for g in r.hidden_groups
         }

@@ -1,14 +1,12 @@
-"""Cut evaluation: the derivatives D and df of a group with every operation's output held fixed.
+"""The derivatives D and df of a group's transition F, with every operation's output held fixed.
 
-The equations between a group's old values, the outputs of its operations and its new values form a small program
-``F``. One reverse pass of ``F`` from each hidden variable gives that row of D and of every df. Where ``F`` acts
+One reverse pass of ``F`` from each hidden variable gives that row of D and of every df. Where ``F`` acts
 position by position these are the derivatives themselves; where it mixes positions, the reverse pass is repeated for
 one position at a time along the mixed axes, which gives the true diagonal.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -18,12 +16,11 @@ import numpy as np
 from .._jax import ClosedJaxpr, Var, eval_jaxpr, hashed, prune, structs
 from .._types import Shape
 from .constants import known_outputs
-from .module_info import ModuleInfo
 from .rows import Fold, Rows
 from .scope import DIAGONAL, Neighbourhood, Scope
-from .slices import Slice, Slot, displaced_axes, evaluate_slice, mixed_output_axes
+from .transition import Slot, Transition, displaced_axes, mixed_output_axes
 
-__all__ = ["Coefficient", "Cut", "Cuts", "Entry", "Fold", "Transition", "differentiate_cut"]
+__all__ = ["Coefficient", "Entry", "Fold", "Jacobians", "TransitionJacobian", "differentiate"]
 
 
 Coefficient: TypeAlias = jax.Array | np.ndarray | complex | None  # an array, a number, or None for a known zero
@@ -46,7 +43,7 @@ class Entry(NamedTuple):
         return {"zero": "0", "varying": "*"}[self.kind]
 
 
-class Cut(NamedTuple):
+class TransitionJacobian(NamedTuple):
     """D and df of a group.
 
     Attributes
@@ -81,7 +78,7 @@ class Cut(NamedTuple):
     def varying(self, values: Sequence[jax.Array]) -> list[jax.Array]:
         return eval_jaxpr(self.program, *values)
 
-    def renamed(self, inputs: tuple[Var, ...], number: Mapping[int, int]) -> Cut:
+    def renamed(self, inputs: tuple[Var, ...], number: Mapping[int, int]) -> TransitionJacobian:
         """The same for a program of other variables, whose operations have other indices."""
         return self._replace(
             df={number[k]: row for k, row in self.df.items()},
@@ -92,76 +89,51 @@ class Cut(NamedTuple):
         )
 
 
-class Transition:
-    """F as a program that can be read and run; made when first asked for.
+class Jacobians:
+    """Those of a step's groups, made once for all whose transitions differ in nothing but their variables."""
 
-    Attributes
-    ----------
-    inputs : tuple of Var
-        What F reads beside the old values: operation outputs, then everything else.
-    """
-
-    def __init__(self, info: ModuleInfo, part: Slice):
-        self.info, self.part = info, part
-        self.inputs = (*part.ys.values(), *part.externals)
-
-    @functools.cached_property
-    def program(self) -> ClosedJaxpr:
-        """``(old values, inputs) -> new values`` as a closed jaxpr."""
-        return jax.make_jaxpr(self.run)(structs(self.part.olds), structs(self.inputs))
-
-    def run(self, olds: Sequence[jax.Array], inputs: Sequence[jax.Array]) -> list[jax.Array]:
-        ys = dict(zip(self.part.ys, inputs))
-        return evaluate_slice(self.info.jaxpr.eqns, self.part, olds, ys, inputs[len(ys) :])
-
-
-class Cuts:
-    """The cuts of a step's groups; those of groups whose slices differ in nothing but their variables are made once."""
-
-    def __init__(self, info: ModuleInfo):
-        self._info = info
-        self._found: dict[Hashable, tuple[Slice, Cut]] = {}
+    def __init__(self) -> None:
+        self._found: dict[Hashable, tuple[Transition, TransitionJacobian]] = {}
 
     def make(
         self,
-        part: Slice,
+        transition: Transition,
         varshape: Shape,
         slots: Sequence[Slot],
         scope: Scope = DIAGONAL,
         neighbourhood: Neighbourhood | None = None,
-    ) -> Cut:
-        """As :func:`differentiate_cut`."""
-        form = part.form(self._info.jaxpr.eqns) if neighbourhood is None else None
+    ) -> TransitionJacobian:
+        """As :func:`differentiate`."""
+        form = transition.form() if neighbourhood is None else None
         key = None if form is None else hashed(form, varshape, tuple(slots), scope)
         if key not in self._found:
-            cut = differentiate_cut(self._info, part, varshape, slots, scope, neighbourhood)
+            found = differentiate(transition, varshape, slots, scope, neighbourhood)
             if key is None:
-                return cut
-            self._found[key] = part, cut
-        alike, cut = self._found[key]
-        return cut.renamed(part.inputs, dict(zip(alike.ys, part.ys)))
+                return found
+            self._found[key] = transition, found
+        alike, found = self._found[key]
+        return found.renamed(transition.inputs, dict(zip(alike.ys, transition.ys)))
 
 
-def differentiate_cut(
-    info: ModuleInfo,
-    part: Slice,
+def differentiate(
+    transition: Transition,
     varshape: Shape,
     slots: Sequence[Slot],
     scope: Scope = DIAGONAL,
     neighbourhood: Neighbourhood | None = None,
-) -> Cut:
+) -> TransitionJacobian:
     """Build the program for D and df and classify every entry.
 
     With a ``neighbourhood`` the entries of D have two axes of neighbours in front of those of the positions. In the
     scope ``'full'`` there is no D; the program gives what F reads instead.
     """
-    rows = Rows(info.jaxpr.eqns, part, varshape, slots, scope, neighbourhood)
-    closed, out_shape = jax.make_jaxpr(rows.all, return_shape=True)(*structs(part.inputs))
+    rows = Rows(transition, varshape, slots, scope, neighbourhood)
+    closed, out_shape = jax.make_jaxpr(rows.all, return_shape=True)(*structs(transition.inputs))
     tree, known = jax.tree.structure(out_shape), known_outputs(closed)
     # Arrays even where all of it is one number: df has the axis of sub-steps, D that of neighbours.
     paths = [path[1:] for path, _ in jax.tree.leaves_with_path(out_shape)]
     keep_shape = [
-        len(path) == 3 and (neighbourhood is not None and path[1].idx == 0 or _in_sub_steps(path[2], part.fronts))
+        len(path) == 3 and (neighbourhood is not None and path[1].idx == 0 or _in_sub_steps(path[2], transition.fronts))
         for path in paths
     ]
     varying = [i for i in range(len(paths)) if i not in known]
@@ -173,9 +145,9 @@ def differentiate_cut(
     zero = Entry("zero")
     result, values = jax.tree.unflatten(tree, entries)
     D = tuple(tuple(zero if e is None else e for e in row) for row, _ in result)
-    df = {k: tuple(row.get(k, zero) for _, row in result) for k in part.ys}
-    aligned, displaced = rows.without(mixed_output_axes), frozenset(part.ys) - rows.without(displaced_axes)
-    return Cut(D, df, part.inputs, program, aligned, displaced, rows.folds, tuple(values))
+    df = {k: tuple(row.get(k, zero) for _, row in result) for k in transition.ys}
+    aligned, displaced = rows.without(mixed_output_axes), frozenset(transition.ys) - rows.without(displaced_axes)
+    return TransitionJacobian(D, df, transition.inputs, program, aligned, displaced, rows.folds, tuple(values))
 
 
 def _in_sub_steps(key: object, fronts: Mapping[int, int]) -> bool:
