@@ -6,7 +6,7 @@ with an entry for every position takes its place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -113,10 +113,42 @@ def _layout_of_one(relation: HiddenParamOpRelation) -> TraceLayout:
     layout = TraceLayout(relation, lead, {}, unshared, shapes)
     if p.rules.dt_to_t is not None:
         return layout._replace(anchors=dict.fromkeys(shapes))
-    if p.rules.anchors is not None:
-        anchors = p.rules.anchors(one_y, weights, relation.eqn_params)
-        return layout._replace(anchors={k: anchors[k] for k in shapes})
-    return layout._replace(anchors=_find_anchors(layout, x, one_y, weights, fixed, where))
+    if p.rules.anchors is None:
+        return layout._replace(anchors=_find_anchors(layout, x, one_y, weights, fixed, where))
+    params = relation.eqn_params
+    if unshared is None and not all(_is_entry_by_entry(params.get(f"{k}_fn"), w) for k, w in weights.items()):
+        # The rule speaks of the weights that the functions in the operation give.
+        try:
+            return layout._replace(anchors=_find_anchors(layout, x, one_y, weights, fixed, where))
+        except NotImplementedError:
+            own = _of_functions(relation)
+            layout, weights = layout._replace(unshared=own), jax.eval_shape(own.expand, weights | untrained)
+            shapes = {k: weights[k].shape for k in shapes}
+    anchors = p.rules.anchors(one_y, weights, params)
+    return layout._replace(anchors={k: anchors[k] for k in shapes}, shapes=shapes)
+
+
+def _is_entry_by_entry(function: Callable[[jax.Array], jax.Array] | None, weight: jax.ShapeDtypeStruct) -> bool:
+    """Whether every entry of what a function gives depends on the same entry of the weight alone."""
+    if function is None:
+        return True
+    jaxpr = open_jaxpr(jax.make_jaxpr(function)(weight))
+    env = {jaxpr.invars[0]: {("w", 0): own_label(weight.shape, len(weight.shape))}}
+    propagate(jaxpr.eqns, env, no_cut)
+    (out,) = jaxpr.outvars
+    label = None if isinstance(out, Literal) else env.get(out, {}).get(("w", 0))
+    return out.aval.shape == weight.shape and (label is None or is_aligned(label, weight.shape))
+
+
+def _of_functions(relation: HiddenParamOpRelation) -> Unshared:
+    """Weights that have traces where the functions in an operation mix the entries of its own: what these give."""
+    p, params = relation.primitive, relation.eqn_params
+    functions = {k: f for k in p.trainables(params) if (f := params.get(f"{k}_fn")) is not None}
+    bare = {**params, **dict.fromkeys(f"{k}_fn" for k in functions)}
+    return Unshared(
+        lambda weights: {k: functions[k](w) if k in functions else w for k, w in weights.items()},
+        lambda x, weights: p.apply_sample(x, weights, bare, {}),
+    )
 
 
 def _reads_by_sample(relation: HiddenParamOpRelation, weights: Shapes, fixed: dict[int, jax.ShapeDtypeStruct]) -> bool:
