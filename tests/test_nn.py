@@ -481,7 +481,7 @@ def test_linear_sizes_may_be_tuples(name):
         getattr(bnn, name)((5, N_IN), N_OUT)
 
 
-@pytest.mark.parametrize("name, kwargs", [("Linear", dict(w_mask=MASK)), ("SignedWLinear", {}), ("ScaledWSLinear", {})])
+@pytest.mark.parametrize("name, kwargs", [("Linear", dict(w_mask=MASK)), ("SignedWLinear", {})])
 def test_hooks_keep_their_identity(name, kwargs, monkeypatch):
     """A hook that is new at each call would make every call a new program."""
     layer = getattr(bnn, name)(N_IN, N_OUT, **kwargs)

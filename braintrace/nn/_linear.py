@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import brainstate
+import brainunit as u
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -239,7 +240,7 @@ class ScaledWSLinear(brainstate.nn.ScaledWSLinear):
     def update(self, x: ArrayLike) -> ArrayLike:
         """Map `x` of shape ``(..., in)`` to ``(..., out)``."""
         params = self.weight.value
-        y = dense(x, params["weight"], weight_fn=self._weight_fn)
-        if "gain" in params:
-            y = y * params["gain"][0]
-        return y + params["bias"] if "bias" in params else y
+        weight, unit = u.split_mantissa_unit(params["weight"])
+        # In front of the operation, so that the gain has traces too.
+        weight = self._weight_fn(weight) * params.get("gain", 1.0)
+        return dense(x, u.maybe_decimal(weight * unit), params.get("bias"))
