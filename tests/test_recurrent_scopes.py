@@ -299,19 +299,20 @@ class Fused(brainstate.nn.Module):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("batch", [None, 2])
-@pytest.mark.parametrize("model, n", [("chain", 2), ("chain", 3), ("fused", 2)])
+@pytest.mark.parametrize("model, n", [("chain", 2), ("chain", 3), ("ring", 5), ("fused", 2)])
 def test_chunks_are_steps(model, n, batch):
     """Gradients and traces; what a step does is compared with the whole Jacobian above."""
 
     def learner_of():
-        net = Chain(chain_with_a_skip()) if model == "chain" else Fused()
+        ring = 0.9 * np.roll(np.eye(5), 1, axis=1)  # in five steps a unit has reached all
+        net = Fused() if model == "fused" else Chain(ring if model == "ring" else chain_with_a_skip())
         return braintrace.compile(net, braintrace.SnAp, xs[0], n=n, batch_size=batch)
 
     def loss(learner, x):
         return (learner(x) ** 2).sum()
 
     xs = jax.random.normal(
-        jax.random.key(5), (7, *([] if batch is None else [batch]), 2 if model == "chain" else INPUTS)
+        jax.random.key(5), (7, *([] if batch is None else [batch]), INPUTS if model == "fused" else 2)
     )
     one, many = learner_of(), learner_of()
     each = [brainstate.transform.grad(lambda x: loss(one, x), one.param_states)(x) for x in xs]

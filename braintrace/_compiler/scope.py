@@ -135,7 +135,7 @@ class Neighbourhood(NamedTuple):
     def columns(self, row: jax.Array, number: jax.Array) -> jax.Array:
         """Of a row of a Jacobian, ``V``, what can be other than zero: ``(lead, sources)``."""
         flat = self._flat(row)
-        if self.sources is None:
+        if self.sources is None or self.is_saturated:
             return flat
         sources = jnp.asarray(self.sources)[number]
         return jnp.where(sources >= 0, flat[..., sources], 0)
