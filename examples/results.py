@@ -32,6 +32,7 @@ GRID = [
     (0.3, "reward_modulated.py", ("three_factor", *RULES), ("adam",)),
     (0.5, "sequential_digits.py --cell lru", RULES, ALL_OPTIMIZERS),
     (0.5, "sequential_digits.py --cell gru", RULES, ALL_OPTIMIZERS),
+    (0.5, "sequential_digits.py --cell gru_after", RULES, ("adam",)),
     (0.5, "adding.py --cell gru --steps 50", RULES, ("adam",)),
     (0.5, "adding.py --cell lru --steps 200", RULES, ("adam",)),
     (0.5, "copying.py --steps 200", RULES, ("adam",)),
