@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 import jax.numpy as jnp
 
 from .._jax import Atom, JaxprEqn, Literal, Var, sub_jaxprs
+from .._program import variables
 from .._types import Path
 from .flow import Flow, is_product
 from .module_info import ModuleInfo
 from .positions import dependence
 
-__all__ = ["Influence", "differentiable", "variables"]
+__all__ = ["Influence", "differentiable"]
 
 
 class Influence:
@@ -47,10 +48,6 @@ class Influence:
         """Products that variables enter on their way to hidden states."""
         entered = [e for e in self.eqns if is_product(e) and not changed.isdisjoint(variables(e.invars))]
         return [e for e in entered if self.driven(self.of(e.outvars, self.opaque.__contains__))]
-
-
-def variables(atoms: Sequence[Atom]) -> list[Var]:
-    return [v for v in atoms if not isinstance(v, Literal)]
 
 
 def differentiable(atoms: Sequence[Atom]) -> list[Var]:

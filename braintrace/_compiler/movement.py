@@ -199,6 +199,7 @@ MOVES: Mapping[str, Callable[..., PyTree]] = {
     "concatenate": lambda *xs, dimension, **_: np.concatenate(xs, dimension),
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
+    "expand_dims": lambda x, *, out_shape, **_: x.reshape(out_shape),
     "gather": _gather,
     "pad": _pad,
     "reshape": _reshape,

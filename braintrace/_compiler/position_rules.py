@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from .._jax import JaxprEqn, Literal, Var
 from .._types import Shape
 from .labels import MANY, NONE
-from .movement import MOVES, Padding, moved, scatter_hits
+from .movement import MOVES, moved, scatter_hits
 
 __all__ = ["ENDS", "combine", "reduce", "rule_for"]
 
@@ -63,54 +63,9 @@ def _elementwise(eqn: JaxprEqn) -> Rule:
     return rule
 
 
-def _moving(move: Callable[..., np.ndarray]) -> Callable[[JaxprEqn], Rule]:
-    """Data movement: the same movement of the integers."""
-
-    def make(eqn: JaxprEqn) -> Rule:
-        def rule(ids: Sequence[np.ndarray | None], out_shapes: Sequence[Shape]) -> list[np.ndarray]:
-            operands = [_filled(i, v.aval.shape) for i, v in zip(ids, eqn.invars)]
-            return [move(*operands, out_shape=out_shapes[0], **eqn.params)]
-
-        return rule
-
-    return make
-
-
 def _of_integers(eqn: JaxprEqn) -> Rule:
     """Data movement, which takes integers as it takes anything else."""
     return lambda ids, _: moved(eqn, [_filled(i, v.aval.shape) for i, v in zip(ids, eqn.invars)])
-
-
-def _broadcast_in_dim(
-    x: np.ndarray, *dynamic: object, shape: object, broadcast_dimensions: Sequence[int], out_shape: Shape, **_: object
-) -> np.ndarray:
-    del dynamic, shape
-    full = [1] * len(out_shape)
-    for size, d in zip(x.shape, broadcast_dimensions):
-        full[d] = size
-    return np.broadcast_to(x.reshape(full), out_shape)
-
-
-def _slice(
-    x: np.ndarray,
-    *,
-    start_indices: Sequence[int],
-    limit_indices: Sequence[int],
-    strides: Sequence[int] | None,
-    **_: object,
-) -> np.ndarray:
-    return x[tuple(map(slice, start_indices, limit_indices, strides or [1] * x.ndim))]
-
-
-def _pad(x: np.ndarray, value: object, *, padding_config: Padding, out_shape: Shape, **_: object) -> np.ndarray:
-    del value
-    spread = np.full([max(0, n + (n - 1) * inner) for n, (_, _, inner) in zip(x.shape, padding_config)], NONE, np.int32)
-    spread[tuple(slice(None, None, inner + 1) for _, _, inner in padding_config)] = x
-    # Negative padding takes entries away.
-    kept = spread[tuple(slice(max(0, -lo), n - max(0, -hi)) for n, (lo, hi, _) in zip(spread.shape, padding_config))]
-    out = np.full(out_shape, NONE, np.int32)
-    out[tuple(slice(max(0, lo), max(0, lo) + n) for n, (lo, _, _) in zip(kept.shape, padding_config))] = kept
-    return out
 
 
 def _reduction(eqn: JaxprEqn) -> Rule:
@@ -154,24 +109,6 @@ def _dot_general(eqn: JaxprEqn) -> Rule:
     return rule
 
 
-RULES: Mapping[str, Callable[[JaxprEqn], Rule]] = {
-    **{name: _elementwise for name in ELEMENTWISE},
-    **{name: _cumulative for name in SCANS},
-    **{name: _reduction for name in REDUCTIONS},
-    **{name: _of_integers for name in ("split", "stack", "tile", "unstack")},
-    "broadcast_in_dim": _moving(_broadcast_in_dim),
-    "reshape": _moving(lambda x, *dynamic, out_shape, **_: x.reshape(out_shape)),
-    "squeeze": _moving(lambda x, *, out_shape, **_: x.reshape(out_shape)),
-    "expand_dims": _moving(lambda x, *, out_shape, **_: x.reshape(out_shape)),
-    "transpose": _moving(lambda x, *, permutation, **_: x.transpose(permutation)),
-    "rev": _moving(lambda x, *, dimensions, **_: np.flip(x, dimensions)),
-    "slice": _moving(_slice),
-    "pad": _moving(_pad),
-    "concatenate": _moving(lambda *xs, dimension, **_: np.concatenate(xs, dimension)),
-    "dot_general": _dot_general,
-}
-
-
 # Primitives that move data to where indices say: the operands that are data, the others being indices.
 INDEXED = {
     "gather": (0,),
@@ -180,6 +117,15 @@ INDEXED = {
     "scatter": (0, 2),
     "scatter-add": (0, 2),
     "scatter_add": (0, 2),
+}
+
+
+RULES: Mapping[str, Callable[[JaxprEqn], Rule]] = {
+    **{name: _elementwise for name in ELEMENTWISE},
+    **{name: _cumulative for name in SCANS},
+    **{name: _reduction for name in REDUCTIONS},
+    **{name: _of_integers for name in MOVES.keys() - INDEXED.keys()},
+    "dot_general": _dot_general,
 }
 
 

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 import brainstate
 
 from .._jax import Var, source_line
+from .._program import variables
 from .._types import Path, path_str
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flow import Flow, is_product
 from .groups import HiddenGroup
-from .influence import Influence, differentiable, variables
+from .influence import Influence, differentiable
 from .labels import unaligned_axes
 from .module_info import ModuleInfo
 from .relations import HiddenParamOpRelation
