@@ -356,9 +356,10 @@ def _diagonal(jacobian):
     return jnp.diagonal(dense.reshape(size, size)).reshape(shape)
 
 
-def total(steps):
-    """The summed gradient of `Oracle.online`'s steps."""
-    return jax.tree.map(lambda *g: sum(g), *[grads for _, grads in steps])
+def total(steps, weights=None):
+    """The sum of the gradients of `Oracle.online`'s steps, each times its weight."""
+    weights = [1] * len(steps) if weights is None else weights
+    return jax.tree.map(lambda *gs: sum(w * g for w, g in zip(weights, gs, strict=True)), *[g for _, g in steps])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -404,6 +404,38 @@ class Leak(ModelA):
         self.h.value = keep * self.h.value + (1 - keep) * self.W(x)
 
 
+class Many(ModelA):
+    """Up to five states per position: linear with constant coefficients, gated, and fed by two operations."""
+
+    def __init__(self, count, n_in=2, n=3):
+        super().__init__(n_in, n)
+        self.R = Linear(n_in + n, n)
+        self.states = (("a", "b", "c", "d", "e")[:count],)
+
+    def init_state(self, batch_size=None, **_):
+        for name in self.states[0]:
+            setattr(self, name, zeros(self.n, batch_size))
+
+    def transition(self, x):
+        a, b, c, d = (getattr(self, name).value for name in "abcd")
+        self.a.value = 0.9 * a + self.W(x)
+        self.b.value = 0.8 * b + 0.3 * self.a.value
+        self.c.value = jnp.tanh(0.5 * c + self.b.value + self.R(cat(x, old(c))))
+        self.d.value = 0.7 * d + self.c.value * a
+        if len(self.states[0]) == 5:
+            self.e.value = jax.nn.sigmoid(self.d.value) * self.e.value + 0.2 * b
+
+    def output(self, aux):
+        return self.a.value * self.c.value + getattr(self, self.states[0][-1]).value
+
+
+class NoMemory(ModelA):
+    """A state that forgets: its trace is the present input."""
+
+    def transition(self, x):
+        self.h.value = self.W(x)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Lists. A model is a function of the namespace of layers to build from (the library's, or `twin`).
 
@@ -432,6 +464,14 @@ SMALL = {
     cls.__name__: lambda nn, cls=cls: [cls()]
     for cls in (ModelA, ModelB, ModelC, Chain, Beside, ReadsOld, Masked, Shared, Mixing, Leak)
 }
+MORE = {
+    "alif-alone": lambda nn: [Spiking(N_IN, N, neuron="ALIF", recurrent=False)],
+    "alif-cuba": lambda nn: [Spiking(N_IN, N, neuron="ALIF")],
+    "four states": lambda nn: [Many(4)],
+    "five states": lambda nn: [Many(5)],
+    "no memory": lambda nn: [NoMemory()],
+}
+MODELS = CELLS | MORE_CELLS | SPIKING | STACKED | SMALL | MORE
 READOUTS = {
     "plain": lambda nn: PlainReadout(N, N_OUT),
     "linear": lambda nn: nn.Linear(N, N_OUT),
@@ -576,20 +616,22 @@ def inputs(steps, batch, width, kind="float", n_in=N_IN, seed=1, dtype=None):
 
 
 class Problem:
-    """The same network twice, with equal values; `loss(net, call, *args)` is the loss of one step."""
+    """The same network twice, with equal values; `loss(net, call, *args)` is the loss of one step.
 
-    def __init__(self, model, readout=None, batch=None, loss=squares, kind="float", steps=5, dtype=None):
-        self.net = randomise(build(model, readout, library(), batch), dtype=dtype)
-        self.twin = copy_values(self.net, build(model, readout, twin, batch))
-        self.loss, self.batch = loss, batch
+    `mapped`: the library's is of single samples, to be mapped over the batch as `rules.learner_of` says.
+    """
+
+    def __init__(self, model, readout=None, batch=None, loss=squares, kind="float", steps=5, dtype=None, mapped=None):
+        net = randomise(build(model, readout, library(), batch), dtype=dtype)
+        self.twin = copy_values(net, build(model, readout, twin, batch))
+        self.net = randomise(build(model, readout, library()), dtype=dtype) if mapped else net
+        self.loss, self.batch, self.mapped = loss, batch, mapped
         self.sequence = inputs(steps, batch, N_OUT if readout else N, kind, dtype=dtype)
 
-    def learner(self, *args, make=None, **options):
-        import braintrace
+    def learner(self, rule="pp_prop", **options):
+        import rules
 
-        learner = (make or braintrace.pp_prop)(self.net, *args, **options)
-        learner.compile_graph(self.sequence[0][0])
-        return learner
+        return rules.learner_of(self.net, self.sequence[0][0], rule, self.mapped, **options)
 
     def step(self, learner):
         """A jitted function of one step's arguments: `(gradients, loss)`."""

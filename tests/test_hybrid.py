@@ -8,68 +8,60 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import DRTRL, PPProp, assert_close, total
-from test_chunks import Learner, learner_of, problem_of
+from helpers import assert_close
+from rules import check, problem_of, reference
 
 import braintrace
 
 pytestmark = pytest.mark.usefixtures("time_step")
 
 
-@functools.cache
-def steps_of(network, decays):
-    """By the dense recursions, the steps of one rule for all parameters; ``None``: D_RTRL."""
-    rule = DRTRL() if decays is None else PPProp(*decays)
-    problem = problem_of(network, 2)
-    return problem.oracle().online(rule, problem.sequence)[0]
-
-
-def expected(network, decays_of):
-    """Per step the gradients, of every parameter by the rule that it has."""
-    by_rule = {decays: steps_of(network, decays) for decays in {d for _, d in decays_of}}
-    paths = steps_of(network, decays_of[-1][1])[0][1]
+def expected(network, rules):
+    """Of every parameter by the rule that it has: `(prefix of paths, rule)` in order."""
+    by_rule = {rule: reference(*network, rule=rule) for _, rule in rules}
 
     def rule_of(path):
         dotted = ".".join(map(str, path))
-        return next(decays for prefix, decays in decays_of if dotted.startswith(prefix))
+        return by_rule[next(rule for prefix, rule in rules if dotted.startswith(prefix))]
 
-    steps = range(len(by_rule[decays_of[-1][1]]))
-    return [{p: by_rule[rule_of(p)][t][1][p] for p in paths} for t in steps]
+    last = by_rule[rules[-1][1]]
+    steps = [(loss, {p: rule_of(p).steps[t][1][p] for p in grads}) for t, (loss, grads) in enumerate(last.steps)]
+    return last._replace(steps=steps)
 
 
-PP, PP2 = (0.9, 0.9), (0.5, 0.7)
-CASES = {  # network, options, (prefix of paths, decays or None for exact) in order
-    "gru, nothing is free": ("gru", {}, [("", PP)]),
-    "gru, all": ("gru", {"exact": "all"}, [("", None)]),
-    "gru, one weight": ("gru", {"exact": [("layers", 0, "Wh")]}, [("layers.0.Wh", None), ("", PP)]),
-    "lstm, the readout is free": ("lstm", {}, [("layers.1", None), ("", PP)]),
-    "lstm, no bytes": ("lstm", {"exact": 0}, [("layers.1", None), ("", PP)]),
-    "lstm, all bytes": ("lstm", {"exact": 10**9}, [("", None)]),
-    "lstm, two decays": ("lstm", {"decay_or_rank": PP2}, [("layers.1", None), ("", PP2)]),
-    "alif": ("alif", {"exact": "all"}, [("", None)]),
+GRU, LSTM, ALIF = ("gru", "linear"), ("lstm", "leaky"), ("alif-coba", "plain")
+CASES = {  # network, options, rules
+    "gru, nothing is free": (GRU, {}, [("", "pp_prop")]),
+    "gru, all": (GRU, {"exact": "all"}, [("", "D_RTRL")]),
+    "gru, one weight": (GRU, {"exact": [("layers", 0, "Wh")]}, [("layers.0.Wh", "D_RTRL"), ("", "pp_prop")]),
+    "lstm, the readout is free": (LSTM, {}, [("layers.1", "D_RTRL"), ("", "pp_prop")]),
+    "lstm, no bytes": (LSTM, {"exact": 0}, [("layers.1", "D_RTRL"), ("", "pp_prop")]),
+    "lstm, all bytes": (LSTM, {"exact": 10**9}, [("", "D_RTRL")]),
+    "lstm, two decays": (
+        LSTM,
+        {"decay_or_rank": (0.5, 0.7)},
+        [("layers.1", "D_RTRL"), ("", "rank and decay")],
+    ),
+    "alif": (ALIF, {"exact": "all"}, [("", "D_RTRL")]),
 }
+
+
+def check_all(network, make, rules, drivers):
+    for mapped, chunks in drivers:
+        problem = problem_of(*network, steps=9, mapped=mapped)
+        check(problem, (make, None), chunks, silent=network == ALIF, expected=expected(network, rules))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_parameter_has_its_rule(case):
-    network, options, decays_of = CASES[case]
-    steps = expected(network, decays_of)
-    make = functools.partial(braintrace.HybridDimVjpAlgorithm, **{"decay_or_rank": PP} | options)
-    problem = problem_of(network, 2)
-    learner = Learner(problem, make)
-    ours = problem.online(learner.driver)
-    for t, ((_, grads), theirs) in enumerate(zip(ours, steps, strict=True)):
-        assert_close(grads, theirs, 1e-5, f"step {t}")
-    whole = total([(None, s) for s in steps])
-    assert_close(dict(learner.chunked(4)), whole, 1e-5, "chunks of four")
-    mapped = Learner(problem_of(network, 2), make, mapped=True)
-    assert_close(dict(mapped.chunked(None)), whole, 1e-5, "mapped")
-    assert_close(dict(mapped.one_by_one()), whole, 1e-5, "mapped, step by step")
+    network, options, rules = CASES[case]
+    make = functools.partial(braintrace.HybridDimVjpAlgorithm, **{"decay_or_rank": 0.9} | options)
+    check_all(network, make, rules, [(None, None), (None, [4]), ("by hand", [None]), ("by hand", None)])
 
 
 def test_the_rules_differ():
     """A control: another rule for one parameter is seen by the comparison above."""
-    a, b = (expected("lstm", decays_of)[-1] for decays_of in ([("", None)], [("", PP)]))
+    a, b = (reference(*LSTM, rule=rule).steps[-1][1] for rule in ("D_RTRL", "pp_prop"))
     for path in a:
         if path[:2] != ("layers", 1) or path[-1] == "W":
             x, y = (np.concatenate([np.ravel(v) for v in jax.tree.leaves(g[path])]) for g in (a, b))
@@ -77,20 +69,26 @@ def test_the_rules_differ():
 
 
 BY_PARAMETER = {
-    "lstm": ({"layers.0": PP, ("layers", 1): PP2}, [("layers.1", PP2), ("", PP)]),
-    "gru": ({(): 19, "layers.0.Wh": (0.5, 0.7)}, [("layers.0.Wh", PP2), ("", PP)]),
+    "lstm": (
+        LSTM,
+        {"layers.0": (0.9, 0.9), ("layers", 1): (0.5, 0.7)},
+        [("layers.1", "rank and decay"), ("", "pp_prop")],
+    ),
+    "gru": (
+        GRU,
+        {(): 19, "layers.0.Wh": (0.5, 0.7)},
+        [("layers.0.Wh", "rank and decay"), ("", "pp_prop")],
+    ),
 }
 
 
-@pytest.mark.parametrize("network", BY_PARAMETER)
-def test_decays_by_parameter(network):
-    decays, decays_of = BY_PARAMETER[network]
-    steps = expected(network, decays_of)
-    learner = Learner(problem_of(network, 2), lambda net: braintrace.pp_prop(net, decays))
-    assert_close(dict(learner.chunked(4)), total([(None, s) for s in steps]), 1e-5, "chunks")
-    assert_close(dict(learner.one_by_one()), total([(None, s) for s in steps]), 1e-5, "steps")
+@pytest.mark.parametrize("case", BY_PARAMETER)
+def test_decays_by_parameter(case):
+    network, decays, rules = BY_PARAMETER[case]
+    make = functools.partial(braintrace.pp_prop, decay_or_rank=decays)
+    check_all(network, make, rules, [(None, [4]), (None, None)])
     with pytest.raises(AttributeError, match="decay differently"):
-        _ = learner.driver.decay
+        _ = problem_of(*network).learner(make).decay
 
 
 def test_time_constants():
@@ -188,4 +186,4 @@ def test_coordinates():
     config = braintrace.ETraceConfig("hybrid", decay=(0.8, 0.5))
     learner = braintrace.compile(braintrace.nn.GRUCell(2, 3), config, jnp.zeros(2))
     assert isinstance(learner, braintrace.HybridDimVjpAlgorithm) and (learner.decay_x, learner.decay_f) == (0.8, 0.5)
-    assert learner_of(problem_of("gru", 2), lambda net: braintrace.HybridDimVjpAlgorithm(net, 0.9)).config.is_factorized
+    assert braintrace.HybridDimVjpAlgorithm(braintrace.nn.GRUCell(2, 3), 0.9).config.is_factorized

@@ -5,9 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import DRTRL
-from models import CELLS, READOUTS, Problem
-from test_gradients import check
+from rules import case
 
 import braintrace
 from braintrace._engines import pieces, samples
@@ -118,9 +116,8 @@ def test_narrow_traces(dtype, size_of_pieces):
 
 def test_oracle(size_of_pieces):
     size_of_pieces(100)
-    problem = Problem(CELLS["gru"], READOUTS["linear"], 2)
-    check(problem, DRTRL(), make=braintrace.D_RTRL)
-    assert count(problem.learner(make=braintrace.D_RTRL))
+    learner, _ = case("gru", "linear", rule="D_RTRL").check()
+    assert count(learner.inner)
 
 
 def of_batch(batch, **options):

@@ -412,7 +412,7 @@ def test_hessian_of_the_input():
 @pytest.mark.parametrize("vjp_method", ["single-step", "multi-step"])
 def test_second_derivatives_of_parameters_are_right_or_refused(vjp_method):
     problem = models.Problem(models.SMALL["ModelA"], steps=1)
-    learner = problem.learner(0.9, vjp_method=vjp_method)
+    learner = problem.learner(vjp_method=vjp_method)
     (x, target), params = problem.sequence[0], learner.param_states
 
     def norm():

@@ -1,105 +1,26 @@
-"""The rules with one trace per weight, against the dense oracle of `helpers`."""
+"""The rules with one trace per weight, beside the product of `test_gradients`."""
 
 import brainstate
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import DRTRL, PRECISIONS, PPProp, assert_close, total
-from models import CELLS, READOUTS, SMALL, SPIKING, STACKED, Problem, build, library
-from test_gradients import ALL, BATCHES, FEEDFORWARD, SILENT, check, check_step
+from helpers import assert_close
+from rules import problem_of, reference
 
 import braintrace
 
 pytestmark = pytest.mark.usefixtures("time_step")
 
 
-@pytest.mark.parametrize("readout, batch", [("linear", None), ("leaky", 2)])
-@pytest.mark.parametrize("model", CELLS | SPIKING | STACKED)
-def test_models_and_readouts(model, readout, batch):
-    check(Problem(ALL[model], READOUTS[readout], batch), DRTRL(), silent=model in SILENT, make=braintrace.D_RTRL)
-
-
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("model", SMALL)
-def test_structures(model, batch):
-    check(Problem(ALL[model], None, batch), DRTRL(), make=braintrace.D_RTRL)
-
-
-STEPS = [
-    *["plain input", "gain and shift", "chain of two", "chain of three", "two linked groups", "product twice"],
-    *["operand and factor", "tied readout", "operation beside", "product of states", "choice of states"],
-    *["written in place", "mask", "square transpose", "standardised", "tied rows", "sum of two", "product of two"],
-    *["roll", "cumsum", "layer norm", "constant matrix", "reverse rule", "reverse rule that mixes"],
-]
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_steps(name):
-    check_step(name, rule=DRTRL(), make=braintrace.D_RTRL)
-
-
-@pytest.mark.parametrize("model", ["lstm", "urlstm", "lif-cuba", "Shared"])
-def test_filtered_trace(model):
-    def make(net):
-        return braintrace.EProp(net, kappa_filter_decay=0.6)
-
-    check(Problem(ALL[model], READOUTS["linear"], 2), DRTRL(kappa=0.6), make=make)
-
-
-@pytest.mark.parametrize("vmap", [False, True])
-def test_a_filtered_trace_advances_without_gradients(vmap):
+@pytest.mark.parametrize("mapped", [None, "compile"])
+def test_a_filtered_trace_advances_without_gradients(mapped):
     """Four steps forward, then one gradient: the filter has seen all of them."""
-    problem = Problem(SMALL["ModelA"], batch=2)
-    steps, _ = problem.oracle().online(DRTRL(kappa=0.6), problem.sequence)
-    net = build(SMALL["ModelA"], None, library(), None if vmap else 2)
-    net.layers[0].W.weight.value = problem.net.layers[0].W.weight.value
-    options = dict(kappa_filter_decay=0.6, batch_size=2, vmap=vmap)
-    learner = braintrace.compile(net, "eprop", problem.sequence[0][0], **options)
+    problem = problem_of("ModelA", mapped=mapped)
+    learner = problem.learner("EProp")
     for x, _ in problem.sequence[:-1]:
         learner(x)
-    parameters = net.states(brainstate.ParamState)
-    grads = brainstate.transform.grad(lambda: problem.loss(net, learner, *problem.sequence[-1]), parameters)()
-    assert_close(dict(grads), steps[-1][1])
-
-
-@pytest.mark.parametrize("precision", ["float64", "float32-x64", "float16"])
-def test_precisions(precision):
-    p = PRECISIONS[precision]
-    with p():
-        problem = Problem(CELLS["gru"], READOUTS["linear"], 2, steps=p.steps, dtype=p.dtype)
-        check(problem, DRTRL(), tol=p.tol, make=braintrace.D_RTRL)
-
-
-@pytest.mark.parametrize("kind", ["bool", "int"])
-def test_spike_inputs(kind):
-    problem = Problem(FEEDFORWARD["alif"], READOUTS["linear"], 2, kind=kind)
-    check(problem, DRTRL(), silent=True, make=braintrace.D_RTRL)
-
-
-@pytest.mark.parametrize("rule", [DRTRL(0.3), PPProp(0.9)])
-def test_another_rule_is_noticed(rule):
-    """Negative control: the comparison with another rule fails by far."""
-    problem = Problem(CELLS["lstm"], None, 2)
-    ours = problem.online(problem.learner(make=braintrace.D_RTRL))
-    theirs, _ = problem.oracle().online(rule, problem.sequence)
-    with pytest.raises(AssertionError):
-        assert_close(ours[-1][1], theirs[-1][1], 1e-2)
-
-
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_windows(k):
-    problem = Problem(CELLS["gru"], READOUTS["leaky"], 2, steps=6)
-    learner = problem.learner(make=braintrace.D_RTRL, vjp_method="multi-step")
-    expected, _ = problem.oracle().windows(DRTRL(), problem.sequence, k)
-    xs, targets = problem.sequences()
-    wrap = braintrace.MultiStepData if k > 1 else (lambda x: x)
-
-    def loss(x, y):
-        errors = (learner(wrap(x)) - y) ** 2
-        return errors.sum((1, 2)) if k > 1 else errors.sum()
-
-    grads = learner.etrace_grad(xs, targets, step_fn=loss, chunk_size=k, reduction="sum")
-    assert_close(dict(grads), total(expected), 2e-5)
+    grads, _ = problem.step(learner)(*problem.sequence[-1])
+    assert_close(dict(grads), reference("ModelA", rule="EProp", steps=5).steps[-1][1])
 
 
 class Cell(brainstate.nn.Module):
@@ -136,47 +57,25 @@ def test_layout_of_the_traces(batch, weight, bias, decay):
     assert learner.running_index.value == 0
 
 
-def test_d_rtrl_is_bptt_without_recurrent_weights():
-    xs = brainstate.random.RandomState(0).randn(6, 4, 2)
-    learner = braintrace.compile(Cell(), "d_rtrl", xs[0], batch_size=4)
-    model = learner.model4compile
-    grads = learner.etrace_grad(xs, step_fn=lambda x: (learner(x) ** 2).sum(), reduction="sum")
-    brainstate.nn.init_all_states(model, batch_size=4)
-
-    def whole():
-        return brainstate.transform.for_loop(lambda x: (model(x) ** 2).sum(), xs).sum()
-
-    expected = brainstate.transform.grad(whole, model.states(brainstate.ParamState))()
-    assert_close(dict(grads), dict(expected), 1e-5)
+def gradient(x, **options):
+    """The learner with it."""
+    model = Cell()
+    model.linear.weight.value = {"weight": jnp.ones((2, 3)) * 0.3, "bias": jnp.zeros(3)}
+    learner = braintrace.compile(model, "d_rtrl", x[0], **options)
+    return learner, dict(learner.etrace_grad(x, step_fn=lambda x: (learner(x) ** 2).sum()))
 
 
 def test_mapped_samples_equal_a_batch():
     xs = brainstate.random.RandomState(1).randn(5, 4, 2)
-
-    def gradient(**options):
-        model = Cell()
-        model.linear.weight.value = {"weight": jnp.ones((2, 3)) * 0.3, "bias": jnp.zeros(3)}
-        learner = braintrace.compile(model, "d_rtrl", xs[0], batch_size=4, **options)
-        return learner.etrace_grad(xs, step_fn=lambda x: (learner(x) ** 2).sum())
-
-    assert_close(dict(gradient(vmap=True)), dict(gradient()), 1e-5)
+    assert_close(gradient(xs, batch_size=4, vmap=True)[1], gradient(xs, batch_size=4)[1], 1e-5)
 
 
 def test_trace_dtype_is_storage_only():
     xs = brainstate.random.RandomState(2).randn(3, 2)
-
-    def gradient(**options):
-        model = Cell()
-        model.linear.weight.value = {"weight": jnp.ones((2, 3)) * 0.3, "bias": jnp.zeros(3)}
-        learner = braintrace.compile(model, "d_rtrl", xs[0], **options)
-        grads = learner.etrace_grad(xs, step_fn=lambda x: (learner(x) ** 2).sum())
-        return grads, {v.dtype for s in learner.etrace_bwg.values() for v in s.value.values()}
-
-    exact, _ = gradient()
-    stored, dtypes = gradient(trace_dtype=jnp.bfloat16)
-    assert dtypes == {jnp.dtype(jnp.bfloat16)}
+    learner, stored = gradient(xs, trace_dtype=jnp.bfloat16)
+    assert {v.dtype for s in learner.etrace_bwg.values() for v in s.value.values()} == {jnp.dtype(jnp.bfloat16)}
     assert all(g.dtype == jnp.float32 for g in stored["linear", "weight"].values())
-    assert_close(dict(stored), dict(exact), 2e-2)
+    assert_close(stored, gradient(xs)[1], 2e-2)
 
 
 def test_a_weight_that_acts_on_several_positions_is_refused():
@@ -234,19 +133,25 @@ class ReadsBefore(brainstate.nn.Module):
         return out
 
 
-def test_credit_of_old_values_passes_a_marked_readout():
-    xs = brainstate.random.RandomState(3).randn(6, 2)
-    learner = braintrace.compile(ReadsBefore(), "d_rtrl", xs[0])
+def squared(model, call, x):
+    return (call(x) ** 2).sum()
+
+
+def squared_and_state(model, call, x):
+    return squared(model, call, x) + model.h.value.sum()
+
+
+@pytest.mark.parametrize("make, batch, loss", [(Cell, 4, squared), (ReadsBefore, None, squared_and_state)])
+def test_d_rtrl_is_back_propagation_without_recurrent_weights(make, batch, loss):
+    """In the second one the credit of old values passes a marked readout."""
+    xs = brainstate.random.RandomState(0).randn(6, *(() if batch is None else (batch,)), 2)
+    learner = braintrace.compile(make(), "d_rtrl", xs[0], batch_size=batch)
     model = learner.model4compile
-
-    def loss(call, x):
-        return (call(x) ** 2).sum() + model.h.value.sum()
-
-    grads = learner.etrace_grad(xs, step_fn=lambda x: loss(learner, x), reduction="sum")
-    model.h.value = jnp.zeros(3)
+    grads = learner.etrace_grad(xs, step_fn=lambda x: loss(model, learner, x), reduction="sum")
+    brainstate.nn.init_all_states(model, batch_size=batch)
 
     def whole():
-        return brainstate.transform.for_loop(lambda x: loss(model, x), xs).sum()
+        return brainstate.transform.for_loop(lambda x: loss(model, model, x), xs).sum()
 
     expected = brainstate.transform.grad(whole, model.states(brainstate.ParamState))()
     assert_close(dict(grads), dict(expected), 1e-5)

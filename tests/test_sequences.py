@@ -12,27 +12,18 @@ import numpy as np
 import pytest
 from brainstate import HiddenState
 from helpers import PRECISIONS, PPProp, assert_close, total
-from models import CELLS, LOSSES, READOUTS, SMALL, SPIKING, STACKED, Problem
+from models import LOSSES, SMALL, Problem
+from rules import check, problem_of
 
 import braintrace
 
 pytestmark = pytest.mark.usefixtures("time_step")
 
-ALL = CELLS | SPIKING | STACKED | SMALL
 PAIRS = [("gru", "linear"), ("lif-alif", "leaky"), ("alif-coba", "leaky"), ("ReadsOld", None), ("Beside", "leaky")]
-
-
-def problem_of(model, readout, batch=2, **options):
-    return Problem(ALL[model], READOUTS.get(readout), batch, **options)
 
 
 def step_fn(problem, learner):
     return lambda x, target: problem.loss(problem.net, learner, x, target)
-
-
-def weighted(steps, weights):
-    """The sum of weight times gradient over `(loss, gradient)` pairs."""
-    return total([(loss, jax.tree.map(lambda g: w * g, grads)) for w, (loss, grads) in zip(weights, steps)])
 
 
 def hidden(net):
@@ -47,15 +38,7 @@ def hidden(net):
     [(*pair, models.squares) for pair in PAIRS] + list(product(["gru", "lif-alif"], ["leaky"], LOSSES)),
 )
 def test_whole_sequence_is_the_oracle(model, readout, loss):
-    problem = problem_of(model, readout, loss=loss)
-    learner = problem.learner(0.9)
-    grads, losses = learner.etrace_grad(
-        *problem.sequences(), step_fn=step_fn(problem, learner), reduction="sum", return_value=True
-    )
-    steps, after = problem.oracle().online(PPProp(0.9), problem.sequence)
-    assert_close(dict(grads), total(steps))
-    np.testing.assert_allclose(losses, [loss for loss, _ in steps], rtol=1e-5)
-    assert_close(hidden(problem.net), {path: after[path] for path in hidden(problem.net)})
+    check(problem_of(model, readout, loss=loss), chunks=[None], silent=True)
 
 
 def by_loop(problem, learner):
@@ -114,7 +97,7 @@ def test_ways_to_drive(model, readout):
     *problem.sequence, last = problem.sequence
     expected = total(problem.oracle().online(PPProp(0.9), problem.sequence)[0])
     (*_, (_, one_more)), after = problem.oracle().online(PPProp(0.9), [*problem.sequence, last])
-    learner = problem.learner(0.9)
+    learner = problem.learner()
     for way in WAYS:
         brainstate.nn.reset_all_states(problem.net, problem.batch)
         learner.reset_state()
@@ -130,7 +113,7 @@ def test_ways_to_drive(model, readout):
 def test_integer_spikes_leave_float_traces(dtype, way, batch):
     problem = problem_of("ModelA", None, batch, kind=dtype)
     floats = [(x.astype(jnp.float32), target) for x, target in problem.sequence]
-    learner = problem.learner(0.9)
+    learner = problem.learner()
     assert all(x.value.dtype == jnp.float32 for x in learner.etrace_xs.values())
     assert_close(dict(way(problem, learner)), total(problem.oracle().online(PPProp(0.9), floats)[0]))
 
@@ -141,26 +124,19 @@ def test_a_model_is_trained_in_its_own_dtype(precision, way):
     p = PRECISIONS[precision]
     with p():
         problem = problem_of("ModelB", None, steps=p.steps, dtype=p.dtype)
-        ours = dict(way(problem, problem.learner(0.9)))
+        ours = dict(way(problem, problem.learner()))
         assert {x.dtype for x in jax.tree.leaves([ours, hidden(problem.net)])} == {jnp.dtype(p.dtype)}
         assert_close(ours, total(problem.oracle().online(PPProp(0.9), problem.sequence)[0]), p.tol)
 
 
 @pytest.mark.parametrize("model, readout", [("gru", "linear"), ("alif-coba", "leaky"), ("Beside", None)])
 def test_mapped_learner(model, readout):
-    batched = problem_of(model, readout)
-    problem = problem_of(model, readout, batch=None)
-    problem.batch, problem.sequence = 2, batched.sequence
-    mapped = braintrace.compile(
-        problem.net, braintrace.pp_prop, problem.sequence[0][0], batch_size=2, vmap=True, decay_or_rank=0.9
-    )
-    grads = mapped.etrace_grad(*problem.sequences(), step_fn=step_fn(problem, mapped), reduction="sum")
-    assert_close(dict(grads), total(batched.oracle().online(PPProp(0.9), batched.sequence)[0]))
+    check(problem_of(model, readout, mapped="compile"), chunks=[None], silent=True)
 
 
 def test_one_step():
     problem = problem_of("lstm", "linear", steps=1)
-    learner = problem.learner(0.9)
+    learner = problem.learner()
     grads = learner.etrace_grad(*problem.sequences(), step_fn=step_fn(problem, learner))
     assert_close(dict(grads), problem.oracle().bptt(problem.sequence)[1])
 
@@ -168,7 +144,7 @@ def test_one_step():
 def test_pytree_sequences():
     problem = problem_of("gru", "linear")
     xs, targets = problem.sequences()
-    learner = problem.learner(0.9)
+    learner = problem.learner()
     grads = learner.etrace_grad(
         {"x": xs, "rest": (targets,)},
         jnp.arange(len(xs)),
@@ -176,7 +152,7 @@ def test_pytree_sequences():
         reduction="sum",
     )
     steps, _ = problem.oracle().online(PPProp(0.9), problem.sequence)
-    assert_close(dict(grads), weighted(steps, range(1, 6)))
+    assert_close(dict(grads), total(steps, range(1, 6)))
 
 
 # -- mask, reduction, what is returned
@@ -196,11 +172,11 @@ def reference():
 @pytest.mark.parametrize("mask", MASKS)
 def test_mask_and_reduction(mask, reduction, reference):
     problem = problem_of("vanilla", "linear")
-    learner = problem.learner(0.9)
+    learner = problem.learner()
     weights = np.ones(5) if mask is None else np.array(mask)
     scale = 1 / max(weights.sum(), 1) if reduction == "mean" else 1.0
     raw = np.array([loss for loss, _ in reference])
-    expected = weighted(reference, scale * weights)
+    expected = total(reference, scale * weights)
     options = {} if mask is None else {"mask": jnp.array(mask, jnp.float32)}
     for output, losses in [
         (None, None),
@@ -224,7 +200,7 @@ def test_mask_and_reduction(mask, reduction, reference):
 @pytest.mark.parametrize("return_value", [False, True])
 def test_results(has_aux, return_value, reference):
     problem = problem_of("vanilla", "linear")
-    learner = problem.learner(0.9)
+    learner = problem.learner()
 
     def f(x, target):
         out = learner(x)
@@ -241,13 +217,13 @@ def test_results(has_aux, return_value, reference):
             assert rest[-1]["out"].shape == (5, 2, models.N_OUT) and rest[-1]["norm"].shape == (5,)
             losses = ((rest[-1]["out"] - problem.sequences()[1]) ** 2).sum((1, 2))
             np.testing.assert_allclose(losses, [loss for loss, _ in reference], rtol=1e-5)
-    assert_close(dict(result), weighted(reference, [1 / 5] * 5))
+    assert_close(dict(result), total(reference, [1 / 5] * 5))
 
 
 def test_weights(reference):
     """Only the states asked for, under the keys they are given by."""
     problem = problem_of("vanilla", "linear")
-    learner = problem.learner(0.9)
+    learner = problem.learner()
     chosen = {"gate": learner.param_states["layers", 0, "W", "weight"], "out": problem.net.layers[1].weight}
     grads = learner.etrace_grad(
         *problem.sequences(), step_fn=step_fn(problem, learner), weights=chosen, reduction="sum"
@@ -258,14 +234,6 @@ def test_weights(reference):
 
 
 # -- windows
-
-
-def window_fn(learner):
-    def f(xs, targets):
-        errors = (learner(braintrace.MultiStepData(xs)) - targets) ** 2
-        return errors.sum(range(1, errors.ndim))
-
-    return f
 
 
 WINDOWS = [
@@ -282,25 +250,14 @@ def test_windows(model, readout, batch, k):
     """Back-propagation inside a window, the trace at its entry for what was before; one window is BPTT."""
     problem = problem_of(model, readout, batch, steps=6)
     tol = 1e-5 if batch is None else 2e-5
-    learner = problem.learner(0.9, vjp_method="multi-step")
-    f = window_fn(learner) if k > 1 else step_fn(problem, learner)
-    mask = jnp.array([1.0, 1.0, 0.5, 1.0, 0.0, 2.0]) if k > 1 else None
-    grads, losses = learner.etrace_grad(
-        *problem.sequences(), step_fn=f, chunk_size=k, reduction="sum", return_value=True
-    )
-    steps, after = problem.oracle().windows(PPProp(0.9), problem.sequence, k)
-    assert_close(dict(grads), total(steps), tol)
-    np.testing.assert_allclose(losses, np.concatenate([np.atleast_1d(loss) for loss, _ in steps]), rtol=1e-5)
-    assert_close(hidden(problem.net), {path: after[path] for path in hidden(problem.net)})
-    assert int(learner.running_index.value) == 6
+    learner, ((_, grads), *_) = check(problem, chunks=[None], window=k, tol=tol, silent=True)
     if k == 6:
-        assert_close(dict(grads), problem.oracle().bptt(problem.sequence)[1], tol)
-    if mask is not None:
-        brainstate.nn.reset_all_states(problem.net, batch)
-        learner.reset_state()
+        assert_close(grads, problem.oracle().bptt(problem.sequence)[1], tol)
+    if k > 1:
+        mask = jnp.array([1.0, 1.0, 0.5, 1.0, 0.0, 2.0])
+        grads = learner.chunked(None, learner.window_losses, chunk_size=k, mask=mask)
         problem.sequence = [(*args, m) for args, m in zip(problem.sequence, mask)]
         problem.loss = lambda net, call, x, target, m: m * models.squares(net, call, x, target)
-        grads = learner.etrace_grad(*problem.sequences()[:2], step_fn=f, chunk_size=k, mask=mask, reduction="sum")
         assert_close(dict(grads), total(problem.oracle().windows(PPProp(0.9), problem.sequence, k)[0]), tol)
 
 
@@ -314,7 +271,7 @@ def test_evolve(vjp_method, k):
     """Everything advances, nothing is differentiated: the next gradient is that after as many steps."""
     problem = problem_of("lstm", "leaky", steps=7)
     *problem.sequence, last = problem.sequence
-    learner = problem.learner(0.9, vjp_method=vjp_method)
+    learner = problem.learner(vjp_method=vjp_method)
     xs = problem.sequences()[0]
     outputs = learner.etrace_evolve(xs, chunk_size=k, return_outputs=True)
     assert outputs.shape == ((6, 2, 2) if k in (None, 1) else (6 // k, k, 2, 2))
@@ -332,7 +289,7 @@ def test_evolve(vjp_method, k):
 
 def test_evolve_returns_nothing_by_default_and_takes_a_step_fn():
     problem = problem_of("gru", "linear")
-    learner = problem.learner(0.9)
+    learner = problem.learner()
     xs, targets = problem.sequences()
     assert learner.etrace_evolve(xs) is None
     brainstate.nn.reset_all_states(problem.net, 2)
@@ -378,7 +335,7 @@ IDS = {"ids": lambda value: value if isinstance(value, str) else ""}
 @pytest.fixture(scope="module", params=["single-step", "multi-step"])
 def small(request):
     problem = Problem(SMALL["ModelA"], steps=6)
-    return problem.learner(0.9, vjp_method=request.param), problem.sequences()[0]
+    return problem.learner(vjp_method=request.param), problem.sequences()[0]
 
 
 @pytest.mark.parametrize("what, call, error", ROWS, **IDS)
@@ -399,16 +356,16 @@ def test_errors_of_etrace_grad(what, call, error, small):
 @pytest.mark.parametrize("what, call, error", WINDOW_ROWS, **IDS)
 def test_errors_of_windows(what, call, error):
     problem = Problem(SMALL["ModelA"], steps=6)
-    learner = problem.learner(0.9, vjp_method="multi-step")
+    learner = problem.learner(vjp_method="multi-step")
     with pytest.raises(error):
         call(learner.etrace_grad, lambda w: learner(braintrace.MultiStepData(w)).sum(-1), problem.sequences()[0])
 
 
 def test_windows_need_multi_step():
     problem = Problem(SMALL["ModelA"], steps=6)
-    learner = problem.learner(0.9)
+    learner, (xs, _) = problem.learner(), problem.sequences()
     with pytest.raises(ValueError, match="multi-step"):
-        learner.etrace_grad(problem.sequences()[0], step_fn=window_fn(learner), chunk_size=2)
+        learner.etrace_grad(xs, step_fn=lambda w: learner(braintrace.MultiStepData(w)).sum(-1), chunk_size=2)
 
 
 def test_windows_are_refused_under_vmap():

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
-from brainstate import HiddenState, ParamState
+from brainstate import HiddenState
 from brainstate.transform import for_loop, grad, jit
 from helpers import assert_close, leaf
 from models import CELLS, READOUTS, SMALL, SPIKING, Problem
@@ -42,7 +42,7 @@ BATCH, STEPS = 2, 4
 def pair(model, readout=None, make=ThreeFactor, **options):
     """The same network with both rules."""
     problems = [Problem(ALL[model], READOUTS.get(readout), BATCH, steps=STEPS) for _ in range(2)]
-    return problems, problems[0].learner(make=make, **options), problems[1].learner(make=braintrace.D_RTRL)
+    return problems, problems[0].learner(make, **options), problems[1].learner("D_RTRL")
 
 
 def draw(kind, learner):
@@ -115,7 +115,7 @@ def test_the_loss_adds_nothing(model):
     grads = []
     for scale in (1.0, 3.0):
         problem = Problem(ALL[model], None, BATCH, steps=STEPS)
-        learner = problem.learner(make=ThreeFactor, modulator=0.7)
+        learner = problem.learner(ThreeFactor, modulator=0.7)
         loss = lambda x, target: scale * ((learner(x) - target) ** 2).sum()  # noqa: B023, E731
         steps = dict(for_loop(grad(loss, learner.param_states), *problem.sequences()))
         brainstate.nn.reset_all_states(problem.net, BATCH)
@@ -138,12 +138,10 @@ def test_another_modulator_gives_another_gradient():
 
 @pytest.mark.parametrize("per_sample", ["scalar", "values"])
 def test_mapped_samples_equal_a_batch(per_sample):
-    problem = Problem(CELLS["gru"], READOUTS["linear"], BATCH, steps=STEPS)
-    learner = problem.learner(make=ThreeFactor)
-    net = models.build(CELLS["gru"], READOUTS["linear"], models.library())
-    for path, state in net.states(ParamState).items():
-        state.value = problem.net.states(ParamState)[path].value
-    mapped = braintrace.compile(net, "three_factor", problem.sequence[0][0], batch_size=BATCH, vmap=True)
+    problem, single = (
+        Problem(CELLS["gru"], READOUTS["linear"], BATCH, steps=STEPS, mapped=mapped) for mapped in (None, "compile")
+    )
+    learner, mapped = problem.learner(ThreeFactor), single.learner(ThreeFactor)
     ms = jnp.asarray(np.random.default_rng(0).standard_normal((STEPS, BATCH, models.N)), jnp.float32)
     ms = ms[..., :1] if per_sample == "scalar" else ms
     wide = jnp.broadcast_to(ms, (STEPS, BATCH, models.N))
@@ -156,7 +154,7 @@ def test_mapped_samples_equal_a_batch(per_sample):
 
 def test_a_standing_modulator_is_read_by_a_jitted_step():
     problem = Problem(SMALL["ModelA"], steps=1)
-    learner = problem.learner(make=ThreeFactor, modulator=1.0)
+    learner = problem.learner(ThreeFactor, modulator=1.0)
     x, _ = problem.sequence[0]
 
     @jit

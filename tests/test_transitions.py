@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from brainstate import HiddenState, ParamState
+from rules import learner_of
 
 import braintrace
 
@@ -198,21 +199,10 @@ def by_dense_jacobians(transition, number, shape, weight, xs, decay):
     return total
 
 
-def online(make, net, xs, driver, batch=None):
+def online(make, net, xs, driver):
     """The gradient of the summed losses by a learner that ``make`` makes of ``net``."""
-    xs = jnp.asarray(xs)
-    learner, parameters = make(net), net.states(ParamState)
-    if driver == "mapped":
-
-        @brainstate.transform.vmap_new_states(state_tag="new", axis_size=batch)
-        def init():
-            brainstate.nn.init_all_states(net)
-            learner.compile_graph(xs[0][0])
-
-        init()
-        learner = braintrace.ETraceVmap(learner, vmap_states="new")
-    else:
-        learner.compile_graph(xs[0])
+    xs, parameters = jnp.asarray(xs), net.states(ParamState)
+    learner = learner_of(net, xs[0], make, "by hand" if driver == "mapped" else None)
     if driver != "step":
         return learner.etrace_grad(xs, step_fn=lambda x: loss(learner(x)), reduction="sum", weights=parameters)
     step = brainstate.transform.jit(brainstate.transform.grad(lambda x: loss(learner(x)), parameters))
@@ -245,7 +235,7 @@ def test_a_transition_is_one_program(name, rule, driver):
     xs = draw(3, *shape[:-1], 2, seed=1)
     make, decay = RULES[rule]
     net = Network(transition, number, shape[1:] if driver == "mapped" else shape, weight)
-    found = online(make, net, xs, driver, 3)["w",]
+    found = online(make, net, xs, driver)["w",]
     assert_equal(found, by_dense_jacobians(transition, number, shape, weight, xs, decay))
     assert len(net.states(HiddenState)) == number
 
@@ -434,7 +424,7 @@ def test_complex_states_equal_backpropagation(name, driver):
     xs = draw(4, 2, 2, seed=1)
     net = Driven((3,) if driver == "mapped" else (2, 3), parameters, step, out, complex)
     expected = backpropagated(parameters, xs, (2, 3), step, out, complex)
-    assert_equal(online(braintrace.D_RTRL, net, xs, driver, 2)["w",], expected)
+    assert_equal(online(braintrace.D_RTRL, net, xs, driver)["w",], expected)
 
 
 def test_complex_states_of_every_rule_at_the_first_step():

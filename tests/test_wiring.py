@@ -6,9 +6,10 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import models
-from helpers import DRTRL, PPProp, assert_close, old, total
+from helpers import DRTRL, PPProp, old
 from hypothesis import HealthCheck, Phase, given, settings
 from models import N_IN, Linear, N, Problem, cat
+from rules import check
 
 import braintrace
 
@@ -118,17 +119,6 @@ def wirings(draw):
     trace_chunk=st.sampled_from([1, 2, 3, 5]),
 )
 def test_any_wiring(wiring, rule, batch, trace_chunk):
-    make, theirs = RULES[rule]
     with brainstate.environ.context(dt=1.0 * u.ms):
         problem = Problem(lambda nn: [Wired(**wiring)], None, batch)
-        steps, _ = problem.oracle().online(theirs, problem.sequence)
-        learner = problem.learner(make=make)
-        grads = brainstate.transform.jit(
-            lambda *xs: learner.etrace_grad(
-                *xs,
-                step_fn=lambda x, y: problem.loss(problem.net, learner, x, y),
-                reduction="sum",
-                trace_chunk=trace_chunk,
-            )
-        )(*problem.sequences())
-    assert_close(dict(grads), total(steps), 2e-5)
+        check(problem, RULES[rule], chunks=[trace_chunk], tol=2e-5, silent=True)
