@@ -18,8 +18,8 @@ from ._sequence import SequenceDriverMixin
 from ._types import Held, Path, PyTree, Shape
 
 if TYPE_CHECKING:
-    from ._chunks import Recorded
     from ._learners.base import ETraceAlgorithm
+    from ._recorder import Recorded
 
 __all__ = ["ETraceVmap"]
 

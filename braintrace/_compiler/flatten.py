@@ -44,9 +44,8 @@ from .policy import ControlFlowPolicy
 from .positions import dependence
 from .remarks import Remarks, at, weights_of
 
-__all__ = ["LOOPS", "flatten"]
+__all__ = ["flatten"]
 
-LOOPS = frozenset(["cond", "scan", "while"])
 Outs = tuple[list[Value], list[Origin]]  # of an equation or a jaxpr: values of the outputs, and their origins
 
 
@@ -151,7 +150,7 @@ class _Flattener:
         if not is_tracer(index):
             chosen = branches[min(max(int(index), 0), len(branches) - 1)]
             return self.run(chosen, operands, origins[1:], frame.hidden_out(eqn), frame.taken, frame.depth)
-        why = self.cannot_convert(eqn)
+        why = self.remarks.cannot_convert(eqn)
         if why is None:
             return self.every_branch(eqn, frame, index, operands, origins)
         if self.policy.cond == "convert":
@@ -160,21 +159,6 @@ class _Flattener:
         knob = "ControlFlowPolicy(cond='convert')" if self.policy.cond == "opaque" else "jnp.where"
         self.remarks.check_weights(eqn, frame, "WEIGHT_IN_CONTROL_FLOW", f"Take it out of the branch, or use {knob}.")
         return self.kept(eqn, frame)
-
-    def cannot_convert(self, eqn: JaxprEqn) -> str | None:
-        if self.policy.cond == "opaque":
-            return "cond='opaque'"
-        if eqn.effects:
-            return "it has side effects"
-        for inner in equations_within(eqn):
-            if inner.primitive.name == "while":
-                return f"it holds a while loop{at(inner)}, which might never end in a branch that is not taken"
-            if inner.primitive.name == "scan" and inner.params["length"] > self.policy.scan_unroll_limit:
-                return (
-                    f"it holds a scan{at(inner)} of length {inner.params['length']}, beyond "
-                    f"scan_unroll_limit={self.policy.scan_unroll_limit}"
-                )
-        return None
 
     def every_branch(
         self, eqn: JaxprEqn, frame: Frame, index: jax.Array, operands: Sequence[Value], origins: Sequence[Origin]
@@ -242,7 +226,7 @@ class _Flattener:
         if not auto:
             self.remarks.check_weights(eqn, frame, "WEIGHT_IN_CONTROL_FLOW", remedy)
         elif weights and any(map(is_marked, equations_within(eqn))):
-            why = self.cannot_descend(eqn, frame)
+            why = self.remarks.cannot_descend(eqn, frame)
             if why is None:
                 descent = self.descent(eqn, frame)
                 why = descent.obstacle()
@@ -261,21 +245,6 @@ class _Flattener:
             )
             self.remarks.note("SCAN_DESCENT_NO_RELATIONS", "WARNING", eqn, text, path)
         return self.kept(eqn, frame)
-
-    def cannot_descend(self, eqn: JaxprEqn, frame: Frame) -> str | None:
-        _, origins = frame.inputs(eqn)
-        consts, carry = scan_operands(eqn)
-        carried = origins[consts:][:carry]
-        nested = [e for e in equations_within(eqn) if e.primitive.name in LOOPS]
-        if eqn.params["reverse"]:
-            return "it runs backward"
-        if nested:
-            return f"it holds a {nested[0].primitive.name}{at(nested[0])}"
-        if not any(o.entry for o in carried):
-            return "it carries no hidden state from its value at the start of the step"
-        if any(o.live and not o.entry for o in carried):
-            return "the hidden value that it carries is computed before it starts"
-        return None
 
     def descent(self, eqn: JaxprEqn, frame: Frame) -> Descent:
         self.remarks.enter(eqn, frame)

@@ -17,11 +17,11 @@ from .._program import behind, equations_within, variables
 from .._types import Path, Shape
 from .descent import holds_link
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
-from .flatten import LOOPS
 from .frame import is_marked
 from .labels import NONE, Label, Labels, mixes, own_label, touches_own_position
 from .module_info import ModuleInfo, known_constants
 from .positions import moves, propagate, transfer
+from .remarks import LOOPS
 
 __all__ = ["Flow", "MarkedOp", "Reach", "analyse_flow", "analyse_reach", "through_operation", "title_of", "y_label"]
 

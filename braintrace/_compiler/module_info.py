@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import brainstate
@@ -15,7 +13,7 @@ from brainstate.util import FlattedDict
 from jax.tree_util import PyTreeDef
 from jax.typing import ArrayLike
 
-from .._jax import Atom, ClosedJaxpr, Jaxpr, Literal, Var, consts_of, is_tracer, open_jaxpr
+from .._jax import Atom, ClosedJaxpr, Jaxpr, Var, consts_of, is_tracer, open_jaxpr
 from .._program import made_at
 from .._types import NotSupportedError, Path, PyTree, path_str
 from .call import Call, call_of, convertible
@@ -24,6 +22,7 @@ from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flatten import flatten
 from .frame import Origin
 from .policy import ControlFlowPolicy
+from .tracing import check_structure, traced_with_numbers
 
 __all__ = ["ModuleInfo", "extract_module_info"]
 
@@ -140,65 +139,6 @@ class ModuleInfo(NamedTuple):
         return {p: s for p, s in zip(self.compiled_state_paths, self.compiled_model_states) if isinstance(s, kinds)}
 
 
-_tracing: contextvars.ContextVar[bool] = contextvars.ContextVar("tracing a step", default=False)
-
-
-@contextlib.contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    if _tracing.get():
-        raise NotImplementedError(
-            "A model is compiled while a step of another one is traced for compilation. Compile a learner before, not "
-            "within, the update of a model that is to be compiled."
-        )
-    token = _tracing.set(True)
-    try:
-        yield
-    finally:
-        _tracing.reset(token)
-
-
-_NO_STATES = brainstate.nn.Module.init_state
-
-
-@contextlib.contextmanager
-def _initialised() -> Iterator[None]:
-    """Say what makes the states, where a layer has none of its own."""
-    try:
-        yield
-    except Exception as error:
-        found: BaseException | None = error
-        while not isinstance(found, (AttributeError, type(None))):
-            found = found.__cause__  # a container says in which of its modules it was
-        if found is None:
-            raise
-        layer: Any = found.obj
-        has_states = isinstance(layer, brainstate.nn.Module) and type(layer).init_state is not _NO_STATES
-        if not has_states or found.name in vars(layer):
-            raise
-        raise AttributeError(
-            f"{found}. If that is a state, it is not initialised: call brainstate.nn.init_all_states(model) before "
-            "compile_graph, or let braintrace.compile do both.",
-            name=found.name,
-            obj=layer,
-        ) from error
-
-
-@contextlib.contextmanager
-def _same_states(model: brainstate.nn.Module) -> Iterator[None]:
-    """Leave the states as they were even where tracing fails, and name the one that could not take its value back."""
-    before = [(path, state, state._value) for path, state in model.states().items()]
-    try:
-        yield
-    except Exception as error:
-        left = [state._value for _, state, _ in before]
-        for _, state, value in before:
-            state._value = value
-        if isinstance(error, ValueError):
-            for (path, _, old), new in zip(before, left):
-                _check_structure(path, old, new)
-        raise
-
-
 def extract_module_info(
     model: brainstate.nn.Module, *args: PyTree, control_flow: ControlFlowPolicy | None = None, **kwargs: PyTree
 ) -> ModuleInfo:
@@ -239,20 +179,13 @@ def extract_module_info(
     return info_of_call(model, call_of(args, kwargs).first_step(), control_flow)
 
 
-NEEDS_VALUE = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.TracerIntegerConversionError,
-    jax.errors.TracerArrayConversionError,
-)
-
-
 def info_of_call(model: brainstate.nn.Module, call: Call, control_flow: ControlFlowPolicy | None) -> ModuleInfo:
     """:func:`extract_module_info` for the arguments, and in the environment, of a call."""
     if not isinstance(model, brainstate.nn.Module):
         raise AssertionError(f"The model must be a brainstate.nn.Module, got {type(model).__name__}.")
     if not isinstance(control_flow, (ControlFlowPolicy, type(None))):
         raise TypeError(f"control_flow must be a ControlFlowPolicy or None, got {type(control_flow).__name__}.")
-    traced, args, numbers, fixed = _traced_with_numbers(model, call)
+    traced, args, numbers, fixed = traced_with_numbers(model, call)
     trace = traced.get_state_trace(*args)
     states = tuple(trace.states)
     out_shapes, new_shapes = traced.get_out_shapes(*args)
@@ -325,56 +258,10 @@ def _complex_parts(
     }
 
 
-def _traced_with_numbers(
-    model: brainstate.nn.Module, call: Call
-) -> tuple[brainstate.transform.StatefulFunction, tuple[PyTree, ...], dict[str, PyTree], tuple[str, ...]]:
-    """The traced step, what to ask it for, and numbers of the environment: those it reads, and names of fixed ones."""
-    numbers = dict(call.inputs)
-    fixed: tuple[str, ...] = ()
-    try:
-        traced, args = _traced(model, call, numbers)
-    except NEEDS_VALUE:
-        fixed = tuple(k for k, v in numbers.items() if not any(map(is_tracer, jax.tree.leaves(v))))
-        if not fixed:
-            raise
-        numbers = {k: v for k, v in numbers.items() if k not in fixed}
-        traced, args = _traced(model, call, numbers)
-    first = len(jax.tree.leaves(call.given))
-    jaxpr = open_jaxpr(traced.get_jaxpr(*args))
-    ends = [*jaxpr.outvars, *(v for e in jaxpr.eqns for v in e.invars)]
-    used = {v for v in ends if not isinstance(v, Literal)}
-    variables = iter(jaxpr.invars[first:])
-    read = {k: v for k, v in numbers.items() if any([next(variables) in used for _ in jax.tree.leaves(v)])}
-    if len(read) < len(numbers):
-        numbers = read
-        traced, args = _traced(model, call, numbers)
-    return traced, args, numbers, fixed
-
-
-def _traced(
-    model: brainstate.nn.Module, call: Call, numbers: Mapping[str, PyTree]
-) -> tuple[brainstate.transform.StatefulFunction, tuple[PyTree, ...]]:
-    """The step as a function that is traced already, and the arguments to ask it for."""
-
-    def step(args: tuple[PyTree, ...], keywords: Mapping[str, PyTree], numbers: Mapping[str, PyTree]) -> PyTree:
-        with brainstate.environ.context(**numbers) if numbers else contextlib.nullcontext():
-            return model(*args, **keywords, **call.options)
-
-    args = jax.tree.map(_abstract, (call.args, dict(call.keywords), numbers))
-    traced = brainstate.transform.StatefulFunction(step, return_only_write=False, name="braintrace")
-    with _one_at_a_time(), _same_states(model), _initialised():
-        traced.make_jaxpr(*args)
-    return traced, args
-
-
 def known_constants(info: ModuleInfo) -> dict[Var, ArrayLike]:
     """Values of the step's constants, but for those that are themselves being traced."""
     pairs = zip(info.jaxpr.constvars, consts_of(info.closed_jaxpr))
     return {v: c for v, c in pairs if not is_tracer(c)}
-
-
-def _abstract(x: PyTree) -> PyTree:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
 
 
 def _name_states(
@@ -424,7 +311,7 @@ def _check_states(
             )
         old = state._value
         is_quantity = lambda x: isinstance(x, u.Quantity)  # noqa: E731
-        _check_structure(path, old, new)
+        check_structure(path, old, new)
         old_leaves, new_leaves = (jax.tree.leaves(v, is_leaf=is_quantity) for v in (old, new))
         shapes = [tuple(jax.numpy.shape(u.get_mantissa(v))) for v in old_leaves]
         new_shapes_of = [tuple(v.shape) for v in new_leaves]
@@ -440,19 +327,3 @@ def _check_states(
                     f"The state {path_str(path)!r} changes its dtype within the step, from {dtype} to {after.dtype}. "
                     "Initialise it with the dtype that the step writes."
                 )
-
-
-def _check_structure(path: Path, old: PyTree, new: PyTree) -> None:
-    of_units = isinstance(old, u.Quantity) or isinstance(new, u.Quantity)
-    if of_units and u.get_unit(old) != u.get_unit(new):
-        raise ValueError(
-            f"The state {path_str(path)!r} changes its unit within the step, from {u.get_unit(old)} to "
-            f"{u.get_unit(new)}. Convert the new value before writing it."
-        )
-    before: PyTreeDef
-    before, after = jax.tree.structure(old), jax.tree.structure(new)
-    if before != after:
-        raise ValueError(
-            f"The state {path_str(path)!r} changes its structure within the step, from {before} to {after}. Write "
-            "values of the structure that it was initialised with."
-        )

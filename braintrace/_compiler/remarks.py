@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from .._jax import JaxprEqn, source_line
+from .._jax import JaxprEqn, scan_operands, source_line
 from .._program import equations_within
 from .._types import CompilationError, Path, path_str
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel, emit
 from .frame import Frame, is_marked
 from .policy import ControlFlowPolicy
 
-__all__ = ["Remarks", "at", "weights_of"]
+__all__ = ["LOOPS", "Remarks", "at", "weights_of"]
+
+LOOPS = frozenset(["cond", "scan", "while"])
 
 
 def at(eqn: JaxprEqn) -> str:
@@ -36,6 +38,39 @@ class Remarks:
                 f"The {eqn.primitive.name}{at(eqn)} stands inside {frame.depth} loops or branches that are opened "
                 f"too: fixpoint_iteration_limit={self.policy.fixpoint_iteration_limit}. Pass a larger one."
             )
+
+    def cannot_convert(self, eqn: JaxprEqn) -> str | None:
+        """Why a branch is not turned into a choice between results."""
+        if self.policy.cond == "opaque":
+            return "cond='opaque'"
+        if eqn.effects:
+            return "it has side effects"
+        for inner in equations_within(eqn):
+            if inner.primitive.name == "while":
+                return f"it holds a while loop{at(inner)}, which might never end in a branch that is not taken"
+            if inner.primitive.name == "scan" and inner.params["length"] > self.policy.scan_unroll_limit:
+                return (
+                    f"it holds a scan{at(inner)} of length {inner.params['length']}, beyond "
+                    f"scan_unroll_limit={self.policy.scan_unroll_limit}"
+                )
+        return None
+
+    @staticmethod
+    def cannot_descend(eqn: JaxprEqn, frame: Frame) -> str | None:
+        """Why operations in a long loop are not followed in place."""
+        _, origins = frame.inputs(eqn)
+        consts, carry = scan_operands(eqn)
+        carried = origins[consts:][:carry]
+        nested = [e for e in equations_within(eqn) if e.primitive.name in LOOPS]
+        if eqn.params["reverse"]:
+            return "it runs backward"
+        if nested:
+            return f"it holds a {nested[0].primitive.name}{at(nested[0])}"
+        if not any(o.entry for o in carried):
+            return "it carries no hidden state from its value at the start of the step"
+        if any(o.live and not o.entry for o in carried):
+            return "the hidden value that it carries is computed before it starts"
+        return None
 
     def check_weights(self, eqn: JaxprEqn, frame: Frame, kind: str, remedy: str) -> None:
         weights = weights_of(eqn, frame)

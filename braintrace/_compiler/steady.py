@@ -9,8 +9,8 @@ from jax.typing import ArrayLike
 
 from .._jax import ClosedJaxpr, JaxprEqn, Var, call_body, open_jaxpr
 from .._program import run_program
-from .flatten import LOOPS
 from .position_rules import ELEMENTWISE
+from .remarks import LOOPS
 
 __all__ = ["steady_axes"]
 

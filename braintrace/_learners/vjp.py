@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax.tree_util import PyTreeDef
 
 from .._binding import Binding
-from .._chunks import Recorder
 from .._compiler.call import Call, call_of
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
@@ -23,6 +22,7 @@ from .._jax import any_rank, is_tracer, trace_context
 from .._legacy.executor import ETraceVjpGraphExecutor
 from .._online import Hooks, OnlineStep
 from .._past import Past
+from .._recorder import Recorder
 from .._types import Path, PyTree
 from .base import ETraceAlgorithm
 from .config import ETraceConfig

@@ -1,0 +1,144 @@
+"""A model's step, traced once: under which conditions, and with which entries of the environment as inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import brainstate
+import brainunit as u
+import jax
+from jax.tree_util import PyTreeDef
+
+from .._jax import Literal, is_tracer, open_jaxpr
+from .._types import Path, PyTree, path_str
+from .call import Call
+
+__all__ = ["check_structure", "traced_with_numbers"]
+
+NEEDS_VALUE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.TracerArrayConversionError,
+)
+_tracing: contextvars.ContextVar[bool] = contextvars.ContextVar("tracing a step", default=False)
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    if _tracing.get():
+        raise NotImplementedError(
+            "A model is compiled while a step of another one is traced for compilation. Compile a learner before, not "
+            "within, the update of a model that is to be compiled."
+        )
+    token = _tracing.set(True)
+    try:
+        yield
+    finally:
+        _tracing.reset(token)
+
+
+_NO_STATES = brainstate.nn.Module.init_state
+
+
+@contextlib.contextmanager
+def _initialised() -> Iterator[None]:
+    """Say what makes the states, where a layer has none of its own."""
+    try:
+        yield
+    except Exception as error:
+        found: BaseException | None = error
+        while not isinstance(found, (AttributeError, type(None))):
+            found = found.__cause__  # a container says in which of its modules it was
+        if found is None:
+            raise
+        layer: Any = found.obj
+        has_states = isinstance(layer, brainstate.nn.Module) and type(layer).init_state is not _NO_STATES
+        if not has_states or found.name in vars(layer):
+            raise
+        raise AttributeError(
+            f"{found}. If that is a state, it is not initialised: call brainstate.nn.init_all_states(model) before "
+            "compile_graph, or let braintrace.compile do both.",
+            name=found.name,
+            obj=layer,
+        ) from error
+
+
+@contextlib.contextmanager
+def _same_states(model: brainstate.nn.Module) -> Iterator[None]:
+    """Leave the states as they were even where tracing fails, and name the one that could not take its value back."""
+    before = [(path, state, state._value) for path, state in model.states().items()]
+    try:
+        yield
+    except Exception as error:
+        left = [state._value for _, state, _ in before]
+        for _, state, value in before:
+            state._value = value
+        if isinstance(error, ValueError):
+            for (path, _, old), new in zip(before, left):
+                check_structure(path, old, new)
+        raise
+
+
+def traced_with_numbers(
+    model: brainstate.nn.Module, call: Call
+) -> tuple[brainstate.transform.StatefulFunction, tuple[PyTree, ...], dict[str, PyTree], tuple[str, ...]]:
+    """The traced step, what to ask it for, and numbers of the environment: those it reads, and names of fixed ones."""
+    numbers = dict(call.inputs)
+    fixed: tuple[str, ...] = ()
+    try:
+        traced, args = _traced(model, call, numbers)
+    except NEEDS_VALUE:
+        fixed = tuple(k for k, v in numbers.items() if not any(map(is_tracer, jax.tree.leaves(v))))
+        if not fixed:
+            raise
+        numbers = {k: v for k, v in numbers.items() if k not in fixed}
+        traced, args = _traced(model, call, numbers)
+    first = len(jax.tree.leaves(call.given))
+    jaxpr = open_jaxpr(traced.get_jaxpr(*args))
+    ends = [*jaxpr.outvars, *(v for e in jaxpr.eqns for v in e.invars)]
+    used = {v for v in ends if not isinstance(v, Literal)}
+    variables = iter(jaxpr.invars[first:])
+    read = {k: v for k, v in numbers.items() if any([next(variables) in used for _ in jax.tree.leaves(v)])}
+    if len(read) < len(numbers):
+        numbers = read
+        traced, args = _traced(model, call, numbers)
+    return traced, args, numbers, fixed
+
+
+def _traced(
+    model: brainstate.nn.Module, call: Call, numbers: Mapping[str, PyTree]
+) -> tuple[brainstate.transform.StatefulFunction, tuple[PyTree, ...]]:
+    """The step as a function that is traced already, and the arguments to ask it for."""
+
+    def step(args: tuple[PyTree, ...], keywords: Mapping[str, PyTree], numbers: Mapping[str, PyTree]) -> PyTree:
+        with brainstate.environ.context(**numbers) if numbers else contextlib.nullcontext():
+            return model(*args, **keywords, **call.options)
+
+    args = jax.tree.map(_abstract, (call.args, dict(call.keywords), numbers))
+    traced = brainstate.transform.StatefulFunction(step, return_only_write=False, name="braintrace")
+    with _one_at_a_time(), _same_states(model), _initialised():
+        traced.make_jaxpr(*args)
+    return traced, args
+
+
+def _abstract(x: PyTree) -> PyTree:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+
+
+def check_structure(path: Path, old: PyTree, new: PyTree) -> None:
+    of_units = isinstance(old, u.Quantity) or isinstance(new, u.Quantity)
+    if of_units and u.get_unit(old) != u.get_unit(new):
+        raise ValueError(
+            f"The state {path_str(path)!r} changes its unit within the step, from {u.get_unit(old)} to "
+            f"{u.get_unit(new)}. Convert the new value before writing it."
+        )
+    before: PyTreeDef
+    before, after = jax.tree.structure(old), jax.tree.structure(new)
+    if before != after:
+        raise ValueError(
+            f"The state {path_str(path)!r} changes its structure within the step, from {before} to {after}. Write "
+            "values of the structure that it was initialised with."
+        )
