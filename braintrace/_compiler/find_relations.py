@@ -20,7 +20,7 @@ from .influence import Influence
 from .module_info import ModuleInfo
 from .operands import NO_PARAMETER, OperandProgram, Step
 from .relations import HiddenParamOpRelation
-from .varying import Trained, is_varying, trained
+from .varying import Trained, is_steady, is_varying, trained
 
 __all__ = ["find_relations"]
 
@@ -191,7 +191,7 @@ def _relation(
         offset_keys=reads.offset,
         affine_keys=reads.affine,
         linear_keys=reads.linear,
-        varying=frozenset(reads.fixed) - constant,
+        varying=frozenset(i for i in reads.fixed if not is_steady(info, found.fixed[i])),
     )
 
 

@@ -6,23 +6,24 @@ parameters themselves have traces, where each of their entries acts on one entry
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 
-from .._jax import Atom, ClosedJaxpr, Literal, Var, open_jaxpr, reads, structs
+from .._jax import Atom, ClosedJaxpr, JaxprEqn, Literal, Var, open_jaxpr, reads, structs
 from .._ops.composed import ComposedPrimitive
 from .._ops.primitive import ETPPrimitive
 from .._ops.stacked import StackedPrimitive
-from .._program import behind, sub_program, variables
+from .._program import before, behind, made_at, sub_program, variables
 from .._types import Path, PyTree
 from .flow import MarkedOp
 from .labels import is_aligned, mixes, own_label
+from .module_info import ModuleInfo
 from .operands import OperandProgram, Step
 from .positions import entry_positions, no_cut, propagate
 
-__all__ = ["Trained", "is_varying", "trained"]
+__all__ = ["Trained", "is_steady", "is_varying", "trained"]
 
 
 class Trained(NamedTuple):
@@ -41,13 +42,30 @@ def trained(step: Step, op: MarkedOp, program: OperandProgram, paths: dict[str, 
     taken = {slots[k] for k in paths} | {op.primitive.x_index}
     fixed = {i: v for i, v in enumerate(op.eqn.invars) if i not in taken}
     own = Trained(op.primitive, program, paths, {k: op.operands[k] for k in paths}, fixed)
-    return (_composed(step, op, own) or own) if is_varying(step, op, program) else own
+    return (_composed(step, op, own) or own) if _read_backward(step, op, program) else own
 
 
 def is_varying(step: Step, op: MarkedOp, program: OperandProgram) -> bool:
     """Whether the way back from the weights to the parameters is another one at every step."""
+    return any(not is_steady(step.info, step.info.jaxpr.invars[i]) for i in _read_backward(step, op, program))
+
+
+def is_steady(info: ModuleInfo, var: Atom) -> bool:
+    """Whether a variable depends on nothing but parameters, and states that the step does not write."""
+    jaxpr, number = info.jaxpr, {v: i for i, v in enumerate(info.jaxpr.invars)}
+    for root in before(jaxpr.eqns, made_at(jaxpr.eqns), [var]):
+        place = number.get(root)
+        if place is None or root in info.invar_to_weight_path:
+            continue
+        if place < info.first_state or jaxpr.outvars[info.num_var_out + place - info.first_state] is not root:
+            return False
+    return True
+
+
+def _read_backward(step: Step, op: MarkedOp, program: OperandProgram) -> list[int]:
+    """Inputs of the step, other than parameters, that the way back from the weights to the parameters reads."""
     if program.identity is not None or program.inputs == program.leaves:
-        return False
+        return []
 
     def back(values: list[jax.Array], bars: list[jax.Array]) -> list[jax.Array]:
         invals: list[PyTree] = [None] * len(step.info.jaxpr.invars)
@@ -59,7 +77,7 @@ def is_varying(step: Step, op: MarkedOp, program: OperandProgram) -> bool:
     inputs = structs([step.info.jaxpr.invars[i] for i in program.inputs])
     closed = jax.make_jaxpr(back)(inputs, structs([op.operands[k] for k in program.keys]))
     read = reads(closed, [True] * len(program.leaves))
-    return any(of for i, of in zip(program.inputs, read) if i not in program.leaves)
+    return [i for i, of in zip(program.inputs, read) if of and i not in program.leaves]
 
 
 def _composed(step: Step, op: MarkedOp, own: Trained) -> Trained | None:
@@ -67,9 +85,11 @@ def _composed(step: Step, op: MarkedOp, own: Trained) -> Trained | None:
     if isinstance(one, StackedPrimitive) or not ComposedPrimitive.takes(one) or _shares(op, own):
         return None
     info, outs = step.info, [op.operands[k] for k in keys]
-    leaves: list[Var] = [info.jaxpr.invars[i] for i in own.program.leaves]
+    eqns = behind(info.jaxpr.eqns, outs)[0]
+    identity = tuple(_differentiated(info, own.program.leaves, eqns, outs))
+    leaves: list[Var] = [info.jaxpr.invars[i] for i in identity]
     made, inner = set(leaves), []
-    for eqn in behind(info.jaxpr.eqns, outs)[0]:
+    for eqn in eqns:
         if not made.isdisjoint(variables(eqn.invars)):
             made.update(eqn.outvars)
             inner.append(eqn)
@@ -78,7 +98,7 @@ def _composed(step: Step, op: MarkedOp, own: Trained) -> Trained | None:
     program = sub_program(info.closed_jaxpr, [*leaves, *values], outs, inner)
     names = _names(program, keys, len(leaves))
     acts_on = _entry_by_entry(program, len(leaves))
-    slots, identity = one.trainables(params), own.program.leaves
+    slots = one.trainables(params)
     weights = [slots[k] for k in keys]
     kept = [i for i in range(len(op.eqn.invars)) if i not in weights]
     further = len(kept) + len(leaves)
@@ -89,7 +109,21 @@ def _composed(step: Step, op: MarkedOp, own: Trained) -> Trained | None:
         dict(zip(names, leaves)),
         {kept.index(i): v for i, v in own.fixed.items()} | {further + m: v for m, v in enumerate(values)},
     )
-    return found if found.primitive.rules.anchors is not None or _has_traces(op, found) else None
+    if op.x is None:
+        return None if acts_on is None else found
+    functions = any(params.get(f"{k}_fn") is not None for k in keys)
+    trusted = found.primitive.rules.anchors is not None and not functions
+    return found if trusted or _has_traces(op, found) else None
+
+
+def _differentiated(
+    info: ModuleInfo, leaves: Sequence[int], eqns: Sequence[JaxprEqn], outs: Sequence[Var]
+) -> Iterator[int]:
+    """The parameter leaves, by number among the step's inputs, that have a gradient."""
+    of = {i: info.jaxpr.invars[i] for i in leaves}
+    env = {v: {("leaf", i): own_label(v.aval.shape, len(v.aval.shape))} for i, v in of.items()}
+    propagate(eqns, env, no_cut)
+    return (i for i in leaves if any(("leaf", i) in env.get(out, {}) for out in outs))
 
 
 def _shares(op: MarkedOp, own: Trained) -> bool:
