@@ -72,6 +72,20 @@ ROWS = {  # what the memory gets, shapes of the parameters
         lambda m, w, x: braintrace.matmul(x, m.gain.value * w["w"], weight_fn=lambda w: w / jnp.linalg.norm(w)),
         W,
     ),
+    "noise, norm inside": (
+        lambda m, w, x: braintrace.matmul(
+            x, w["w"] + 0.5 * brainstate.random.randn(N_IN, N), weight_fn=lambda w: w / jnp.linalg.norm(w)
+        ),
+        W,
+    ),
+    "noise, tanh inside": (
+        lambda m, w, x: braintrace.matmul(x, w["w"] + brainstate.random.randn(N_IN, N), weight_fn=jnp.tanh),
+        W,
+    ),
+    "noise, low rank": (
+        lambda m, w, x: braintrace.lora_matmul(x, w["b"], w["a"] + brainstate.random.randn(2, N)),
+        {"b": (N_IN, 2), "a": (2, N)},
+    ),
     "element-wise, reversed": (
         lambda m, w, x: x[..., :1] + braintrace.element_wise(w["w"][::-1] * m.gain.value),
         {"w": (N,)},
@@ -86,7 +100,7 @@ ROWS = {  # what the memory gets, shapes of the parameters
 }
 
 
-INEXACT = ["norm", "norm inside", "element-wise, reversed"]
+INEXACT = ["norm", "norm inside", "noise, norm inside", "noise, low rank", "element-wise, reversed"]
 
 
 def inputs(batch):
@@ -145,6 +159,8 @@ def test_traces_of_the_parameters_are_exact(row, batch, driver):
 def test_pp_prop_says_that_it_takes_the_past_as_the_present():
     with pytest.warns(braintrace.CompilationWarning, match="weight_varies.*'w.w'.*D_RTRL.*exact="):
         online("state", "pp_prop", 2, "steps", decay_or_rank=0.9)
+    with pytest.warns(braintrace.CompilationWarning, match="weight_varies.*'w.w'.*D_RTRL.*exact="):
+        online("noise, tanh inside", "pp_prop", 2, "steps", decay_or_rank=0.9)
     with warnings.catch_warnings():  # the way back is the same at every step
         warnings.simplefilter("error", braintrace.CompilationWarning)
         for row in ("noise", "state that stays"):
@@ -154,6 +170,6 @@ def test_pp_prop_says_that_it_takes_the_past_as_the_present():
 @pytest.mark.parametrize("row", INEXACT)
 def test_weights_without_exact_traces(row):
     """An entry of the parameter acts on several outputs, say, in another way at every step."""
-    with pytest.warns(braintrace.CompilationWarning, match="weight_varies.*'w.w'.*wrong gradient from earlier steps"):
+    with pytest.warns(braintrace.CompilationWarning, match=r"weight_varies.*'w\.\w'.*wrong gradient from earlier steps"):
         found = online(row, "d_rtrl", 2, "steps")
     assert not agree(found, through_time(row, 2), 1e-2)

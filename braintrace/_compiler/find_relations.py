@@ -119,7 +119,7 @@ class _Finder:
 
     def _describe_weight(self, op: MarkedOp, program: OperandProgram, found: Trained) -> None:
         """A weight that is computed in another way at every step, and has a trace as if it were not."""
-        if found.program is not program or not is_varying(self.step, op, program):
+        if found.program is not program or not is_varying(self.step, op, found):
             return
         first = next(iter(found.paths.values()))
         text = (

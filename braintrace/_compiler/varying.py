@@ -42,12 +42,12 @@ def trained(step: Step, op: MarkedOp, program: OperandProgram, paths: dict[str, 
     taken = {slots[k] for k in paths} | {op.primitive.x_index}
     fixed = {i: v for i, v in enumerate(op.eqn.invars) if i not in taken}
     own = Trained(op.primitive, program, paths, {k: op.operands[k] for k in paths}, fixed)
-    return (_composed(step, op, own) or own) if _read_backward(step, op, program) else own
+    return (_composed(step, op, own) or own) if _read_backward(step, op, own) else own
 
 
-def is_varying(step: Step, op: MarkedOp, program: OperandProgram) -> bool:
-    """Whether the way back from the weights to the parameters is another one at every step."""
-    return any(not is_steady(step.info, step.info.jaxpr.invars[i]) for i in _read_backward(step, op, program))
+def is_varying(step: Step, op: MarkedOp, own: Trained) -> bool:
+    """Whether the way back to the parameters is another one at every step."""
+    return any(not is_steady(step.info, step.info.jaxpr.invars[i]) for i in _read_backward(step, op, own))
 
 
 def is_steady(info: ModuleInfo, var: Atom) -> bool:
@@ -62,10 +62,14 @@ def is_steady(info: ModuleInfo, var: Atom) -> bool:
     return True
 
 
-def _read_backward(step: Step, op: MarkedOp, program: OperandProgram) -> list[int]:
-    """Inputs of the step, other than parameters, that the way back from the weights to the parameters reads."""
+def _read_backward(step: Step, op: MarkedOp, own: Trained) -> list[int]:
+    """Inputs of the step, other than parameters, that the way back from the output to the parameters reads."""
+    program = own.program
     if program.identity is not None or program.inputs == program.leaves:
         return []
+    others = [i for i in program.inputs if i not in program.leaves]
+    if set(step.dependence(op, op.primitive, own.variables, own.fixed).linear) != own.variables.keys():
+        return others  # the derivative of the operation is that at the weights themselves
 
     def back(values: list[jax.Array], bars: list[jax.Array]) -> list[jax.Array]:
         invals: list[PyTree] = [None] * len(step.info.jaxpr.invars)
@@ -77,7 +81,7 @@ def _read_backward(step: Step, op: MarkedOp, program: OperandProgram) -> list[in
     inputs = structs([step.info.jaxpr.invars[i] for i in program.inputs])
     closed = jax.make_jaxpr(back)(inputs, structs([op.operands[k] for k in program.keys]))
     read = reads(closed, [True] * len(program.leaves))
-    return [i for i, of in zip(program.inputs, read) if of and i not in program.leaves]
+    return [i for i, of in zip(program.inputs, read) if of and i in others]
 
 
 def _composed(step: Step, op: MarkedOp, own: Trained) -> Trained | None:

@@ -32,8 +32,9 @@ def apply_hook(hook: Hook, value: jax.Array) -> jax.Array:
         where = "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
         raise ValueError(
             f"The function {getattr(hook, '__qualname__', hook)}{where} that an operation applies to its parameter of "
-            f"shape {tuple(value.shape)} reads more than this parameter: a state, another parameter or an input, of "
-            f"shape {others[0]}. Apply it in front of the operation instead, as in matmul(x, f(w))."
+            f"shape {tuple(value.shape)} reads more than this parameter: a state, another parameter, an input, or an "
+            f"array that the step makes, of shape {others[0]}. Apply it in front of the operation instead, as in "
+            "matmul(x, f(w)), or make that array in __init__."
         )
     return hook(value)
 
