@@ -170,6 +170,7 @@ def test_pp_prop_says_that_it_takes_the_past_as_the_present():
 @pytest.mark.parametrize("row", INEXACT)
 def test_weights_without_exact_traces(row):
     """An entry of the parameter acts on several outputs, say, in another way at every step."""
-    with pytest.warns(braintrace.CompilationWarning, match=r"weight_varies.*'w\.\w'.*wrong gradient from earlier steps"):
+    message = r"weight_varies.*'w\.\w'.*wrong gradient from earlier steps"
+    with pytest.warns(braintrace.CompilationWarning, match=message):
         found = online(row, "d_rtrl", 2, "steps")
     assert not agree(found, through_time(row, 2), 1e-2)
