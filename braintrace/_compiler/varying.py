@@ -173,5 +173,11 @@ def _has_traces(op: MarkedOp, found: Trained) -> bool:
     sample = lambda v: jax.ShapeDtypeStruct(v.aval.shape[lead:], v.aval.dtype)  # noqa: E731
     whole = lambda of: {k: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for k, v in of.items()}  # noqa: E731
     args = None if op.x is None else sample(op.x), whole(found.variables), whole(found.fixed)
-    labels = entry_positions(lambda x, w, fixed: one.apply_sample(x, w, params, fixed), args, sample(op.y))
+
+    def apply(x: PyTree, weights: PyTree, fixed: PyTree) -> jax.Array:
+        return one.apply_sample(x, weights, params, fixed)
+
+    if jax.eval_shape(apply, *args).shape != sample(op.y).shape:  # a value has an axis of samples
+        return False
+    labels = entry_positions(apply, args, sample(op.y))
     return all(label is not None and not mixes(label) for label in labels.values())

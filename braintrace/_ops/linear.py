@@ -53,11 +53,24 @@ def array_operand(op: str, name: str, value: object) -> None:
 
 
 def with_units(
-    op: str, bind: Callable[..., jax.Array], x: PyTree, weights: Mapping[str, PyTree], bias: PyTree = None
+    op: str,
+    bind: Callable[..., jax.Array],
+    x: PyTree,
+    weights: Mapping[str, PyTree],
+    bias: PyTree = None,
+    bias_ndim: int | None = None,
 ) -> PyTree:
-    """Run ``bind`` on mantissas; the result has the product of the units, to which the bias is converted."""
+    """Run ``bind`` on mantissas; the result has the product of the units, to which the bias is converted.
+
+    ``bias_ndim``: the most axes that a bias may have, where samples share it.
+    """
     for name, value in {"x": x, **weights, **({} if bias is None else {"bias": bias})}.items():
         array_operand(op, name, value)
+    if bias is not None and bias_ndim is not None and rank_of(bias) > bias_ndim:
+        raise ValueError(
+            f"{op}: bias has shape {tuple(bias.shape)}, and may have one entry for every output: all samples share it. "
+            "Add what differs between samples to the result."
+        )
     unit = u.get_unit(x)
     for value in weights.values():
         unit = unit * u.get_unit(value)
@@ -109,7 +122,7 @@ def dense(x: PyTree, weight: PyTree, bias: PyTree = None, *, weight_fn: Hook = N
     def bind(*operands: jax.Array) -> jax.Array:
         return p.bind(*operands, has_bias=bias is not None, weight_fn=weight_fn, bias_fn=bias_fn)
 
-    return with_units("matmul", bind, x, {"weight": weight}, bias)
+    return with_units("matmul", bind, x, {"weight": weight}, bias, 1)
 
 
 def matmul(x: PyTree, weight: PyTree, bias: PyTree = None, *, weight_fn: Hook = None, bias_fn: Hook = None) -> PyTree:
@@ -135,7 +148,7 @@ def matmul(x: PyTree, weight: PyTree, bias: PyTree = None, *, weight_fn: Hook = 
     Raises
     ------
     ValueError
-        If ``x`` has a rank other than 1 or 2.
+        If ``x`` has a rank other than 1 or 2, or ``bias`` more than one axis.
     TypeError
         If an operand is no array, or the inner dimensions differ.
 

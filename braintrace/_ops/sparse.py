@@ -383,7 +383,7 @@ def sparse_product(
         )
     p = etp_sp_mm_p if rank_of(x) > 1 else etp_sp_mv_p
     static = dict(sparse_mat=pattern, has_bias=bias is not None, weight_fn=weight_fn, bias_fn=bias_fn)
-    return with_units("sparse_matmul", lambda *xs: p.bind(*xs, **static), x, {"weight": weight}, bias)
+    return with_units("sparse_matmul", lambda *xs: p.bind(*xs, **static), x, {"weight": weight}, bias, 1)
 
 
 def sparse_matmul(
