@@ -46,7 +46,9 @@ GRID = [
     (1.8, "adding.py --cell lru --steps 1000", RULES, ("adam",)),
     (1.8, "copying.py --steps 1000", RULES, ("adam",)),
     (2.0, "sequential_digits.py --cell lru --size 28", RULES, ("adam",)),
-    *((9.0, f"sequential_digits.py --cell {c}", ("snap",), ("adam",)) for c in ("gru", "gru_after")),
+    (0.5, "sequential_digits.py --cell gru --units 32", RULES, ("adam",)),
+    (3.0, "sequential_digits.py --cell gru --units 32", ("snap",), ("adam",)),
+    (9.0, "sequential_digits.py --cell gru_after", ("snap",), ("adam",)),
 ]
 
 # Tasks by the beginning of their names, and what each tests.
