@@ -174,3 +174,18 @@ def test_weights_without_exact_traces(row):
     with pytest.warns(braintrace.CompilationWarning, match=message):
         found = online(row, "d_rtrl", 2, "steps")
     assert not agree(found, through_time(row, 2), 1e-2)
+
+
+def test_an_operation_for_samples_that_has_no_input():
+    rows = braintrace.register_primitive(
+        "rows",
+        lambda w, *, n: jnp.broadcast_to(jnp.tanh(w), (n, *w.shape)),
+        batched=True,
+        x_invar_index=None,
+        trainable_invars_fn=lambda params: {"weight": 0},
+    )
+    ROWS["rows"] = (lambda m, w, x: x[..., :1] + rows.bind(w["b"], n=2), {"b": (N,)})
+    try:
+        assert agree(online("rows", "d_rtrl", 2, "steps"), through_time("rows", 2), 1e-4)
+    finally:
+        del ROWS["rows"]
