@@ -31,7 +31,7 @@ __all__ = [
     'call_body', 'close', 'consts_of', 'define_bilinear', 'define_primitive', 'eval_jaxpr', 'has_custom_rule',
     'hashed', 'is_builtin', 'is_in_differentiated_loop', 'is_jit', 'is_on_one_device', 'is_outside', 'is_remat',
     'is_tracer', 'open_jaxpr', 'placed', 'primitive_body', 'prune', 'reads', 'refuses', 'scan_operands',
-    'source_line', 'structs', 'sub_jaxprs', 'trace_context', 'where_compiled', 'zeros',
+    'source_line', 'struct', 'structs', 'sub_jaxprs', 'trace_context', 'where_compiled', 'zeros',
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -64,9 +64,14 @@ def consts_of(jaxpr: Jaxpr | ClosedJaxpr) -> tuple[PyTree, ...]:
     return tuple(getattr(jaxpr, "consts", ()))
 
 
+def struct(variable: Atom) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a variable."""
+    return jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype)
+
+
 def structs(variables: Sequence[Var]) -> list[jax.ShapeDtypeStruct]:
     """Shapes and dtypes of variables."""
-    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables]
+    return [struct(v) for v in variables]
 
 
 def eval_jaxpr(jaxpr: ClosedJaxpr, *args: PyTree) -> list[jax.Array]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .._jax import Atom, ClosedJaxpr, JaxprEqn, Literal, Var, call_body, open_jaxpr, reads, scan_operands
+from .._jax import Atom, ClosedJaxpr, JaxprEqn, Literal, Var, call_body, open_jaxpr, reads, scan_operands, struct
 from .._ops.primitive import ETPPrimitive
 from .._types import PyTree
 
@@ -54,8 +54,8 @@ def dependence(
     fixed: Mapping[int, Atom],
 ) -> Dependence:
     """Read it off the gradient's program; arguments are variables, trained ones by key and fixed ones by position."""
-    weights = {k: _struct(v) for k, v in trained.items()}
-    operands = {i: _struct(v) for i, v in fixed.items()}
+    weights = {k: struct(v) for k, v in trained.items()}
+    operands = {i: struct(v) for i, v in fixed.items()}
 
     def program(x: PyTree, bound: bool) -> ClosedJaxpr:
         def gradient(
@@ -63,9 +63,9 @@ def dependence(
         ) -> dict[str, jax.Array]:
             return primitive.weight_vjp(x, cotangent, weights, params, fixed, bound)
 
-        return jax.make_jaxpr(gradient)(x, weights, operands, _struct(y))
+        return jax.make_jaxpr(gradient)(x, weights, operands, struct(y))
 
-    keys, inputs = sorted(weights), None if x is None else _struct(x)
+    keys, inputs = sorted(weights), None if x is None else struct(x)
     closed, lead = program(inputs, True), int(x is not None)
     read = {key: reads(closed, [j == i for j in range(len(keys))]) for i, key in enumerate(keys)}
     offset = tuple(k for k in keys if not any(read[k][:lead]))
@@ -80,10 +80,6 @@ def dependence(
         vanish = _vanishes(closed, [True] + [False] * (len(open_jaxpr(closed).invars) - 1))
         affine = tuple(k for k, zero in zip(keys, vanish) if not zero and k not in offset)
     return Dependence(offset, affine, linear, read_fixed)
-
-
-def _struct(var: Atom) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
 
 
 def _vanishes(closed: ClosedJaxpr, inputs: Sequence[bool]) -> list[bool]:

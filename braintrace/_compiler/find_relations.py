@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from .._jax import Atom, Var, any_rank, source_line
-from .._program import before, made_at
+from .._program import before
 from .._types import Path, Shape, path_str
 from .descent import holds_link
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
@@ -167,7 +167,7 @@ def _relation(
     info = step.info
     connected = tuple(p for g in used for p in _connected(g, op))
     states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
-    constant = frozenset(i for i, v in found.fixed.items() if _is_constant(info, v))
+    constant = frozenset(i for i, v in found.fixed.items() if _is_constant(step, v))
     reads = step.dependence(op, found.primitive, found.variables, found.fixed)
     return HiddenParamOpRelation(
         key=(next(iter(found.paths.values())), call),
@@ -191,7 +191,7 @@ def _relation(
         offset_keys=reads.offset,
         affine_keys=reads.affine,
         linear_keys=reads.linear,
-        varying=frozenset(i for i in reads.fixed if not is_steady(info, found.fixed[i])),
+        varying=frozenset(i for i in reads.fixed if not is_steady(step, found.fixed[i])),
     )
 
 
@@ -202,10 +202,9 @@ def _connected(group: HiddenGroup, op: MarkedOp) -> list[Path]:
     return [p for i, p in enumerate(group.hidden_paths) if i in driven or not driven]
 
 
-def _is_constant(info: ModuleInfo, var: Atom) -> bool:
+def _is_constant(step: Step, var: Atom) -> bool:
     """Whether a variable depends on no input of the step."""
-    eqns, inputs = info.jaxpr.eqns, set(info.jaxpr.invars)
-    return inputs.isdisjoint(before(eqns, made_at(eqns), [var]))
+    return step.number.keys().isdisjoint(before(step.info.jaxpr.eqns, step.made_at, [var]))
 
 
 def _parameter_paths(info: ModuleInfo, program: OperandProgram) -> tuple[Path, ...]:

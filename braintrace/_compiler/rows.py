@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from .._jax import consts_of, is_tracer, open_jaxpr
+from .._jax import consts_of, is_tracer, open_jaxpr, struct, structs
 from .._types import PyTree, Shape
 from .labels import MANY, NONE, Label, own_label
 from .position_rules import combine
@@ -96,10 +96,9 @@ def _folds(
 
                 return jax.vjp(new_value, y)[1](seed)[0]
 
-            of = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)  # noqa: E731
-            others = {j: of(v) for j, v in transition.ys.items() if j != k}
-            values = of(var), [of(v) for v in transition.olds], others, [of(v) for v in transition.externals]
-            closed = jax.make_jaxpr(reverse)(of(transition.news[a]), *values)
+            others = {j: struct(v) for j, v in transition.ys.items() if j != k}
+            values = struct(var), structs(transition.olds), others, structs(transition.externals)
+            closed = jax.make_jaxpr(reverse)(struct(transition.news[a]), *values)
             jaxpr = open_jaxpr(closed)
             known = {v: c for v, c in zip(jaxpr.constvars, consts_of(closed)) if not is_tracer(c)}
             env = {jaxpr.invars[0]: {("new", 0): own_label(transition.news[a].aval.shape, len(varshape))}}

@@ -126,11 +126,15 @@ class Neighbourhood(NamedTuple):
         return tuple(1 if self.is_saturated and k in self.axes else n for k, n in enumerate(self.varshape))
 
     @property
+    def _positions(self) -> Shape:
+        """V, with axes of length one but for those of positions."""
+        return tuple(n if k in self.axes else 1 for k, n in enumerate(self.varshape))
+
+    @property
     def itself(self) -> np.ndarray:
         """Whether a neighbour is the position itself: an axis of neighbours, then V or axes of length one."""
         own = np.arange(self.num_neighbour)[:, None] == (np.arange(self.num_position) if self.is_saturated else 0)
-        shape = [n if k in self.axes else 1 for k, n in enumerate(self.varshape)]
-        return own.reshape(self.num_neighbour, *(shape if self.is_saturated else [1] * len(shape)))
+        return own.reshape(self.num_neighbour, *(self._positions if self.is_saturated else [1] * len(self.varshape)))
 
     def columns(self, row: jax.Array, number: jax.Array) -> jax.Array:
         """Of a row of a Jacobian, ``V``, what can be other than zero: ``(lead, sources)``."""
@@ -186,8 +190,7 @@ class Neighbourhood(NamedTuple):
         """
         if not self.is_saturated:
             return None
-        shape = [n if k in self.axes else 1 for k, n in enumerate(self.varshape)]
-        return self.neighbours.T.reshape(self.num_neighbour, *shape)
+        return self.neighbours.T.reshape(self.num_neighbour, *self._positions)
 
     def product(self, a: ArrayLike, b: ArrayLike) -> ArrayLike:
         """A matrix between neighbours at every position times another one or a vector; of numbers, as they are."""

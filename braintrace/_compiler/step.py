@@ -15,14 +15,27 @@ equation are the very same objects in two views, so are its outputs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import PyTreeDef
 
-from .._jax import Atom, ClosedJaxpr, JaxprEqn, Literal, Var, bind_equation, consts_of, eval_jaxpr, prune, reads
+from .._jax import (
+    Atom,
+    ClosedJaxpr,
+    JaxprEqn,
+    Literal,
+    Var,
+    bind_equation,
+    consts_of,
+    eval_jaxpr,
+    prune,
+    reads,
+    struct,
+    structs,
+)
 from .._program import Value, read
 from .._types import Path, PyTree
 from .descent import bind_without_links, holds_link, is_link
@@ -117,14 +130,13 @@ def perturb(
     groups: Sequence[HiddenGroup],
     operations: Sequence[HiddenParamOpRelation],
 ) -> PerturbedStep:
-    shape_of: Callable[[Atom], PyTree] = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)  # noqa: E731
     views = _Views(info, flow, reach, groups, operations)
-    invals = [shape_of(v) for v in info.jaxpr.invars]
-    operands = [{k: shape_of(v) for k, v in r.trainable_vars.items()} for r in operations]
+    invals = structs(info.jaxpr.invars)
+    operands = [{k: struct(v) for k, v in r.trainable_vars.items()} for r in operations]
     differentiable: dict[Path, PyTree] = {
-        p: shape_of(v) for p, v in info.hidden_path_to_invar.items() if jnp.issubdtype(v.aval.dtype, jnp.inexact)
+        p: struct(v) for p, v in info.hidden_path_to_invar.items() if jnp.issubdtype(v.aval.dtype, jnp.inexact)
     }
-    y: dict[int, PyTree] = {i: shape_of(r.y_var) for i, r in enumerate(operations) if not r.residual_free}
+    y: dict[int, PyTree] = {i: struct(r.y_var) for i, r in enumerate(operations) if not r.residual_free}
 
     def step(invals: Sequence[jax.Array], operands: Operands, zeros: Zeros) -> tuple[list[jax.Array], StepRecord]:
         seen = views.evaluate(_Values(views, operands, zeros), invals)

@@ -120,7 +120,7 @@ def mixing_transitions(
     records = []
     lasting = {p for p, labels in flow.into.items() if any(s[0] == "old" for s in labels)}
     for group in groups:
-        of = dict.fromkeys(p for r in relations if group in r.hidden_groups for p in r.parameter_paths)
+        of = _parameters_of([group], relations)
         mixed = [
             p
             for p in group.hidden_paths
@@ -137,7 +137,7 @@ def mixing_transitions(
                     f"The new value of {_named(dict.fromkeys(mixed))} depends on old values at other positions. Traces "
                     f"of {_named(of)} keep what a position does to itself only; the current step is exact. Use a rule "
                     "that sees the mixing (OSTLRecurrent, SnAp, UORO), or leave the mixing out.",
-                    weight_path=next(iter(of)),
+                    weight_path=of[0],
                     hidden_paths=tuple(dict.fromkeys(mixed)),
                 )
             )
@@ -163,7 +163,7 @@ def fixed_products(
         driven = set(influence.driven(influence.of(eqn.outvars, opaque))) if cut else set()
         for group in groups:
             sources, targets = (tuple(p for p in group.hidden_paths if p in of) for of in (cut, driven))
-            of = dict.fromkeys(p for r in relations if group in r.hidden_groups for p in r.parameter_paths)
+            of = _parameters_of([group], relations)
             if not (sources and targets and of):
                 continue
             line = source_line(eqn)
@@ -176,7 +176,7 @@ def fixed_products(
                     "product of hidden values, with what a position does to itself in it; the current step is exact. "
                     "Use a rule that sees the mixing (OSTLRecurrent, SnAp, UORO), or write what a position does to "
                     "itself apart from it.",
-                    weight_path=next(iter(of)),
+                    weight_path=of[0],
                     hidden_paths=tuple(dict.fromkeys((*sources, *targets))),
                 )
             )
@@ -203,9 +203,7 @@ def coupled_groups(
     for circle in circles:
         members = [groups[i] for i in circle]
         paths = tuple(p for g in members for p in g.hidden_paths)
-        of = dict.fromkeys(
-            p for r in relations if any(g in r.hidden_groups for g in members) for p in r.parameter_paths
-        )
+        of = _parameters_of(members, relations)
         shapes = list(dict.fromkeys(g.varshape for g in members))
         why = f"have the shapes {', '.join(map(str, shapes))}" if len(shapes) > 1 else "mix positions"
         if of:
@@ -217,11 +215,17 @@ def coupled_groups(
                     f"{len(members)} groups. Traces of {_named(of)} keep what a group does to itself; what it does to "
                     "another one and back gets no credit in later steps. Give states of the same units one shape, or "
                     "several values per unit as a brainstate.HiddenGroupState of shape (..., k).",
-                    weight_path=next(iter(of)),
+                    weight_path=of[0],
                     hidden_paths=paths,
                 )
             )
     return records
+
+
+def _parameters_of(groups: Sequence[HiddenGroup], relations: Sequence[HiddenParamOpRelation]) -> list[Path]:
+    """Those that have traces in some of the groups."""
+    found = (p for r in relations if any(g in r.hidden_groups for g in groups) for p in r.parameter_paths)
+    return list(dict.fromkeys(found))
 
 
 def _named(paths: Iterable[Path]) -> str:

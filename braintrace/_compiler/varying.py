@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import jax
 
-from .._jax import Atom, ClosedJaxpr, JaxprEqn, Literal, Var, open_jaxpr, reads, structs
+from .._jax import Atom, ClosedJaxpr, JaxprEqn, Literal, Var, open_jaxpr, reads, struct, structs
 from .._ops.composed import ComposedPrimitive
 from .._ops.primitive import ETPPrimitive
 from .._ops.stacked import StackedPrimitive
-from .._program import before, behind, made_at, sub_program, variables
+from .._program import before, behind, sub_program, variables
 from .._types import Path, PyTree
 from .flow import MarkedOp
 from .labels import is_aligned, mixes, own_label
@@ -47,14 +47,14 @@ def trained(step: Step, op: MarkedOp, program: OperandProgram, paths: dict[str, 
 
 def is_varying(step: Step, op: MarkedOp, own: Trained) -> bool:
     """Whether the way back to the parameters is another one at every step."""
-    return any(not is_steady(step.info, step.info.jaxpr.invars[i]) for i in _read_backward(step, op, own))
+    return any(not is_steady(step, step.info.jaxpr.invars[i]) for i in _read_backward(step, op, own))
 
 
-def is_steady(info: ModuleInfo, var: Atom) -> bool:
+def is_steady(step: Step, var: Atom) -> bool:
     """Whether a variable depends on nothing but parameters, and states that the step does not write."""
-    jaxpr, number = info.jaxpr, {v: i for i, v in enumerate(info.jaxpr.invars)}
-    for root in before(jaxpr.eqns, made_at(jaxpr.eqns), [var]):
-        place = number.get(root)
+    info, jaxpr = step.info, step.info.jaxpr
+    for root in before(jaxpr.eqns, step.made_at, [var]):
+        place = step.number.get(root)
         if place is None or root in info.invar_to_weight_path:
             continue
         if place < info.first_state or jaxpr.outvars[info.num_var_out + place - info.first_state] is not root:
@@ -137,7 +137,7 @@ def _shares(op: MarkedOp, own: Trained) -> bool:
         return one.rules.unshare is not None
     lead = one.lead(op.y.aval, params)
     x, y = (jax.ShapeDtypeStruct(v.aval.shape[lead:], v.aval.dtype) for v in (op.x, op.y))
-    weights = {k: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for k, v in own.variables.items()}
+    weights = {k: struct(v) for k, v in own.variables.items()}
     return one.rules.unshare(x, y, weights, params) is not None
 
 
@@ -171,7 +171,7 @@ def _has_traces(op: MarkedOp, found: Trained) -> bool:
     one, params = found.primitive, op.eqn.params
     lead = one.lead(op.y.aval, params)
     sample = lambda v: jax.ShapeDtypeStruct(v.aval.shape[lead:], v.aval.dtype)  # noqa: E731
-    whole = lambda of: {k: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for k, v in of.items()}  # noqa: E731
+    whole = lambda of: {k: struct(v) for k, v in of.items()}  # noqa: E731
     args = None if op.x is None else sample(op.x), whole(found.variables), whole(found.fixed)
 
     def apply(x: PyTree, weights: PyTree, fixed: PyTree) -> jax.Array:

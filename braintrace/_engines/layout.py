@@ -16,7 +16,7 @@ from .._binding import Fixed, Operands
 from .._compiler.labels import NONE, is_aligned, mixes, own_label
 from .._compiler.positions import entry_positions, no_cut, propagate
 from .._compiler.relations import HiddenParamOpRelation
-from .._jax import Literal, Var, open_jaxpr
+from .._jax import Literal, open_jaxpr, struct
 from .._ops.primitive import Unshared
 from .._types import PyTree, Shape, path_str
 from .pieces import Slot
@@ -86,8 +86,8 @@ def layout_of(relation: HiddenParamOpRelation) -> TraceLayout:
 def _layout_of_one(relation: HiddenParamOpRelation) -> TraceLayout:
     p, y = relation.primitive, relation.y_var.aval
     lead = p.lead(y, relation.eqn_params)
-    weights = {k: _struct(v) for k, v in relation.trainable_vars.items()}
-    fixed = {i: _struct(v) for i, v in relation.fixed_vars.items()}
+    weights = {k: struct(v) for k, v in relation.trainable_vars.items()}
+    fixed = {i: struct(v) for i, v in relation.fixed_vars.items()}
     untrained = {k: fixed[i] for k, i in relation.untrained.items()}
     where = f"{p.name} at {path_str(relation.path)!r}"
     shapes = {k: w.shape for k, w in weights.items()}
@@ -156,7 +156,7 @@ def _reads_by_sample(relation: HiddenParamOpRelation, weights: Shapes, fixed: di
     p, y = relation.primitive, relation.y_var.aval
     if y.shape[0] == 1:  # a single sample reads what there is
         return False
-    x = None if relation.x_var is None else _struct(relation.x_var)
+    x = None if relation.x_var is None else struct(relation.x_var)
     jaxpr = open_jaxpr(jax.make_jaxpr(lambda x, w, f: p.apply(x, w, relation.eqn_params, f))(x, weights, fixed))
     operands = jaxpr.invars[len(jaxpr.invars) - len(fixed) :]
     env = {v: {("fixed", i): own_label(v.aval.shape, len(v.aval.shape))} for i, v in enumerate(operands)}
@@ -197,15 +197,11 @@ def _find_anchors(
     return anchors
 
 
-def _struct(var: Var) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
-
-
 def _pointwise(relation: HiddenParamOpRelation, key: str) -> bool:
     """Whether the output of an operation without input depends entry by entry on a weight."""
-    others = {k: _struct(v) for k, v in relation.trainable_vars.items()}
+    others = {k: struct(v) for k, v in relation.trainable_vars.items()}
     w, y = others.pop(key), relation.y_var.aval
-    fixed = {i: _struct(v) for i, v in relation.fixed_vars.items()}
+    fixed = {i: struct(v) for i, v in relation.fixed_vars.items()}
 
     def value(w: jax.Array, others: dict[str, jax.Array], fixed: dict[int, jax.Array]) -> jax.Array:
         return relation.primitive.apply_sample(None, {**others, key: w}, relation.eqn_params, fixed)

@@ -20,7 +20,7 @@ from .._compiler.groups import HiddenGroup
 from .._compiler.jacobian import Coefficient, Entry
 from .._compiler.relations import HiddenParamOpRelation
 from .._compiler.step import StepRecord
-from .._jax import Var, where_compiled
+from .._jax import Var, struct, where_compiled
 from .._precision import widened
 from .._types import PyTree, Shape, path_str
 
@@ -90,9 +90,9 @@ def x_keys(graph: ETraceGraph, filters: Mapping[int, float]) -> dict[int, str]:
 
 def x_aval(relation: HiddenParamOpRelation) -> jax.ShapeDtypeStruct:
     """Shape and dtype of the linear representation of a relation's input."""
-    weights = {k: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for k, v in relation.trainable_vars.items()}
+    weights = {k: struct(v) for k, v in relation.trainable_vars.items()}
     var: Var = relation.x_var
-    x = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+    x = struct(var)
     if relation.primitive.rules.pp_x_repr is None and jnp.issubdtype(x.dtype, jnp.inexact):
         return x  # the input itself
     return jax.eval_shape(relation.x_repr, x, weights)

@@ -253,8 +253,7 @@ class WeightTrace(NamedTuple):
                 whole = outer(self.layout, slot, ones, operands, len(vmap_shape))
                 slot = {k: whole[k].astype(slot[k].dtype) for k in slot}
             slots.append(slot)
-        if self.group.snap is not None:
-            slots = [self._itself_first(slot, len(vmap_shape)) for slot in slots]
+        slots = [self._itself_first(slot, len(vmap_shape)) for slot in slots]
         stacked = {k: jnp.stack([slot[k] for slot in slots], -1) for k in trace}
         return stacked if self.group.snap is None else {k: v.reshape(*v.shape[:-2], -1) for k, v in stacked.items()}
 

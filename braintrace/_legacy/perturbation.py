@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from .._compiler.groups import HiddenGroup
 from .._compiler.module_info import ModuleInfo, extract_module_info
-from .._jax import Atom, ClosedJaxpr, JaxprEqn, Literal, Var, bind_equation, eval_jaxpr, open_jaxpr
+from .._jax import Atom, ClosedJaxpr, JaxprEqn, Literal, Var, bind_equation, eval_jaxpr, open_jaxpr, structs
 from .._program import run_program
 from .._types import Path, PyTree, path_str
 
@@ -148,9 +148,8 @@ def add_hidden_perturbation_from_minfo(
         outs = list(map(jnp.asarray, run_program(minfo.closed_jaxpr, inputs, shifted)))
         return [x + perturbations[beside[n]] if n in beside else x for n, x in enumerate(outs)]
 
-    shape_of = lambda v: jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)  # noqa: E731
-    shapes = [shape_of(minfo.hidden_path_to_invar[p]) for p in states]
-    closed = jax.make_jaxpr(run)([shape_of(v) for v in jaxpr.invars], shapes)
+    shapes = structs([minfo.hidden_path_to_invar[p] for p in states])
+    closed = jax.make_jaxpr(run)(structs(jaxpr.invars), shapes)
     added = tuple(open_jaxpr(closed).invars[len(jaxpr.invars) :])
     return HiddenPerturbation(added, tuple(states), tuple(states.values()), closed)
 

@@ -14,7 +14,7 @@ __all__ = ["ComposedPrimitive"]
 
 
 class ComposedPrimitive(ETPPrimitive):
-    """An operation of which some operands are computed, entry by entry, from parameters and from values of the step.
+    """An operation of which some operands are computed from parameters and from values of the step.
 
     What is trained are the parameters. They and the values come behind the other operands of the operation.
 
