@@ -17,7 +17,7 @@ from ._binding import Gradients, Operands
 from ._compiler.constants import known_outputs
 from ._compiler.step import Zeros
 from ._engines.engine import Emitted
-from ._jax import any_rank, open_jaxpr
+from ._jax import any_dtype, open_jaxpr
 from ._precision import wide
 from ._program import variables
 from ._recorder import Recorded, Recorder, Records, ZerosOfCall
@@ -230,7 +230,7 @@ class ChunkedGradient(_Chunked):
         total, (losses, aux) = self._over_chunks((plain, traced), items)
         return self._by_key(*total), losses, aux
 
-    @any_rank
+    @any_dtype
     def _by_path(self, gradients: Mapping[int, Gradients]) -> dict[Path, list[jax.Array | None]]:
         """Gradients of operands -> path -> gradients of the parameter's leaves, ``None`` where there is none."""
         states, binding = self.learner.param_states, self.records.binding

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ._jax import any_rank, refuses
+from ._jax import any_dtype, refuses
 from ._types import PyTree
 
 __all__ = ["NO_WINDOW", "credit", "no_window_gradient", "reverse_only", "with_cotangent"]
@@ -71,7 +71,7 @@ def credit(
     ) -> tuple[PyTree, tuple[tuple[PyTree, ...], PyTree]]:
         return zeros_of(lifted, held, weights), (held, jax.tree.map(_first_order, weights))
 
-    @any_rank
+    @any_dtype
     def backward(residuals: tuple[tuple[PyTree, ...], PyTree], bars: PyTree) -> tuple[PyTree, None, None]:
         return _filled(reverse(residuals[0], bars), like), None, None
 

@@ -27,11 +27,11 @@ from jax.typing import DTypeLike
 from ._types import PyTree, Shape
 
 __all__ = [
-    'Atom', 'ClosedJaxpr', 'Jaxpr', 'JaxprEqn', 'Literal', 'Primitive', 'Var', 'any_rank', 'at_source', 'bind_equation',
-    'call_body', 'close', 'consts_of', 'define_bilinear', 'define_primitive', 'eval_jaxpr', 'has_custom_rule',
-    'hashed', 'is_builtin', 'is_in_differentiated_loop', 'is_jit', 'is_on_one_device', 'is_outside', 'is_remat',
-    'is_tracer', 'open_jaxpr', 'placed', 'primitive_body', 'prune', 'reads', 'refuses', 'scan_operands',
-    'source_line', 'struct', 'structs', 'sub_jaxprs', 'trace_context', 'where_compiled', 'zeros',
+    'Atom', 'ClosedJaxpr', 'Jaxpr', 'JaxprEqn', 'Literal', 'Primitive', 'Var', 'any_dtype', 'any_rank', 'at_source',
+    'bind_equation', 'call_body', 'close', 'consts_of', 'define_bilinear', 'define_primitive', 'eval_jaxpr',
+    'has_custom_rule', 'hashed', 'is_builtin', 'is_in_differentiated_loop', 'is_jit', 'is_on_one_device',
+    'is_outside', 'is_remat', 'is_tracer', 'open_jaxpr', 'placed', 'primitive_body', 'prune', 'reads', 'refuses',
+    'scan_operands', 'source_line', 'struct', 'structs', 'sub_jaxprs', 'trace_context', 'where_compiled', 'zeros',
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -55,6 +55,21 @@ def any_rank(function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         with jax.numpy_rank_promotion("allow"):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def any_dtype(function: Callable[P, T]) -> Callable[P, T]:
+    """:func:`any_rank`, and arrays of different dtypes meet whatever ``jax_numpy_dtype_promotion`` says.
+
+    For the algebra of traces, which may be stored in fewer bits than they are summed in.
+    """
+
+    @functools.wraps(function)
+    @any_rank
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with jax.numpy_dtype_promotion("standard"):
             return function(*args, **kwargs)
 
     return run

@@ -13,7 +13,7 @@ from ._compiler.step import StepRecord, Zeros
 from ._credit import credit, no_window_gradient, with_cotangent
 from ._engines.engine import Cotangents, Engine
 from ._engines.record import Sensitivity, instantaneous, read_record, spread
-from ._jax import any_rank, is_tracer
+from ._jax import any_dtype, is_tracer
 from ._types import Path, PyTree
 
 __all__ = ["Extras", "Hooks", "OnlineStep", "over_window", "silent"]
@@ -296,7 +296,7 @@ class OnlineStep(NamedTuple):
             del traces, index
             return weights
 
-        @any_rank
+        @any_dtype
         def backward(
             held: tuple[list[PyTree], PyTree, jax.Array], bars: list[PyTree]
         ) -> tuple[list[PyTree], None, None]:

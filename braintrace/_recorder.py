@@ -13,7 +13,7 @@ from ._compiler.step import StepRecord, Zeros
 from ._credit import NO_WINDOW
 from ._engines.engine import Cotangents, Emitted, bytes_of
 from ._engines.record import add, contraction, read_record
-from ._jax import any_rank, open_jaxpr, trace_context
+from ._jax import any_dtype, open_jaxpr, trace_context
 from ._online import Extras, OnlineStep, over_window, silent
 from ._types import Path, PyTree, Shape
 
@@ -89,7 +89,7 @@ class Records:
         self.online, self.single_step = online, single_step
         self.binding, self.engine = online.binding, online.engine
 
-    @any_rank
+    @any_dtype
     def step(
         self,
         carry: PyTree,
@@ -140,7 +140,7 @@ class Records:
         fixed: dict[int, Fixed] = {i: record.fixed[i] for i in needed if record.fixed[i]}
         return carry, Emitted(of_engine, read, fixed, cotangents.residual)
 
-    @any_rank
+    @any_dtype
     def end(
         self,
         traces: PyTree,

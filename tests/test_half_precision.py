@@ -89,6 +89,27 @@ def test_a_trace_dtype_that_is_asked_for_is_kept():
     assert float(trace.value["weight"][0, 0, 0]) < 200  # where 251 is right
 
 
+@pytest.mark.filterwarnings("ignore:.*snap_pattern")
+@pytest.mark.parametrize("rule", [r for r in RULES if r is not braintrace.pp_prop])
+def test_traces_in_half_precision_under_strict_promotion(rule):
+    options, xs = RULES[rule][0], jax.random.normal(jax.random.key(0), (4, 2, 3))
+
+    def gradients():
+        with brainstate.random.seed_context(0):
+            model = braintrace.nn.GRUCell(3, 4)
+        learner = braintrace.compile(model, rule, xs[0], batch_size=2, trace_dtype=jnp.bfloat16, **options)
+        loss = lambda x: jnp.square(learner(x)).sum()  # noqa: E731
+        step = brainstate.transform.grad(loss, model.states(brainstate.ParamState))
+        steps = [step(x) for x in xs]
+        learner.etrace_evolve(xs)
+        return steps, learner.etrace_grad(xs, step_fn=loss, loss_output="scalar")
+
+    expected = gradients()
+    with jax.numpy_dtype_promotion("strict"):
+        found = gradients()
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parts(dtype):
     ones = jnp.ones(1, dtype)

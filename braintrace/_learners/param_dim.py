@@ -16,7 +16,7 @@ from .._compiler.scope import CEILING
 from .._engines.instant import SlotTrace
 from .._engines.param import ParamEngine, ParamRecursion, check_anchors
 from .._engines.weight_trace import WeightTrace
-from .._jax import any_rank
+from .._jax import any_dtype
 from .._types import Path, PyTree, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
@@ -172,7 +172,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
             state.value = vals[key]
 
 
-@any_rank
+@any_dtype
 def dense_trace(
     weight: WeightTrace, trace: SlotTrace, binding: Binding, parameters: Mapping[Path, brainstate.ParamState]
 ) -> dict[str, jax.Array]:

@@ -18,7 +18,7 @@ from .._compiler.scope import CEILING
 from .._credit import reverse_only
 from .._engines.engine import Engine, check_outputs
 from .._engines.pieces import is_pieces
-from .._jax import any_rank, is_tracer, trace_context
+from .._jax import any_dtype, is_tracer, trace_context
 from .._legacy.executor import ETraceVjpGraphExecutor
 from .._online import Hooks, OnlineStep
 from .._past import Past
@@ -327,7 +327,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
 
     # -- one call -----------------------------------------------------------------------------------------------
 
-    @any_rank
+    @any_dtype
     def update(self, *args: PyTree, modulator: PyTree = None, **kwargs: PyTree) -> PyTree:
         """Run the model for one step, or for a window, and advance the traces.
 
