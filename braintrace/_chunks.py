@@ -26,7 +26,7 @@ from ._types import Path, PyTree, Shape, head
 if TYPE_CHECKING:
     from ._learners.vjp import ETraceVjpAlgorithm
 
-__all__ = ["ChunkedEvolution", "ChunkedGradient", "zeros_to_add"]
+__all__ = ["ChunkedEvolution", "ChunkedGradient", "losses_weight", "zeros_to_add"]
 
 
 # Per number of a leaf of the weights its sum, and per operation those of its operands.
@@ -89,6 +89,10 @@ class _Chunked:
         """
         raise NotImplementedError
 
+    def _weight(self, item: tuple[PyTree, ...]) -> jax.Array | None:
+        """What the gradient of a call is multiplied with."""
+        return None
+
     def _recorded(self, zeros: PyTree, *args: PyTree) -> tuple[PyTree, Recorded | None]:
         """What the function returns, and what the learner's call in it left."""
         with self.learner._recording(zeros) as recorder:
@@ -136,14 +140,16 @@ class _Chunked:
         ) -> tuple[tuple[dict[int, jax.Array], PyTree], tuple[Emitted, PyTree]]:
             plain, engine = carry
             index = learner.running_index.value
+            weight = self._weight(item)
             grads, bars, result, recorded = self.step(*item, self._zeros())
             read = lambda engine, recorded, bars: records.step(  # noqa: E731
-                engine, index, recorded, bars, self.operands, self.length
+                engine, index, recorded, bars, self.operands, self.length, weight
             )
             if self.vmap_shape:
                 read = jax.vmap(read, out_axes=(0, 1), axis_size=self.vmap_shape[0])
             engine, emitted = read(engine, recorded, bars)
-            return ({i: v + grads[i] for i, v in plain.items()}, engine), (emitted, result)
+            now = {i: grads[i] if weight is None else weight.astype(grads[i].dtype) * grads[i] for i in plain}
+            return ({i: v + now[i] for i, v in plain.items()}, engine), (emitted, result)
 
         (plain, engine), (emitted, result) = brainstate.transform.scan(
             body, (plain, records.engine.chunk_start(traces)), items
@@ -209,12 +215,15 @@ class ChunkedGradient(_Chunked):
         def differentiable(
             slices: tuple[PyTree, ...], m: jax.Array, zeros: ZerosOfCall
         ) -> tuple[jax.Array, tuple[PyTree, Recorded | None]]:
-            (value, result), recorded = self._recorded(zeros, slices, m)
+            (value, result), recorded = self._recorded(zeros, slices, losses_weight(m))
             return value, (result, recorded)
 
         gradient = brainstate.transform.grad(differentiable, self.weights, argnums=2, has_aux=True)
         (grads, bars), more = gradient(slices, m, zeros)
         return self._leaves(grads), bars, *more
+
+    def _weight(self, item: tuple[PyTree, jax.Array]) -> jax.Array | None:
+        return None if item[1].ndim else item[1]
 
     def _leaves(self, by_key: Mapping[Hashable, PyTree]) -> list[jax.Array]:
         return [leaf for key in self.weights for leaf in jax.tree.leaves(by_key[key])]
@@ -251,6 +260,11 @@ class ChunkedGradient(_Chunked):
                 found.append(functools.reduce(jnp.add, [g.astype(wide(leaf.dtype)) for g in parts]))
             out[key] = tree.unflatten(found)
         return out
+
+
+def losses_weight(m: jax.Array) -> jax.Array | None:
+    """The weights of losses within a call, those of a window; of a single one the gradient gets it."""
+    return m if m.ndim else None
 
 
 @jax.custom_vjp

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from ._types import Path, PyTree, Shape
 
 __all__ = ["Recorded", "Recorder", "Records", "ZerosOfCall"]
 
+T = TypeVar("T")
 ZerosOfCall: TypeAlias = Zeros | dict[Path, jax.Array]  # of a step, or of hidden values at the entry of a window
 Recorded: TypeAlias = tuple[StepRecord, Extras]
 
@@ -98,18 +99,20 @@ class Records:
         bars: PyTree,
         operands: Sequence[Operands],
         length: int | None,
+        weight: jax.Array | None,
     ) -> tuple[PyTree, Emitted]:
         """From the record of a call and the cotangents of its zeros to what the end of the chunk needs.
 
-        Everything emitted has a leading axis: the ``length`` steps of a window, or one.
+        ``weight``: that of the call in the gradient. Signals get it as they meet the traces: what a rule makes of them
+        need not be linear. Everything emitted has a leading axis: the ``length`` steps of a window, or one.
         """
         record, (leaves, aux) = recorded
         if self.single_step:
             _, dfs, _ = read_record(self.binding.graph, record, operands, {})
-            found = self.online.cotangents(bars.new, bars.old, bars.y, dfs, leaves, aux)
+            found = _weighted(self.online.cotangents(bars.new, bars.old, bars.y, dfs, leaves, aux), weight)
             carry, emitted = self._emit(carry, index, record, found, operands)
             return carry, jax.tree.map(lambda v: v[None], emitted)
-        entry = self.online.changed(self.binding.signals(bars), (leaves, aux))
+        entry = _weighted(self.online.changed(self.binding.signals(bars), (leaves, aux)), weight)
         if length is None:
             carry, emitted = self._emit(carry, index, record, Cotangents(silent(entry), entry, {}), operands)
             return carry, jax.tree.map(lambda v: v[None], emitted)
@@ -171,3 +174,7 @@ class Records:
             if g.snap is not None:  # the Jacobian between neighbours is far larger than anything else
                 record += sum(bytes_of(v.aval) for v in open_jaxpr(g.jacobian.program).outvars)
         return held, max(record, 1)
+
+
+def _weighted(tree: T, weight: jax.Array | None) -> T:
+    return tree if weight is None else jax.tree.map(lambda v: weight.astype(v.dtype) * v, tree)

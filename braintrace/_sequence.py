@@ -20,7 +20,7 @@ from ._arguments import (
     one_of,
     windows,
 )
-from ._chunks import ChunkedEvolution, ChunkedGradient, zeros_to_add
+from ._chunks import ChunkedEvolution, ChunkedGradient, losses_weight, zeros_to_add
 from ._jax import is_outside
 from ._types import CompilationWarning, MultiStepData, PyTree, Shape
 from ._warn import warn
@@ -284,10 +284,8 @@ def _step_by_step(
         total: dict[Hashable, PyTree], item: tuple[tuple[PyTree, ...], jax.Array]
     ) -> tuple[dict[Hashable, PyTree], tuple[jax.Array, PyTree]]:
         slices, m = item
-        if m.ndim:  # of a window: one weight per loss in it
-            grads, (loss, aux) = gradient(slices, m)
-        else:
-            grads, (loss, aux) = gradient(slices, None)
+        grads, (loss, aux) = gradient(slices, losses_weight(m))
+        if not m.ndim:
             grads = jax.tree.map(lambda g: g * m.astype(g.dtype), grads)
         return jax.tree.map(jnp.add, total, grads), (loss, aux)
 

@@ -110,6 +110,21 @@ class HalvedTrace(braintrace.D_RTRL):
         return super()._update_etrace_data(running_index, old_traces, *rest)
 
 
+class HalvedStates(braintrace.D_RTRL):
+    def _assign_etrace_data(self, vals):
+        super()._assign_etrace_data(jax.tree.map(lambda e: 0.5 * e, vals))
+
+
+class HalvedReading(braintrace.pp_prop):
+    def _get_etrace_data(self):
+        return jax.tree.map(lambda e: 0.5 * e, super()._get_etrace_data())
+
+
+class SignOfSignal(braintrace.D_RTRL):
+    def _compute_learning_signal(self, signals, args_plus_aux):
+        return [jnp.sign(s) for s in signals]
+
+
 class HalvedGradients(braintrace.pp_prop):
     def _solve_weight_gradients(self, *args):
         return jax.tree.map(lambda g: 0.5 * g, super()._solve_weight_gradients(*args))
@@ -141,7 +156,11 @@ VARIANTS = {  # the learner, and the rule that it must not equal
         "D_RTRL",
     ),
     "own signal": (lambda net: HalvedSignal(net, 0.9), "pp_prop"),
+    "sign of the signal": (SignOfSignal, "D_RTRL"),
+    "modulator": (lambda net: braintrace.ThreeFactor(net, modulator=0.3), "D_RTRL"),
     "own trace": (HalvedTrace, "D_RTRL"),
+    "own states": (HalvedStates, "D_RTRL"),
+    "own reading": (lambda net: HalvedReading(net, 0.9), "pp_prop"),
     "own gradients": (lambda net: HalvedGradients(net, 0.9), "pp_prop"),
 }
 
@@ -151,7 +170,9 @@ VARIANTS = {  # the learner, and the rule that it must not equal
 def test_variants(variant, mapped):
     make, rule = VARIANTS[variant]
     learner = Learner(lif(mapped), make)
-    expected = total(learner.by_step())
+    steps, mask = learner.by_step(), np.resize([1.0, 0.0, -0.5, 2.0, 0.7], T)
+    assert_close(dict(learner.chunked(4, mask=jnp.asarray(mask))), total(steps, mask), 2e-5)
+    expected = total(steps)
     assert_close(dict(learner.chunked(4)), expected, 2e-5)
     with pytest.raises(AssertionError):
         assert_close(expected, total(reference(*LIF, rule=rule).steps), 1e-2)

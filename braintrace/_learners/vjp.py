@@ -432,7 +432,8 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
 
     def _can_record(self) -> bool:
         """Whether sequences may be driven chunk by chunk."""
-        hooks = "_update_etrace_data", "_solve_weight_gradients", "_make_etrace_stepper", "_inject_exit_cotangent"
+        traces = "_get_etrace_data", "_assign_etrace_data", "_update_etrace_data", "_make_etrace_stepper"
+        hooks = *traces, "_solve_weight_gradients", "_inject_exit_cotangent"
         static = all(r.is_static for r in self.graph.operations)
         return static and self._engine.has_chunks and not self._overrides(*hooks)
 
