@@ -295,6 +295,12 @@ def define_primitive(
     def abstract_eval(*avals: jax.core.ShapedArray, **params: object) -> PyTree:
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
         out = jax.eval_shape(lambda *xs: impl(*xs, **params), *shapes)
+        if isinstance(out, (tuple, list)) != primitive.multiple_results:
+            found = f"a {type(out).__name__} of {len(out)}" if isinstance(out, (tuple, list)) else "one array"
+            raise TypeError(
+                f"The operation {primitive.name!r} returns {found}. An operation with y_outvar_index=0 returns one "
+                "array; one with several outputs is registered with the index, at least 1, of the one that is traced."
+            )
         return jax.tree.map(lambda s: jax.core.ShapedArray(s.shape, s.dtype), out)
 
     primitive.def_abstract_eval(abstract_eval)

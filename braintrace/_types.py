@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Hashable
 from typing import Any
@@ -93,6 +94,14 @@ class Held:
 
     def __init__(self, value: Any):
         self.value = value
+        self._is_kept = False
+
+    def of_its_own(self) -> Held:
+        """Itself for the first module that keeps it, copies for others."""
+        if self._is_kept:
+            return Held(copy.deepcopy(self.value)).of_its_own()
+        self._is_kept = True
+        return self
 
 
 # brainpy.state keys the synapses of a neuron by the description they were made of.

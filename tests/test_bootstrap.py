@@ -1,5 +1,7 @@
 """DNI: an estimate of future losses enters a window where the traces do not carry credit."""
 
+import copy
+
 import brainpy
 import brainstate
 import braintools
@@ -150,6 +152,19 @@ def test_fitting_the_estimate():
     assert len(errors) == 60 and errors[-1] < 0.5 * errors[0]
     jax.tree.map(np.testing.assert_array_equal, before, {k: s.value for k, s in dni.param_states.items()})
     assert all(jnp.abs(s.value).max() > 0 for s in dni.synthesizer.states_dict().values())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, brainstate.graph.clone])
+def test_a_copy_has_a_synthesizer_of_its_own(copied):
+    xs, dni = learners(DNI)
+    dni.attach_synthesizer(synthesizer(dni, 0.5))
+    other = copied(copied(dni))
+    values = lambda learner: jax.tree.map(np.asarray, learner.synthesizer.param_values())  # noqa: E731
+    before = values(dni)
+    jax.tree.map(np.testing.assert_array_equal, values(other), before)
+    braintrace.train_synthetic_gradient(other, xs, chunk_size=2, epochs=2, lr=0.1, batch_size=BATCH)
+    jax.tree.map(np.testing.assert_array_equal, values(dni), before)
+    assert all(np.any(a != b) for a, b in zip(jax.tree.leaves(values(other)), jax.tree.leaves(before)))
 
 
 def test_the_first_error_is_the_mean_square_of_the_cotangents():

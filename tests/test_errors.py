@@ -19,7 +19,10 @@ import braintrace
 from braintrace import D_RTRL, EProp, MultiStepData, OSTLFeedforward, SingleStepData, compile, matmul, pp_prop
 from braintrace._legacy import operations as OLD
 
-pytestmark = [pytest.mark.usefixtures("time_step"), pytest.mark.filterwarnings("ignore:.*(relation_|never reads)")]
+pytestmark = [
+    pytest.mark.usefixtures("time_step"),
+    pytest.mark.filterwarnings("ignore:.*(relation_|snap_|never reads)"),
+]
 
 X = jnp.ones(2)
 XS = jnp.ones((6, 2))
@@ -48,6 +51,14 @@ def two_inputs(m, a, b):
     return leaky(m, a * b)
 
 
+returns_two = braintrace.register_primitive("returns_two", lambda x, w: (x @ w, x @ w))
+
+
+def two_outputs(m, x):
+    m.h.value, _ = returns_two.bind(x, m.w.value)
+    return m.h.value
+
+
 def stateless(m, x):
     return matmul(x, m.w.value)
 
@@ -70,6 +81,13 @@ def changes_structure(m, x):
 def compiles_within(m, x):
     raw().compile_graph(x)
     return leaky(m, x)
+
+
+def snap_of_another_batch():
+    model = cell()
+    learner = compile(model, braintrace.SnAp, XS, batch_size=6)
+    brainstate.nn.init_all_states(model, batch_size=5)
+    return learner
 
 
 def learner_of(step=leaky, *args, h=jnp.zeros(3), decay=0.9, **options):
@@ -200,6 +218,7 @@ ROWS = [  # what is called, the exception, what the message names
     (lambda: compile(cell(), "pp_prop", X, decay_or_rank=0.9, verbose=True), ValueError, "verbose.*True"),
     (lambda: compile(cell(), "pp_prop", X), TypeError, "decay_or_rank"),
     (lambda: compile(cell(), "pp_prop", X, decay_or_rank=0.9, colour=1), TypeError, "colour"),
+    (lambda: compile(Model(two_outputs), "d_rtrl", X), TypeError, "'returns_two' returns a tuple.*y_outvar_index"),
     (lambda: compile(Model(stateless), "pp_prop", X, decay_or_rank=0.9), NoRelation, "online.*braintrace.matmul"),
     (lambda: compile(Model(remembers, s=SHORT), "pp_prop", X, decay_or_rank=0.9), NoRelation, "'s'.*HiddenState"),
     (lambda: compile(cell(), "pp_prop", X, decay=0.9), TypeError, "decay. Did you mean decay_or_rank"),
@@ -226,6 +245,10 @@ ROWS = [  # what is called, the exception, what the message names
     (lambda: D_RTRL(cell(), config=3), TypeError, "ETraceConfig.*int"),
     (lambda: EProp(cell(), feedback="mean"), ValueError, "feedback.*'mean'"),
     (lambda: EProp(cell(), feedback="random"), ValueError, "random_feedback_key"),
+    (lambda: EProp(cell(), feedback="random", random_feedback_key="a"), TypeError, "random_feedback_key.*'a'"),
+    (lambda: braintrace.FixedRandomFeedback(2, 3, 0.5), TypeError, "key.*0.5"),
+    (lambda: EProp(cell(), kappa_filter_decay=float("nan")), ValueError, "kappa.*nan"),
+    (lambda: D_RTRL(cell(), 0.9), TypeError, "name of a D_RTRL.*0.9.*decay_or_rank"),
     (lambda: EProp(cell(), kappa_filter_decay=1.5), ValueError, r"kappa 1\.5"),
     (lambda: EProp(cell(), kappa_filter_decay="a"), TypeError, "kappa_filter_decay.*str"),
     (lambda: EProp(cell(), config=config()), TypeError, "config"),
@@ -303,6 +326,8 @@ ROWS = [  # what is called, the exception, what the message names
     (lambda: learner_of()(MultiStepData(jnp.ones((6, 3)))), ValueError, r"\(6, 3\).*\(2,\)"),
     (lambda: learner_of(leaky)(X * 1j), ValueError, "complex64.*float32.*'h' changes its dtype"),
     (lambda: learner_of()(MultiStepData(jnp.asarray(1.0))), ValueError, "scalar"),
+    (lambda: learner_of()(MultiStepData(XS[:0])), ValueError, "length 0"),
+    (lambda: snap_of_another_batch()(jnp.ones((5, 2))), ValueError, r"reset_state\(batch_size"),
     (
         lambda: learner_of(two_inputs, X, X)(MultiStepData(XS), MultiStepData(XS[:4])),
         ValueError,

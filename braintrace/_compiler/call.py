@@ -60,6 +60,8 @@ class Call(NamedTuple):
         lengths = {shape[0] for shape in windows}
         if len(lengths) > 1:
             raise ValueError(f"The windows of one call have different lengths: {sorted(lengths)}.")
+        if 0 in lengths:
+            raise ValueError("MultiStepData holds a window of length 0; axis 0 of every leaf must be one step or more.")
         return next(iter(lengths), None)
 
     def first_step(self) -> Call:

@@ -63,6 +63,11 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
     __module__ = "braintrace"
 
     def __init__(self, model: brainstate.nn.Module, graph_executor: ETraceGraphExecutor, name: str | None = None):
+        if not isinstance(name, (str, type(None))):
+            raise TypeError(
+                f"The name of a {type(self).__name__} must be a string, got {name!r}. Pass its other arguments by "
+                "keyword; a decay is an argument of pp_prop (decay_or_rank)."
+            )
         super().__init__(name=name)
         if not isinstance(model, brainstate.nn.Module):
             raise TypeError(f"The model must be a brainstate.nn.Module, got {type(model).__name__}.")

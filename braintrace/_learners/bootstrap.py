@@ -218,6 +218,11 @@ class DNI(ParamDimVjpAlgorithm):
         """What estimates future losses; its parameters are not among the learner's states."""
         return self._held.value
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_held":  # brainstate gives a copy of a module the very values that are no states
+            value = value.of_its_own()
+        super().__setattr__(name, value)
+
     def attach_synthesizer(self, synthesizer: SyntheticGradient) -> None:
         """Use this synthesizer from the next call on.
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from .._precision import wide, widened
 from .._types import PyTree
+from .signals import as_key
 
 __all__ = ["FixedRandomFeedback", "GradExpon", "KappaFilter"]
 
@@ -45,7 +46,7 @@ class FixedRandomFeedback:
     __module__ = "braintrace"
 
     def __init__(self, n_target: int, n_layer: int, key: jax.Array | int, init_scale: float = 0.1):
-        key = jax.random.key(key) if isinstance(key, int) else key
+        key = as_key("key", key)
         self.n_target = n_target
         self.n_layer = n_layer
         self.B = jax.lax.stop_gradient(init_scale * jax.random.normal(key, (n_target, n_layer)))

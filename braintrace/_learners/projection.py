@@ -21,6 +21,7 @@ from .._types import Path, PyTree, Shape, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
 from .options import Legacy, VjpMethod, legacy_options
+from .signals import as_key
 from .vjp import ETraceVjpAlgorithm
 
 __all__ = ["UORO", "RandomProjectionVjpAlgorithm"]
@@ -133,7 +134,7 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
             raise ValueError(f"projection_eps must be above 0, also in float32, got {projection_eps!r}.")
         self.projection_eps: float = float(projection_eps)
         self.projection_key = projection_key
-        self._key: jax.Array = _as_key(projection_key)
+        self._key: jax.Array = as_key("projection_key", projection_key)
 
     def init_etrace_state(self, *args: PyTree, **kwargs: PyTree) -> None:
         """Allocate zero projections, as new state objects; the step counter is not touched."""
@@ -232,17 +233,6 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
             state.value = projections[index].state
         for index, (path, value) in self._of_parameters(projections):
             self.etrace_theta[index, path].value = value
-
-
-def _as_key(given: PyTree) -> jax.Array:
-    key = given
-    if isinstance(key, numbers.Integral) and not isinstance(key, bool):
-        key = jax.random.key(int(key))
-    elif getattr(key, "dtype", None) == jnp.uint32 and key.ndim == 1:
-        key = jax.random.wrap_key_data(key)
-    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)) or jnp.ndim(key):
-        raise TypeError(f"projection_key must be an int or a JAX key, got {given!r}.")
-    return key
 
 
 class UORO(RandomProjectionVjpAlgorithm):

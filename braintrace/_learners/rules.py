@@ -10,6 +10,7 @@ import brainstate
 import jax
 from jax.typing import DTypeLike
 
+from .._binding import Binding
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
 from .._engines.param import check_anchors
@@ -113,7 +114,8 @@ class EProp(ParamDimVjpAlgorithm):
             raise ValueError(f"feedback must be 'symmetric' or 'random', got {feedback!r}.")
         self.feedback = feedback
         self.kappa_filter_decay = kappa_filter_decay
-        kappa: dict[str, Any] = {"trace_filter": "kappa", "kappa": kappa_filter_decay} if kappa_filter_decay > 0 else {}
+        none = kappa_filter_decay <= 0  # not a number is none of both
+        kappa: dict[str, Any] = {} if none else {"trace_filter": "kappa", "kappa": kappa_filter_decay}
         signal = "random_feedback" if feedback == "random" else "symmetric"
         super().__init__(
             model,
@@ -338,10 +340,9 @@ class SnAp(ParamDimVjpAlgorithm):
         )
         self.n = int(n)
 
-    def init_etrace_state(self, *args: PyTree, **kwargs: PyTree) -> None:
-        """Allocate zero traces, as new state objects; the step counter is not touched."""
+    def _bind(self) -> Binding:
         check_anchors(self.graph.hidden_param_op_relations)
-        super().init_etrace_state(*args, **kwargs)
+        return super()._bind()
 
 
 class ThreeFactor(ParamDimVjpAlgorithm):
@@ -349,7 +350,9 @@ class ThreeFactor(ParamDimVjpAlgorithm):
 
     With a modulator :math:`m`, the gradient of a parameter with a trace is
     :math:`\sum_s \langle m^t_s, \epsilon^t_s \rangle`, whatever the loss makes of the new states; other
-    parameters (a readout) get the gradient of the current step's loss, as with every rule.
+    parameters (a readout) get the gradient of the current step's loss, as with every rule. Differentiate a loss that
+    depends on the learner's output: from one that does not (a count of spikes) JAX finds no way to the traces, and
+    gives zeros.
 
     Parameters
     ----------

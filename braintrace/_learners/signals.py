@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -9,7 +11,25 @@ from jax.typing import DTypeLike
 from .._compiler.groups import HiddenGroup
 from .._types import PyTree
 
-__all__ = ["expand_modulator", "feedback_matrix", "random_feedback"]
+__all__ = ["as_key", "expand_modulator", "feedback_matrix", "random_feedback"]
+
+
+def as_key(name: str, given: PyTree) -> jax.Array:
+    """The JAX key that an argument is, or that an integer is the seed of.
+
+    Raises
+    ------
+    TypeError
+        If it is neither; the message has the ``name`` of the argument.
+    """
+    key = given
+    if isinstance(key, numbers.Integral) and not isinstance(key, bool):
+        key = jax.random.key(int(key))
+    elif getattr(key, "dtype", None) == jnp.uint32 and key.ndim == 1:
+        key = jax.random.wrap_key_data(key)
+    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)) or jnp.ndim(key):
+        raise TypeError(f"{name} must be an int or a JAX key, got {given!r}.")
+    return key
 
 
 def feedback_matrix(key: jax.Array, group: HiddenGroup) -> jax.Array:

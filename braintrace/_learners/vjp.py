@@ -27,7 +27,7 @@ from .._types import Path, PyTree
 from .base import ETraceAlgorithm
 from .config import ETraceConfig
 from .options import VjpMethod
-from .signals import expand_modulator, feedback_matrix, random_feedback
+from .signals import as_key, expand_modulator, feedback_matrix, random_feedback
 
 __all__ = ["ETraceVjpAlgorithm"]
 
@@ -117,9 +117,8 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             raise ValueError(f"{type(self).__name__} estimates what follows a window: use vjp_method='multi-step'.")
         if self._config.learning_signal == "modulatory" and vjp_method != "single-step":
             raise ValueError("learning_signal='modulatory' is defined step by step: use vjp_method='single-step'.")
-        if isinstance(random_feedback_key, int):
-            random_feedback_key = jax.random.key(random_feedback_key)
-        self._feedback_key = random_feedback_key
+        given = random_feedback_key is not None
+        self._feedback_key = as_key("random_feedback_key", random_feedback_key) if given else None
         self._modulator: brainstate.State | None = None
 
     @property
