@@ -569,8 +569,11 @@ def product_with(multiply):
     return step
 
 
-def plain_bias(m, x):
-    m.h.value = 0.5 * m.h.value + matmul(x, m.w.value) + m.p.value
+def in_plain_jax(combine):
+    def step(m, x):
+        m.h.value = 0.5 * m.h.value + combine(matmul(x, m.w.value), m.p.value)
+
+    return step
 
 
 def memory(keep, read=lambda h, t: h, output=lambda h, t: h):
@@ -616,7 +619,17 @@ RECORDS = [  # step, kind, level, primitive, parameter
     (product_with(jnp.matmul), "relation_excluded_unmarked", WARNING, None, "q"),
     (product_with(lambda h, q: q[0] * h), "relation_excluded_unmarked", WARNING, None, "q"),
     (product_with(jax.jit(lambda h, q: h @ jnp.abs(q))), "relation_excluded_unmarked", WARNING, None, "q"),
-    (plain_bias, "relation_excluded_unmarked", INFO, None, "p"),
+    (in_plain_jax(jnp.add), "relation_excluded_unmarked", WARNING, None, "p"),
+    (in_plain_jax(lambda y, p: y * p), "relation_excluded_unmarked", WARNING, None, "p"),
+    (in_plain_jax(lambda y, p: y + p[jnp.array([0, 2, 2])]), "relation_excluded_unmarked", WARNING, None, "p"),
+    (
+        in_plain_jax(lambda y, p: jax.ops.segment_sum(p[:2] * y[1:], jnp.array([0, 2]), N)),
+        "relation_excluded_unmarked",
+        WARNING,
+        None,
+        "p",
+    ),
+    (in_plain_jax(lambda y, p: y * jnp.exp(p)), "relation_excluded_unmarked", WARNING, None, "p"),
     (memory(keep_output, jnp.add), "state_not_hidden", WARNING, None, "q"),
     (memory(accumulate), "state_not_hidden", WARNING, None, None),
     (memory(accumulate, output=lambda h, t: t.sum()), "state_not_hidden", WARNING, None, None),
@@ -675,6 +688,85 @@ Q = jnp.ones((N, N))
 def test_no_warning_where_nothing_is_to_be_done(name):
     graph = compiled(SILENT[name], q=ParamState(Q), t=brainstate.ShortTermState(jnp.zeros(N)))
     assert {r.kind for r in graph.diagnostics if r.level is WARNING} <= {DiagnosticKind.STATE_MISMATCH}  # unread ones
+
+
+def buffered(read):
+    """`t` holds the last values of `h`."""
+
+    def step(m, x):
+        m.h.value = 0.5 * m.h.value + read(m.t.value) + matmul(x, m.w.value)
+        m.t.value = jnp.concatenate([m.t.value[1:], jnp.tanh(m.h.value)[None]])
+        return m.t.value.sum(0)
+
+    return step
+
+
+@pytest.mark.parametrize("kind", [HiddenState, brainstate.ShortTermState])
+def test_a_buffer_of_hidden_values_is_memory_that_no_trace_reaches(kind):
+    """Unless it holds what an operation receives: then it is a delay."""
+    graph = compiled(buffered(lambda t: 0.0), t=kind(jnp.zeros((2, N))))
+    (record,) = graph.explain(kind="state_not_hidden")
+    assert record.level is WARNING and "'t' keeps what 'h' did" in record.message
+    assert "one shape" in record.message and "Make it" not in record.message
+
+    def delay(m, x):
+        buffered(lambda t: matmul(t[0], Q))(m, x)
+        return m.h.value
+
+    assert not compiled(delay, t=kind(jnp.zeros((2, N)))).explain(kind="state_not_hidden")
+
+
+def written_attribute(m, x):
+    m.memory = 0.9 * m.memory + matmul(x, m.w.value)
+    m.h.value = jnp.tanh(0.5 * m.h.value + m.memory)
+    m.seen = m.h.value
+    m.log.append(m.h.value)
+    return m.h.value
+
+
+@pytest.mark.parametrize("start", [jnp.zeros(N), np.zeros(N), 0.0, jnp.zeros(()), jnp.zeros(N) * u.mV])
+def test_memory_in_an_attribute(start):
+    """One is told, and the model is as it was; what is not read is no memory."""
+
+    def step(m, x):
+        m.memory = m.memory / u.get_unit(start)
+        out = written_attribute(m, x)
+        m.memory = m.memory * u.get_unit(start)
+        return out
+
+    model = Model(step, memory=start, seen=None, log=[], other=[jnp.ones(2)])
+    before = dict(vars(model))
+    graph = braintrace.compile_etrace_graph(model, X)
+    (record,) = graph.explain(kind="state_not_hidden")
+    assert record.level is WARNING and "'memory' of Model" in record.message
+    assert vars(model) == before and model.memory is start and model.log == []
+    model.update(X)  # no traced value was left behind
+    model.memory = start
+    assert len(braintrace.compile_etrace_graph(model, X).explain(kind="state_not_hidden")) == 1
+    assert len(model.log) == 1
+
+
+def test_a_value_that_is_written_before_it_is_read_is_no_memory():
+    def step(m, x):
+        m.conductance = matmul(x, m.w.value)
+        m.h.value = 0.5 * m.h.value + m.conductance
+
+    assert not compiled(step, conductance=jnp.zeros(N)).explain(kind="state_not_hidden")
+
+
+def test_a_state_that_is_made_by_the_step():
+    def step(m, x):
+        if not hasattr(m, "late"):
+            m.late = HiddenState(jnp.zeros(N))
+        m.late.value = 0.5 * m.late.value + matmul(x, m.w.value)
+        return m.late.value
+
+    model = Model(step)
+    with pytest.raises(ValueError, match="'late' is made inside the update of Model.*init_state"):
+        braintrace.compile_etrace_graph(model, X)
+    assert not hasattr(model, "late")
+    model.late = HiddenState(jnp.zeros(N))
+    assert names(braintrace.compile_etrace_graph(model, X)) == [["late"]]
 
 
 def test_a_warning_is_given_once_where_the_user_compiles():

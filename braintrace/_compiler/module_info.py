@@ -185,7 +185,7 @@ def info_of_call(model: brainstate.nn.Module, call: Call, control_flow: ControlF
         raise AssertionError(f"The model must be a brainstate.nn.Module, got {type(model).__name__}.")
     if not isinstance(control_flow, (ControlFlowPolicy, type(None))):
         raise TypeError(f"control_flow must be a ControlFlowPolicy or None, got {type(control_flow).__name__}.")
-    traced, args, numbers, fixed = traced_with_numbers(model, call)
+    (traced, args, written), numbers, fixed = traced_with_numbers(model, call)
     trace = traced.get_state_trace(*args)
     states = tuple(trace.states)
     out_shapes, new_shapes = traced.get_out_shapes(*args)
@@ -242,7 +242,7 @@ def info_of_call(model: brainstate.nn.Module, call: Call, control_flow: ControlF
         weight_path_to_invars=weights,
         invar_to_weight_path={v: p for p, vs in weights.items() for v in vs},
         num_var_out=first_out,
-        diagnostics=tuple(diagnostics + records),
+        diagnostics=tuple(diagnostics + written + records),
     )
 
 

@@ -26,7 +26,7 @@ _REASONS = {
     "relation_excluded_weight_to_weight": "reaches hidden states through another operation only",
     "relation_excluded_sliced_weight": "only a part of it is used",
     "relation_excluded_mixing": "its output is mixed between positions on the way",
-    "relation_excluded_unmarked": "multiplies hidden values in plain JAX",
+    "relation_excluded_unmarked": "drives a hidden state in plain JAX",
 }
 _STYLE = (
     "<style scoped>.braintrace table{margin:0 0 1em;border-collapse:collapse;font-size:90%}"

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import brainstate
 import brainunit as u
 import jax
 from jax.tree_util import PyTreeDef
 
-from .._jax import Literal, is_tracer, open_jaxpr
+from .._jax import Jaxpr, Literal, consts_of, is_tracer, open_jaxpr
 from .._types import Path, PyTree, path_str
+from .attributes import kept_attributes
 from .call import Call
+from .diagnostics import CompilationRecord
 
 __all__ = ["check_structure", "traced_with_numbers"]
 
@@ -82,46 +84,63 @@ def _same_states(model: brainstate.nn.Module) -> Iterator[None]:
         raise
 
 
+class TracedStep(NamedTuple):
+    """A step that is traced already.
+
+    Attributes
+    ----------
+    function : StatefulFunction
+    args : tuple
+        What to ask it for.
+    records : list of CompilationRecord
+        On what it writes beside states.
+    """
+
+    function: brainstate.transform.StatefulFunction
+    args: tuple[PyTree, ...]
+    records: list[CompilationRecord]
+
+    @property
+    def jaxpr(self) -> Jaxpr:
+        return open_jaxpr(self.function.get_jaxpr(*self.args))
+
+
 def traced_with_numbers(
     model: brainstate.nn.Module, call: Call
-) -> tuple[brainstate.transform.StatefulFunction, tuple[PyTree, ...], dict[str, PyTree], tuple[str, ...]]:
-    """The traced step, what to ask it for, and numbers of the environment: those it reads, and names of fixed ones."""
+) -> tuple[TracedStep, dict[str, PyTree], tuple[str, ...]]:
+    """The traced step, and numbers of the environment: those it reads, and names of fixed ones."""
     numbers = dict(call.inputs)
     fixed: tuple[str, ...] = ()
     try:
-        traced, args = _traced(model, call, numbers)
+        traced = _traced(model, call, numbers)
     except NEEDS_VALUE:
         fixed = tuple(k for k, v in numbers.items() if not any(map(is_tracer, jax.tree.leaves(v))))
         if not fixed:
             raise
         numbers = {k: v for k, v in numbers.items() if k not in fixed}
-        traced, args = _traced(model, call, numbers)
-    first = len(jax.tree.leaves(call.given))
-    jaxpr = open_jaxpr(traced.get_jaxpr(*args))
+        traced = _traced(model, call, numbers)
+    first, jaxpr = len(jax.tree.leaves(call.given)), traced.jaxpr
     ends = [*jaxpr.outvars, *(v for e in jaxpr.eqns for v in e.invars)]
     used = {v for v in ends if not isinstance(v, Literal)}
     variables = iter(jaxpr.invars[first:])
     read = {k: v for k, v in numbers.items() if any([next(variables) in used for _ in jax.tree.leaves(v)])}
     if len(read) < len(numbers):
         numbers = read
-        traced, args = _traced(model, call, numbers)
-    return traced, args, numbers, fixed
+        traced = _traced(model, call, numbers)
+    return traced, numbers, fixed
 
 
-def _traced(
-    model: brainstate.nn.Module, call: Call, numbers: Mapping[str, PyTree]
-) -> tuple[brainstate.transform.StatefulFunction, tuple[PyTree, ...]]:
-    """The step as a function that is traced already, and the arguments to ask it for."""
-
+def _traced(model: brainstate.nn.Module, call: Call, numbers: Mapping[str, PyTree]) -> TracedStep:
     def step(args: tuple[PyTree, ...], keywords: Mapping[str, PyTree], numbers: Mapping[str, PyTree]) -> PyTree:
         with brainstate.environ.context(**numbers) if numbers else contextlib.nullcontext():
             return model(*args, **keywords, **call.options)
 
     args = jax.tree.map(_abstract, (call.args, dict(call.keywords), numbers))
-    traced = brainstate.transform.StatefulFunction(step, return_only_write=False, name="braintrace")
-    with _one_at_a_time(), _same_states(model), _initialised():
-        traced.make_jaxpr(*args)
-    return traced, args
+    function = brainstate.transform.StatefulFunction(step, return_only_write=False, name="braintrace")
+    with _one_at_a_time(), _same_states(model), kept_attributes(model) as written, _initialised():
+        function.make_jaxpr(*args)
+    constants = consts_of(function.get_jaxpr(*args))
+    return TracedStep(function, args, [w.record() for w in written if w.is_read(constants)])
 
 
 def _abstract(x: PyTree) -> PyTree:

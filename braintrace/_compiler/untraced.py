@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import brainstate
 
-from .._jax import Var, source_line
+from .._jax import JaxprEqn, Var, source_line
 from .._program import variables
 from .._types import Path, path_str
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
@@ -29,25 +29,27 @@ def unmarked_parameters(info: ModuleInfo, flow: Flow, influence: Influence) -> l
         driven = influence.driven(changed)
         if not driven:
             continue
-        products = []
+        products, met = [], []
         for eqn in influence.eqns:
             inputs = variables(eqn.invars)
+            if changed.isdisjoint(inputs) or not influence.driven(influence.of(eqn.outvars, opaque)):
+                continue
             of_hidden = {s[1] for v in inputs if v not in changed for s in flow.labels.get(v, {}) if s[0] != "y"}
-            meets = is_product(eqn) or (eqn.primitive.name == "mul" and of_hidden)
-            if meets and not changed.isdisjoint(inputs) and influence.driven(influence.of(eqn.outvars, opaque)):
+            if is_product(eqn) or (eqn.primitive.name == "mul" and of_hidden):
                 products.append((eqn, of_hidden))
+            elif not changed.issuperset(inputs):
+                met.append(eqn)
         of = sorted({p for _, hidden in products for p in hidden}, key=path_str)
-        what, line = ("multiplies " + _named(of)) if of else "is used", ""
-        operation = "matmul" if any(is_product(e) for e, _ in products) else "element_wise"
-        if products:
-            line = source_line(products[0][0])
+        what = ("multiplies " + _named(of)) if of else "is used"
+        where = [e for e, _ in products] or met
+        line = source_line(where[0]) if where else ""
         records.append(
             CompilationRecord(
                 DiagnosticKind.RELATION_EXCLUDED_UNMARKED,
-                DiagnosticLevel.WARNING if products else DiagnosticLevel.INFO,
+                DiagnosticLevel.WARNING,
                 f"The parameter {path_str(path)!r} {what} in plain JAX{f' at {line}' if line else ''}, on its way to "
                 f"{_named(driven)}. No trace follows this: it gets the gradient of the current step only. Use "
-                f"braintrace.{operation} or a layer of braintrace.nn there.",
+                f"{_operation(where)} or a layer of braintrace.nn there.",
                 weight_path=path,
                 hidden_paths=driven,
                 context={"line": line},
@@ -56,14 +58,30 @@ def unmarked_parameters(info: ModuleInfo, flow: Flow, influence: Influence) -> l
     return records
 
 
-def untraced_memory(info: ModuleInfo, influence: Influence) -> list[CompilationRecord]:
-    """States that are not hidden, keep what parameters or hidden values did, and are read in a later step."""
+def _operation(eqns: Sequence[JaxprEqn]) -> str:
+    """What does the same and can be followed."""
+    if any(map(is_product, eqns)):
+        return "braintrace.matmul"
+    plain = {"add", "add_any", "convert_element_type", "div", "mul", "neg", "select_n", "sub"}
+    if {e.primitive.name for e in eqns} <= plain:
+        return "braintrace.element_wise"
+    return "an operation of braintrace (element_wise, embedding, sparse_matmul)"
+
+
+def untraced_memory(
+    info: ModuleInfo, influence: Influence, relations: Sequence[HiddenParamOpRelation]
+) -> list[CompilationRecord]:
+    """States without a trace that keep what parameters or hidden values did, and are read in a later step.
+
+    Such a state is not hidden, or it is a hidden one of a group of its own that others feed without an operation.
+    """
     jaxpr = info.jaxpr
+    traced = {p for r in relations for g in r.hidden_groups for p in g.hidden_paths}
     kept: dict[Path, tuple[list[Var], list[Var]]] = {}
     for path, state, numbers in zip(info.compiled_state_paths, info.compiled_model_states, info.state_leaves):
         pairs = [(jaxpr.invars[info.first_state + n], jaxpr.outvars[info.num_var_out + n]) for n in numbers]
         pairs = [(old, new) for old, new in pairs if old is not new and len(differentiable([old, new])) == 2]
-        if pairs and not isinstance(state, (brainstate.ParamState, brainstate.HiddenState)):
+        if pairs and path not in traced and not isinstance(state, brainstate.ParamState):
             kept[path] = [old for old, _ in pairs], [new for _, new in pairs]
     if not kept:
         return []
@@ -71,21 +89,28 @@ def untraced_memory(info: ModuleInfo, influence: Influence) -> list[CompilationR
         **info.weight_path_to_invars,
         **{p: [v, *variables([info.hidden_path_to_outvar[p]])] for p, v in info.hidden_path_to_invar.items()},
     }
+    hidden = kept.keys() & info.hidden_path_to_invar.keys()
     fed: dict[Path, list[Path]] = {}
     for _ in kept:  # what one of them keeps may come from another one
         starts = {**sources, **{p: kept[p][0] for p in fed}}
-        changed = {p: influence.of(vs) for p, vs in starts.items()}
-        fed = {p: [s for s, of in changed.items() if s != p and not of.isdisjoint(new)] for p, (_, new) in kept.items()}
+        changed = {s: influence.of(vs) for s, vs in starts.items()}
+        # Of hidden states by operations and products, layers are made: what a lower one did there is another matter.
+        direct = {s: influence.untraced(vs) for s, vs in starts.items() if hidden and (s in traced or s in fed)}
+        found = {p: direct if p in hidden else changed for p in kept}
+        fed = {p: [s for s, of in found[p].items() if s != p and not of.isdisjoint(kept[p][1])] for p in kept}
         fed = {p: of for p, of in fed.items() if of}
     states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
     outputs = set(variables(jaxpr.outvars[: info.num_var_out])) - influence.flow.members.keys()
     onward = {p: influence.untraced(kept[p][0]) for p in fed}
     readers: dict[Path, str] = {}
     for p in fed:
-        if driven := influence.driven(onward[p]):
+        driven = tuple(q for q in influence.driven(onward[p]) if q != p)
+        if p in hidden and not set(fed[p]).isdisjoint(driven):
+            continue  # see `coupled_groups`
+        if driven:
             readers[p] = f"{_named(driven)} {'reads' if len(driven) == 1 else 'read'} it"
             continue
-        reached = influence.of(kept[p][0])
+        reached = influence.of([v for vs in kept[p] for v in vs] if p in hidden else kept[p][0])
         enters = any(not reached.isdisjoint(variables(op.eqn.invars)) for op in influence.flow.ops)
         if not reached.isdisjoint(outputs):
             readers[p] = "the output reads it"
@@ -97,13 +122,27 @@ def untraced_memory(info: ModuleInfo, influence: Influence) -> list[CompilationR
         for p in fed.keys() - readers.keys():
             if to := [q for q in readers if q != p and not onward[p].isdisjoint(kept[q][1])]:
                 readers[p] = f"{_named(to)} takes it over"
+
+    def follows(p: Path) -> str:
+        """Why no trace does, and what to do."""
+        sizes = {v.aval.shape for v in kept[p][1]}
+        of_hidden = {info.hidden_path_to_invar[s].aval.shape for s in fed[p] if s in info.hidden_path_to_invar}
+        if p not in hidden and (not of_hidden or of_hidden & sizes):
+            return (
+                "Traces follow hidden states only: later steps give no gradient for it. Make it a "
+                "brainstate.HiddenState; to delay"
+            )
+        return (
+            "Traces follow hidden states of one shape, position by position: later steps give no gradient for it. "
+            "To delay"
+        )
+
     return [
         CompilationRecord(
             DiagnosticKind.STATE_NOT_HIDDEN,
             DiagnosticLevel.WARNING,
             f"The {type(states[p]).__name__} {path_str(p)!r} keeps what {_named(fed[p])} did for later steps, where "
-            f"{readers[p]}. Traces follow hidden states only: later steps give no gradient for it. Make it a "
-            "brainstate.HiddenState; to delay what an operation receives, keep the operation's input, not its output.",
+            f"{readers[p]}. {follows(p)} what an operation receives, keep the operation's input, not its output.",
             weight_path=next((s for s in fed[p] if s in info.weight_path_to_invars), None),
             hidden_paths=influence.driven(onward[p]),
             context={"state": p},

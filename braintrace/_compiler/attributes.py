@@ -1,0 +1,107 @@
+"""What a step writes into attributes of a model that are no states, and the states that it makes."""
+
+from __future__ import annotations
+
+import contextlib
+import numbers
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+import brainstate
+import jax
+import numpy as np
+
+from .._jax import is_tracer
+from .._types import path_str
+from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
+
+__all__ = ["Written", "kept_attributes"]
+
+
+_NUMBERS = (numbers.Number, np.ndarray, jax.Array)  # a single one becomes a part of the program, not a constant
+
+
+class Written(NamedTuple):
+    """An attribute that a step has written, and what it held before."""
+
+    title: str
+    kind: str  # of the module
+    old: list[Any]
+
+    def is_read(self, constants: Collection[object]) -> bool:
+        """Whether the step may have read the old value, which is then one of its constants."""
+        of_arrays = {id(c) for c in constants}
+        return any(
+            id(v) in of_arrays if isinstance(v, jax.Array) and v.ndim else isinstance(v, _NUMBERS) for v in self.old
+        )
+
+    def record(self) -> CompilationRecord:
+        return CompilationRecord(
+            DiagnosticKind.STATE_NOT_HIDDEN,
+            DiagnosticLevel.WARNING,
+            f"The step reads and writes the attribute {self.title!r} of {self.kind}, which is no state: every step "
+            "finds there what it held before the model was compiled. What a step remembers belongs into a "
+            "brainstate.HiddenState, or a ShortTermState, that init_state makes.",
+        )
+
+
+@contextlib.contextmanager
+def kept_attributes(model: brainstate.nn.Module) -> Iterator[list[Written]]:
+    """Give attributes back what they held before the model is traced; what was written is known at the end.
+
+    Raises
+    ------
+    ValueError
+        At the end, if there is a state that was not there before.
+    """
+    before = [(path, node, _Attributes(node)) for path, node in model.nodes().items()]
+    states = {id(s) for s in model.states().values()}
+    written: list[Written] = []
+    made: list[Written] = []
+    try:
+        yield written
+    finally:
+        known = states.union(*(old.traced for _, _, old in before))
+        for path, node, old in before:
+            for name, leaves in old.changed(node, known):
+                of = made if any(isinstance(v, brainstate.State) for v in leaves) else written
+                of.append(Written(path_str((*path, name)), type(node).__name__, _leaves(old.values.get(name))))
+                old.restore(node, name)
+    for title, kind, _ in made:
+        raise ValueError(
+            f"The state {title!r} is made inside the update of {kind}, where every step would make it anew. Make it in "
+            f"init_state of {kind}, and only use it in update."
+        )
+
+
+class _Attributes:
+    """Those of one module, and what lists and dictionaries among them hold."""
+
+    def __init__(self, node: brainstate.nn.Module):
+        self.values = dict(vars(node))
+        self.inner = {k: v.copy() for k, v in self.values.items() if isinstance(v, (list, dict))}
+        self.traced = {id(v) for value in self.values.values() for v in _leaves(value) if is_tracer(v)}
+
+    def changed(self, node: brainstate.nn.Module, known: set[int]) -> list[tuple[str, list[Any]]]:
+        """Attributes that hold states or traced values that are not ``known``, and these."""
+        found = []
+        for name, value in vars(node).items():
+            leaves = [v for v in _leaves(value) if is_tracer(v) or isinstance(v, brainstate.State)]
+            if new := [v for v in leaves if id(v) not in known]:
+                found.append((name, new))
+        return found
+
+    def restore(self, node: brainstate.nn.Module, name: str) -> None:
+        if name not in self.values:
+            del vars(node)[name]
+            return
+        value = vars(node)[name] = self.values[name]
+        if isinstance(value, list):
+            value[:] = self.inner[name]
+        elif isinstance(value, dict):
+            value.clear()
+            value.update(self.inner[name])
+
+
+def _leaves(value: Any) -> list[Any]:
+    return jax.tree.leaves(value, is_leaf=lambda v: isinstance(v, (brainstate.State, brainstate.nn.Module)))
