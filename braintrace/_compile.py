@@ -21,7 +21,7 @@ from ._learners.projection import UORO, RandomProjectionVjpAlgorithm
 from ._learners.rules import D_RTRL, EProp, Immediate, OSTLFeedforward, OSTLRecurrent, ThreeFactor
 from ._learners.vjp import ETraceVjpAlgorithm
 from ._mapped import ETraceVmap
-from ._types import PyTree, head
+from ._types import PyTree, cause_of, head, in_one_line
 
 __all__ = ["compile"]
 
@@ -190,14 +190,20 @@ def _check_arguments(model: brainstate.nn.Module, inputs: tuple[PyTree, ...]) ->
 def _batch_in_place(batch_size: int | None, inputs: tuple[PyTree, ...]) -> Iterator[None]:
     try:
         yield
-    except (TypeError, ValueError) as error:
-        others = [jnp.shape(x) for x in jax.tree.leaves(inputs) if jnp.shape(x)[:1] != (batch_size,)]
-        if batch_size is None or not others:
+    except Exception as error:
+        shapes, cause = [jnp.shape(x) for x in jax.tree.leaves(inputs)], cause_of(error)
+        if isinstance(cause, (TypeError, ValueError)) and batch_size is None and any(shapes):
+            size = next(s[0] for s in shapes if s)
+            error.add_note(
+                f"The states have no axis of a batch, and the example inputs have the shapes {shapes}. If axis 0 of "
+                f"these is a batch, pass batch_size={size} to braintrace.compile."
+            )
+        others = [s for s in shapes if s[:1] != (batch_size,)]
+        if not isinstance(cause, (TypeError, ValueError)) or batch_size is None or not others:
             raise
-        first = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"The states have batch_size={batch_size}, an example input has the shape {others[0]}, and the model's "
-            f"step fails on them: {type(error).__name__}: {first} Pass inputs whose axis 0 is a batch of that size."
+            f"step fails on them: {in_one_line(cause)} Pass inputs whose axis 0 is a batch of that size."
         ) from error
 
 

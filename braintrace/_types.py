@@ -11,7 +11,7 @@ import jax
 
 __all__ = [
     "CompilationError", "CompilationWarning", "Held", "MultiStepData", "NotSupportedError", "Path", "PyTree", "Shape",
-    "SingleStepData", "head", "lies_under", "names_of", "path_str",
+    "SingleStepData", "cause_of", "head", "in_one_line", "lies_under", "names_of", "path_str",
 ]  # fmt: skip
 
 Path = tuple[Hashable, ...]
@@ -102,6 +102,18 @@ class Held:
             return Held(copy.deepcopy(self.value)).of_its_own()
         self._is_kept = True
         return self
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What happened first: a container of modules raises its own exception from that of one of them."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def in_one_line(error: BaseException) -> str:
+    lines = str(error).split("\n")
+    return f"{type(error).__name__}: {next((line.strip() for line in lines if line.strip()), '')}"
 
 
 # brainpy.state keys the synapses of a neuron by the description they were made of.

@@ -439,6 +439,21 @@ def test_a_missing_attribute_that_is_no_state_is_not_explained():
     assert "init_all_states" not in str(caught.value)
 
 
+def test_the_cause_in_a_container_of_modules_is_told():
+    def net():
+        return brainstate.nn.Sequential(cell(), braintrace.nn.Linear(3, 2))
+
+    learner = compile(net(), "pp_prop", XS, batch_size=6, decay_or_rank=0.9)
+    for other, cause in [(jnp.ones((6, 5)), "TypeError: dot_general.*Pass"), (jnp.ones((4, 2)), "Cannot concatenate")]:
+        with pytest.raises(ValueError, match=cause):
+            learner(other)
+    with pytest.raises(ValueError, match="batch_size=4.*Cannot concatenate"):
+        compile(net(), "pp_prop", XS, batch_size=4, decay_or_rank=0.9)
+    with pytest.raises(Exception) as raised:
+        compile(net(), "pp_prop", XS, decay_or_rank=0.9)
+    assert any("pass batch_size=6" in note for note in raised.value.__notes__)
+
+
 def test_a_failed_compilation_leaves_the_learner_uncompiled():
     learner = pp_prop(Model(leaky, h=jnp.zeros((4, 3))), 0.9)
     for _ in range(2):

@@ -13,7 +13,7 @@ from brainstate.util import FlattedDict
 from jax.typing import ArrayLike
 
 from .._jax import consts_of, is_tracer
-from .._types import Path, PyTree, path_str
+from .._types import Path, PyTree, cause_of, in_one_line, path_str
 from .call import Call, call_of, convertible, equal
 from .diagnostics import emit
 from .graph import ETraceGraph, compile_in_scope
@@ -230,9 +230,8 @@ class ETraceGraphExecutor:
         except Exception as error:
             if not equal(dict(call.options), dict(self.compiled.example.options)):  # the model says it best
                 raise
-            first = (str(error).splitlines() or [""])[0]
             raise ValueError(
-                f"{difference}, and the model's step cannot be compiled for this call: {type(error).__name__}: {first} "
+                f"{difference}, and the model's step cannot be compiled for this call: {in_one_line(cause_of(error))} "
                 "Pass arguments like those of the first call (time and batch axes in place?), or initialise the states "
                 "with the batch size of the inputs."
             ) from error
