@@ -81,7 +81,7 @@ class SequenceDriverMixin:
             window mode slices have shape ``(k, ...)``, ``step_fn`` wraps them in :class:`MultiStepData`, and returns
             ``k`` losses.
         mask : array, shape ``(T,)``, optional
-            Weight of each step's loss; the model and the traces advance at every step.
+            Weight of each step's gradient, in a window of each loss; the model and the traces advance at every step.
         chunk_size : int, optional
             ``None`` or 1 for single steps; ``k >= 2`` for windows of k steps (``vjp_method='multi-step'``).
         weights : mapping, optional
