@@ -761,10 +761,17 @@ def test_a_state_that_is_made_by_the_step():
         m.late.value = 0.5 * m.late.value + matmul(x, m.w.value)
         return m.late.value
 
+    def layer(m, x):
+        if not hasattr(m, "late"):
+            m.late = braintrace.nn.Linear(N_IN, N)
+        m.h.value = m.late(x)
+
     model = Model(step)
-    with pytest.raises(ValueError, match="'late' is made inside the update of Model.*init_state"):
-        braintrace.compile_etrace_graph(model, X)
-    assert not hasattr(model, "late")
+    for update in (layer, step):
+        model._step = update
+        with pytest.raises(ValueError, match="'late' is.*made inside the update of Model.*init_state"):
+            braintrace.compile_etrace_graph(model, X)
+        assert not hasattr(model, "late")
     model.late = HiddenState(jnp.zeros(N))
     assert names(braintrace.compile_etrace_graph(model, X)) == [["late"]]
 

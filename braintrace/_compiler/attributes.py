@@ -61,16 +61,16 @@ def kept_attributes(model: brainstate.nn.Module) -> Iterator[list[Written]]:
     try:
         yield written
     finally:
-        known = states.union(*(old.traced for _, _, old in before))
+        known = states.union((id(node) for _, node, _ in before), *(old.traced for _, _, old in before))
         for path, node, old in before:
             for name, leaves in old.changed(node, known):
-                of = made if any(isinstance(v, brainstate.State) for v in leaves) else written
+                of = written if all(map(is_tracer, leaves)) else made
                 of.append(Written(path_str((*path, name)), type(node).__name__, _leaves(old.values.get(name))))
                 old.restore(node, name)
     for title, kind, _ in made:
         raise ValueError(
-            f"The state {title!r} is made inside the update of {kind}, where every step would make it anew. Make it in "
-            f"init_state of {kind}, and only use it in update."
+            f"{title!r} is a state, or has some, and is made inside the update of {kind}, where every step would make "
+            f"it anew. Make it in init_state or __init__ of {kind}, and only use it in update."
         )
 
 
@@ -83,11 +83,10 @@ class _Attributes:
         self.traced = {id(v) for value in self.values.values() for v in _leaves(value) if is_tracer(v)}
 
     def changed(self, node: brainstate.nn.Module, known: set[int]) -> list[tuple[str, list[Any]]]:
-        """Attributes that hold states or traced values that are not ``known``, and these."""
+        """Attributes that hold states, modules with states, or traced values that are not ``known``, and these."""
         found = []
         for name, value in vars(node).items():
-            leaves = [v for v in _leaves(value) if is_tracer(v) or isinstance(v, brainstate.State)]
-            if new := [v for v in leaves if id(v) not in known]:
+            if new := [v for v in _leaves(value) if id(v) not in known and _is_kept(v)]:
                 found.append((name, new))
         return found
 
@@ -101,6 +100,12 @@ class _Attributes:
         elif isinstance(value, dict):
             value.clear()
             value.update(self.inner[name])
+
+
+def _is_kept(v: Any) -> bool:
+    if isinstance(v, brainstate.nn.Module):
+        return bool(v.states())
+    return is_tracer(v) or isinstance(v, brainstate.State)
 
 
 def _leaves(value: Any) -> list[Any]:
