@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import brainstate
 
@@ -75,59 +75,89 @@ def untraced_memory(
 
     Such a state is not hidden, or it is a hidden one of a group of its own that others feed without an operation.
     """
-    jaxpr = info.jaxpr
-    traced = {p for r in relations for g in r.hidden_groups for p in g.hidden_paths}
-    kept: dict[Path, tuple[list[Var], list[Var]]] = {}
-    for path, state, numbers in zip(info.compiled_state_paths, info.compiled_model_states, info.state_leaves):
-        pairs = [(jaxpr.invars[info.first_state + n], jaxpr.outvars[info.num_var_out + n]) for n in numbers]
-        pairs = [(old, new) for old, new in pairs if old is not new and len(differentiable([old, new])) == 2]
-        if pairs and path not in traced and not isinstance(state, brainstate.ParamState):
-            kept[path] = [old for old, _ in pairs], [new for _, new in pairs]
-    if not kept:
-        return []
-    sources = {
-        **info.weight_path_to_invars,
-        **{p: [v, *variables([info.hidden_path_to_outvar[p]])] for p, v in info.hidden_path_to_invar.items()},
-    }
-    hidden = kept.keys() & info.hidden_path_to_invar.keys()
-    fed: dict[Path, list[Path]] = {}
-    for _ in kept:  # what one of them keeps may come from another one
-        starts = {**sources, **{p: kept[p][0] for p in fed}}
-        changed = {s: influence.of(vs) for s, vs in starts.items()}
-        # Of hidden states by operations and products, layers are made: what a lower one did there is another matter.
-        direct = {s: influence.untraced(vs) for s, vs in starts.items() if hidden and (s in traced or s in fed)}
-        found = {p: direct if p in hidden else changed for p in kept}
-        fed = {p: [s for s, of in found[p].items() if s != p and not of.isdisjoint(kept[p][1])] for p in kept}
-        fed = {p: of for p, of in fed.items() if of}
-    states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
-    outputs = set(variables(jaxpr.outvars[: info.num_var_out])) - influence.flow.members.keys()
-    onward = {p: influence.untraced(kept[p][0]) for p in fed}
-    readers: dict[Path, str] = {}
-    for p in fed:
-        driven = tuple(q for q in influence.driven(onward[p]) if q != p)
-        if p in hidden and not set(fed[p]).isdisjoint(driven):
-            continue  # see `coupled_groups`
-        if driven:
-            readers[p] = f"{_named(driven)} {'reads' if len(driven) == 1 else 'read'} it"
-            continue
-        reached = influence.of([v for vs in kept[p] for v in vs] if p in hidden else kept[p][0])
-        enters = any(not reached.isdisjoint(variables(op.eqn.invars)) for op in influence.flow.ops)
-        if not reached.isdisjoint(outputs):
-            readers[p] = "the output reads it"
-        elif onward[p].isdisjoint(kept[p][1]) or isinstance(states[p], brainstate.LongTermState):
-            continue  # the value of one step, or statistics
-        elif not enters:  # it is no delay of what an operation receives
-            readers[p] = "a loss may read it"
-    for _ in fed:
-        for p in fed.keys() - readers.keys():
-            if to := [q for q in readers if q != p and not onward[p].isdisjoint(kept[q][1])]:
-                readers[p] = f"{_named(to)} takes it over"
+    memory = _Memory(info, influence, {p for r in relations for g in r.hidden_groups for p in g.hidden_paths})
+    fed = memory.fed()
+    onward = {p: influence.untraced(memory.kept[p][0]) for p in fed}
+    return [
+        CompilationRecord(
+            DiagnosticKind.STATE_NOT_HIDDEN,
+            DiagnosticLevel.WARNING,
+            f"The {type(memory.states[p]).__name__} {path_str(p)!r} keeps what {_named(fed[p])} did for later steps, "
+            f"where {reader}. {memory.why(p, fed[p])} what an operation receives, keep the operation's input, not its "
+            "output.",
+            weight_path=next((s for s in fed[p] if s in info.weight_path_to_invars), None),
+            hidden_paths=influence.driven(onward[p]),
+            context={"state": p},
+        )
+        for p, reader in memory.readers(fed, onward).items()
+    ]
 
-    def follows(p: Path) -> str:
-        """Why no trace does, and what to do."""
-        sizes = {v.aval.shape for v in kept[p][1]}
-        of_hidden = {info.hidden_path_to_invar[s].aval.shape for s in fed[p] if s in info.hidden_path_to_invar}
-        if p not in hidden and (not of_hidden or of_hidden & sizes):
+
+class _Memory:
+    """States that no trace follows: their variables before and after the step, who writes and who reads them."""
+
+    def __init__(self, info: ModuleInfo, influence: Influence, traced: set[Path]):
+        self.info, self.influence, self.traced = info, influence, traced
+        self.states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
+        self.kept: dict[Path, tuple[list[Var], list[Var]]] = {}
+        jaxpr = info.jaxpr
+        for (path, state), numbers in zip(self.states.items(), info.state_leaves):
+            pairs = [(jaxpr.invars[info.first_state + n], jaxpr.outvars[info.num_var_out + n]) for n in numbers]
+            pairs = [(old, new) for old, new in pairs if old is not new and len(differentiable([old, new])) == 2]
+            if pairs and path not in traced and not isinstance(state, brainstate.ParamState):
+                self.kept[path] = [old for old, _ in pairs], [new for _, new in pairs]
+        self.hidden = self.kept.keys() & info.hidden_path_to_invar.keys()
+
+    def fed(self) -> dict[Path, list[Path]]:
+        """What the states keep: parameters, hidden states, and each other."""
+        info, influence, kept = self.info, self.influence, self.kept
+        sources = {
+            **info.weight_path_to_invars,
+            **{p: [v, *variables([info.hidden_path_to_outvar[p]])] for p, v in info.hidden_path_to_invar.items()},
+        }
+        fed: dict[Path, list[Path]] = {}
+        for _ in kept:  # what one of them keeps may come from another one
+            starts = {**sources, **{p: kept[p][0] for p in fed}}
+            changed = {s: influence.of(vs) for s, vs in starts.items()}
+            # By operations and products hidden states make layers: what a lower one did there is another matter.
+            followed = {s: vs for s, vs in starts.items() if self.hidden and (s in self.traced or s in fed)}
+            direct = {s: influence.untraced(vs) for s, vs in followed.items()}
+            found = {p: direct if p in self.hidden else changed for p in kept}
+            fed = {p: [s for s, of in found[p].items() if s != p and not of.isdisjoint(kept[p][1])] for p in kept}
+            fed = {p: of for p, of in fed.items() if of}
+        return fed
+
+    def readers(self, fed: Mapping[Path, list[Path]], onward: Mapping[Path, set[Var]]) -> dict[Path, str]:
+        """In words who reads a state in a later step, of those that somebody does."""
+        influence, kept = self.influence, self.kept
+        outputs = set(variables(self.info.jaxpr.outvars[: self.info.num_var_out])) - influence.flow.members.keys()
+        readers: dict[Path, str] = {}
+        for p in fed:
+            driven = tuple(q for q in influence.driven(onward[p]) if q != p)
+            if p in self.hidden and not set(fed[p]).isdisjoint(driven):
+                continue  # see `coupled_groups`
+            if driven:
+                readers[p] = f"{_named(driven)} {'reads' if len(driven) == 1 else 'read'} it"
+                continue
+            reached = influence.of([v for vs in kept[p] for v in vs] if p in self.hidden else kept[p][0])
+            enters = any(not reached.isdisjoint(variables(op.eqn.invars)) for op in influence.flow.ops)
+            if not reached.isdisjoint(outputs):
+                readers[p] = "the output reads it"
+            elif onward[p].isdisjoint(kept[p][1]) or isinstance(self.states[p], brainstate.LongTermState):
+                continue  # the value of one step, or statistics
+            elif not enters:  # it is no delay of what an operation receives
+                readers[p] = "a loss may read it"
+        for _ in fed:
+            for p in fed.keys() - readers.keys():
+                if to := [q for q in readers if q != p and not onward[p].isdisjoint(kept[q][1])]:
+                    readers[p] = f"{_named(to)} takes it over"
+        return readers
+
+    def why(self, path: Path, fed: Sequence[Path]) -> str:
+        """Why no trace follows a state, and what to do."""
+        of_hidden = {v.aval.shape for p, v in self.info.hidden_path_to_invar.items() if p in fed}
+        alike = not of_hidden.isdisjoint(v.aval.shape for v in self.kept[path][1])
+        if path not in self.hidden and (alike or not of_hidden):
             return (
                 "Traces follow hidden states only: later steps give no gradient for it. Make it a "
                 "brainstate.HiddenState; to delay"
@@ -136,20 +166,6 @@ def untraced_memory(
             "Traces follow hidden states of one shape, position by position: later steps give no gradient for it. "
             "To delay"
         )
-
-    return [
-        CompilationRecord(
-            DiagnosticKind.STATE_NOT_HIDDEN,
-            DiagnosticLevel.WARNING,
-            f"The {type(states[p]).__name__} {path_str(p)!r} keeps what {_named(fed[p])} did for later steps, where "
-            f"{readers[p]}. {follows(p)} what an operation receives, keep the operation's input, not its output.",
-            weight_path=next((s for s in fed[p] if s in info.weight_path_to_invars), None),
-            hidden_paths=influence.driven(onward[p]),
-            context={"state": p},
-        )
-        for p in fed
-        if p in readers
-    ]
 
 
 def mixing_transitions(
