@@ -20,13 +20,13 @@ from ._engines.engine import Emitted
 from ._jax import any_dtype, open_jaxpr
 from ._precision import wide
 from ._program import variables
-from ._recorder import Recorded, Recorder, Records, ZerosOfCall
+from ._recorder import Recorded, Recorder, Records, ZerosOfCall, weighted
 from ._types import Path, PyTree, Shape, head
 
 if TYPE_CHECKING:
     from ._learners.vjp import ETraceVjpAlgorithm
 
-__all__ = ["ChunkedEvolution", "ChunkedGradient", "losses_weight", "zeros_to_add"]
+__all__ = ["ChunkedEvolution", "ChunkedGradient", "weights_of", "zeros_to_add"]
 
 
 # Per number of a leaf of the weights its sum, and per operation those of its operands.
@@ -148,7 +148,7 @@ class _Chunked:
             if self.vmap_shape:
                 read = jax.vmap(read, out_axes=(0, 1), axis_size=self.vmap_shape[0])
             engine, emitted = read(engine, recorded, bars)
-            now = {i: grads[i] if weight is None else weight.astype(grads[i].dtype) * grads[i] for i in plain}
+            now = weighted({i: grads[i] for i in plain}, weight)
             return ({i: v + now[i] for i, v in plain.items()}, engine), (emitted, result)
 
         (plain, engine), (emitted, result) = brainstate.transform.scan(
@@ -215,7 +215,7 @@ class ChunkedGradient(_Chunked):
         def differentiable(
             slices: tuple[PyTree, ...], m: jax.Array, zeros: ZerosOfCall
         ) -> tuple[jax.Array, tuple[PyTree, Recorded | None]]:
-            (value, result), recorded = self._recorded(zeros, slices, losses_weight(m))
+            (value, result), recorded = self._recorded(zeros, slices, weights_of(m)[0])
             return value, (result, recorded)
 
         gradient = brainstate.transform.grad(differentiable, self.weights, argnums=2, has_aux=True)
@@ -223,7 +223,7 @@ class ChunkedGradient(_Chunked):
         return self._leaves(grads), bars, *more
 
     def _weight(self, item: tuple[PyTree, jax.Array]) -> jax.Array | None:
-        return None if item[1].ndim else item[1]
+        return weights_of(item[1])[1]
 
     def _leaves(self, by_key: Mapping[Hashable, PyTree]) -> list[jax.Array]:
         return [leaf for key in self.weights for leaf in jax.tree.leaves(by_key[key])]
@@ -262,9 +262,9 @@ class ChunkedGradient(_Chunked):
         return out
 
 
-def losses_weight(m: jax.Array) -> jax.Array | None:
-    """The weights of losses within a call, those of a window; of a single one the gradient gets it."""
-    return m if m.ndim else None
+def weights_of(m: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+    """Of the losses within a call, those of a window, and of the gradient of a call with a single one."""
+    return (m, None) if m.ndim else (None, m)
 
 
 @jax.custom_vjp

@@ -191,15 +191,19 @@ def _batch_in_place(batch_size: int | None, inputs: tuple[PyTree, ...]) -> Itera
     try:
         yield
     except Exception as error:
-        shapes, cause = [jnp.shape(x) for x in jax.tree.leaves(inputs)], cause_of(error)
-        if isinstance(cause, (TypeError, ValueError)) and batch_size is None and any(shapes):
-            size = next(s[0] for s in shapes if s)
-            error.add_note(
-                f"The states have no axis of a batch, and the example inputs have the shapes {shapes}. If axis 0 of "
-                f"these is a batch, pass batch_size={size} to braintrace.compile."
-            )
+        cause = cause_of(error)
+        if not isinstance(cause, (TypeError, ValueError)):
+            raise
+        shapes = [jnp.shape(x) for x in jax.tree.leaves(inputs)]
+        if batch_size is None:
+            if size := next((s[0] for s in shapes if s), None):
+                error.add_note(
+                    f"The states have no axis of a batch, and the example inputs have the shapes {shapes}. If axis 0 "
+                    f"of these is a batch, pass batch_size={size} to braintrace.compile."
+                )
+            raise
         others = [s for s in shapes if s[:1] != (batch_size,)]
-        if not isinstance(cause, (TypeError, ValueError)) or batch_size is None or not others:
+        if not others:
             raise
         raise ValueError(
             f"The states have batch_size={batch_size}, an example input has the shape {others[0]}, and the model's "

@@ -17,7 +17,7 @@ from ._jax import any_dtype, open_jaxpr, trace_context
 from ._online import Extras, OnlineStep, over_window, silent
 from ._types import Path, PyTree, Shape
 
-__all__ = ["Recorded", "Recorder", "Records", "ZerosOfCall"]
+__all__ = ["Recorded", "Recorder", "Records", "ZerosOfCall", "weighted"]
 
 T = TypeVar("T")
 ZerosOfCall: TypeAlias = Zeros | dict[Path, jax.Array]  # of a step, or of hidden values at the entry of a window
@@ -109,10 +109,10 @@ class Records:
         record, (leaves, aux) = recorded
         if self.single_step:
             _, dfs, _ = read_record(self.binding.graph, record, operands, {})
-            found = _weighted(self.online.cotangents(bars.new, bars.old, bars.y, dfs, leaves, aux), weight)
+            found = weighted(self.online.cotangents(bars.new, bars.old, bars.y, dfs, leaves, aux), weight)
             carry, emitted = self._emit(carry, index, record, found, operands)
             return carry, jax.tree.map(lambda v: v[None], emitted)
-        entry = _weighted(self.online.changed(self.binding.signals(bars), (leaves, aux)), weight)
+        entry = weighted(self.online.changed(self.binding.signals(bars), (leaves, aux)), weight)
         if length is None:
             carry, emitted = self._emit(carry, index, record, Cotangents(silent(entry), entry, {}), operands)
             return carry, jax.tree.map(lambda v: v[None], emitted)
@@ -176,5 +176,5 @@ class Records:
         return held, max(record, 1)
 
 
-def _weighted(tree: T, weight: jax.Array | None) -> T:
+def weighted(tree: T, weight: jax.Array | None) -> T:
     return tree if weight is None else jax.tree.map(lambda v: weight.astype(v.dtype) * v, tree)

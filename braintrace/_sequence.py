@@ -20,8 +20,9 @@ from ._arguments import (
     one_of,
     windows,
 )
-from ._chunks import ChunkedEvolution, ChunkedGradient, losses_weight, zeros_to_add
+from ._chunks import ChunkedEvolution, ChunkedGradient, weights_of, zeros_to_add
 from ._jax import is_outside
+from ._recorder import weighted
 from ._types import CompilationWarning, MultiStepData, PyTree, Shape
 from ._warn import warn
 
@@ -284,10 +285,9 @@ def _step_by_step(
         total: dict[Hashable, PyTree], item: tuple[tuple[PyTree, ...], jax.Array]
     ) -> tuple[dict[Hashable, PyTree], tuple[jax.Array, PyTree]]:
         slices, m = item
-        grads, (loss, aux) = gradient(slices, losses_weight(m))
-        if not m.ndim:
-            grads = jax.tree.map(lambda g: g * m.astype(g.dtype), grads)
-        return jax.tree.map(jnp.add, total, grads), (loss, aux)
+        of_losses, of_call = weights_of(m)
+        grads, (loss, aux) = gradient(slices, of_losses)
+        return jax.tree.map(jnp.add, total, weighted(grads, of_call)), (loss, aux)
 
     zeros = zeros_to_add({p: s.value for p, s in weights.items()})
     total, (losses, aux) = brainstate.transform.scan(body, zeros, items)

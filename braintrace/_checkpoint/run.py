@@ -16,9 +16,10 @@ from jax.typing import ArrayLike
 
 from .._compiler.policy import ControlFlowPolicy
 from .._learners.base import ETraceAlgorithm
+from .._learners.signals import as_key
 from .._sequence import SequenceDriverMixin
 from .._types import Path, PyTree
-from .leaves import Json, is_key, is_leaf, is_state, is_whole
+from .leaves import Json, is_leaf, is_state, is_whole
 from .names import entry_name, segment_name
 
 __all__ = ["MODULATOR", "Learner", "identity_of", "learner_of", "named_leaves", "parts_of"]
@@ -146,7 +147,4 @@ def identity_of(learner: ETraceAlgorithm) -> Json:
 
 
 def _plain_key(key: ArrayLike | None) -> object:
-    if key is None:
-        return None
-    key = jax.random.key(key) if isinstance(key, int) else key
-    return np.asarray(jax.random.key_data(key) if is_key(key) else key).tolist()
+    return None if key is None else np.asarray(jax.random.key_data(as_key("key", key))).tolist()

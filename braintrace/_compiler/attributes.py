@@ -67,7 +67,8 @@ def kept_attributes(model: brainstate.nn.Module) -> Iterator[list[Written]]:
                 of = written if all(map(is_tracer, leaves)) else made
                 of.append(Written(path_str((*path, name)), type(node).__name__, _leaves(old.values.get(name))))
                 old.restore(node, name)
-    for title, kind, _ in made:
+    if made:
+        title, kind, _ = made[0]
         raise ValueError(
             f"{title!r} is a state, or has some, and is made inside the update of {kind}, where every step would make "
             f"it anew. Make it in init_state or __init__ of {kind}, and only use it in update."

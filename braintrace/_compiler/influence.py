@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import jax.numpy as jnp
@@ -40,6 +41,15 @@ class Influence:
         """What no operation and no product of positions lies before: a trace would follow all of it."""
         return self.of(starts, lambda position: position in self.opaque or is_product(self.eqns[position]))
 
+    @functools.cached_property
+    def leading(self) -> frozenset[Var]:
+        """What changes a new hidden value with no operation in between; these values are among it."""
+        found = set(self.flow.members)
+        for position in reversed(range(len(self.eqns))):
+            if position not in self.opaque:
+                found.update(v for out, inputs in self.ways[position] if out in found for v in inputs)
+        return frozenset(found)
+
     def driven(self, changed: set[Var]) -> tuple[Path, ...]:
         """The hidden states whose new values are among the variables."""
         return tuple(p for v, paths in self.flow.members.items() if v in changed for p in paths)
@@ -47,7 +57,7 @@ class Influence:
     def products(self, changed: set[Var]) -> list[JaxprEqn]:
         """Products that variables enter on their way to hidden states."""
         entered = [e for e in self.eqns if is_product(e) and not changed.isdisjoint(variables(e.invars))]
-        return [e for e in entered if self.driven(self.of(e.outvars, self.opaque.__contains__))]
+        return [e for e in entered if not self.leading.isdisjoint(e.outvars)]
 
 
 def differentiable(atoms: Sequence[Atom]) -> list[Var]:

@@ -23,16 +23,15 @@ __all__ = ["coupled_groups", "fixed_products", "mixing_transitions", "unmarked_p
 def unmarked_parameters(info: ModuleInfo, flow: Flow, influence: Influence) -> list[CompilationRecord]:
     """Parameters that drive hidden states through no marked operation."""
     records = []
-    opaque = influence.opaque.__contains__
     for path, invars in info.weight_path_to_invars.items():
-        changed = influence.of(invars, opaque)
+        changed = influence.of(invars, influence.opaque.__contains__)
         driven = influence.driven(changed)
         if not driven:
             continue
         products, met = [], []
         for eqn in influence.eqns:
             inputs = variables(eqn.invars)
-            if changed.isdisjoint(inputs) or not influence.driven(influence.of(eqn.outvars, opaque)):
+            if changed.isdisjoint(inputs) or influence.leading.isdisjoint(eqn.outvars):
                 continue
             of_hidden = {s[1] for v in inputs if v not in changed for s in flow.labels.get(v, {}) if s[0] != "y"}
             if is_product(eqn) or (eqn.primitive.name == "mul" and of_hidden):

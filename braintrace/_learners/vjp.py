@@ -117,8 +117,8 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             raise ValueError(f"{type(self).__name__} estimates what follows a window: use vjp_method='multi-step'.")
         if self._config.learning_signal == "modulatory" and vjp_method != "single-step":
             raise ValueError("learning_signal='modulatory' is defined step by step: use vjp_method='single-step'.")
-        given = random_feedback_key is not None
-        self._feedback_key = as_key("random_feedback_key", random_feedback_key) if given else None
+        key = random_feedback_key
+        self._feedback_key = None if key is None else as_key("random_feedback_key", key)
         self._modulator: brainstate.State | None = None
 
     @property
