@@ -1,11 +1,28 @@
-"""Shared test setup: a time step for those who ask, and compiled programs dropped now and then."""
+"""Shared test setup: a time step for those who ask, quick compilation, and programs dropped now and then."""
 
 import os
+import subprocess
+import sys
 
-import brainstate
-import brainunit as u
-import jax
-import pytest
+# Most programs run once, for a moment: to compile them well takes longer than all else. Set XLA_FLAGS to have it done.
+_QUICK = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
+
+
+def _are_known(flags):
+    """Whether XLA starts with these flags: it stops at those that it does not have."""
+    starts = [sys.executable, "-c", "import jax; jax.devices()"]
+    return subprocess.run(starts, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True).returncode == 0
+
+
+if not os.environ.get("XLA_FLAGS") and _are_known(_QUICK):
+    os.environ["XLA_FLAGS"] = _QUICK  # read when an import below makes the first array
+
+import brainstate  # noqa: E402
+import brainunit as u  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 _count = 0
 

@@ -94,7 +94,7 @@ def test_pieces_give_what_the_whole_gives(model, rule, vmap, size_of_pieces):
     size_of_pieces(100)
     some, cut = run(MODELS[model], rule, vmap, **RULES[rule])
     assert none == 0 < some
-    jax.tree.map(np.testing.assert_array_equal, whole, cut)
+    assert_close(whole, cut)  # which products and sums become one instruction is for the compiler to choose
 
 
 def test_operations_without_rows_of_their_input(size_of_pieces):
