@@ -24,14 +24,19 @@ MODELS = {
 }
 
 
-def shapes(jaxpr):
-    """Of every value that an equation computes, nested ones included."""
+def equations(jaxpr):
+    """Nested ones included."""
     for eqn in jaxpr.eqns:
-        yield from (v.aval.shape for v in eqn.outvars)
+        yield eqn
         for value in eqn.params.values():
             for inner in value if isinstance(value, (tuple, list)) else (value,):
                 if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
-                    yield from shapes(getattr(inner, "jaxpr", inner))
+                    yield from equations(getattr(inner, "jaxpr", inner))
+
+
+def shapes(jaxpr):
+    """Of every value that an equation computes."""
+    return [v.aval.shape for eqn in equations(jaxpr) for v in eqn.outvars]
 
 
 def of_every_sample(f, weights, *args):
@@ -157,6 +162,37 @@ def test_records_of_transitions_that_samples_share(cell, shared):
     drive = lambda xs: learner.etrace_evolve(xs)  # noqa: E731
     jaxpr, _ = brainstate.transform.make_jaxpr(drive)(jnp.ones((T, B, N_IN)))
     assert ((T, 1, 1, N) in shapes(jaxpr.jaxpr)) == shared
+
+
+class Conductances(brainstate.nn.Module):
+    """A voltage driven by two conductances with an operation each; they may decay alone, or one into the other."""
+
+    def __init__(self, coupled):
+        self.coupled = coupled
+        self.w, self.u = (ParamState(brainstate.random.randn(N_IN, N)) for _ in range(2))
+
+    def init_state(self, batch_size=None, **_):
+        self.g, self.h, self.v = (brainstate.HiddenState(jnp.zeros((batch_size, N))) for _ in range(3))
+
+    def update(self, x):
+        h = self.h.value
+        self.h.value = 0.5 * h + braintrace.matmul(x, self.u.value) + (0.1 * self.g.value if self.coupled else 0.0)
+        self.g.value = 0.8 * self.g.value + braintrace.matmul(x, self.w.value)
+        self.v.value = jnp.tanh(0.7 * self.v.value + self.g.value * (1 - self.v.value) - self.h.value)
+        return self.v.value
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_sensitivities_that_stay_zero_are_not_advanced(coupled):
+    """That of one conductance to the operation that drives the other."""
+    learner = braintrace.compile(
+        Conductances(coupled), "pp_prop", jnp.zeros((B, N_IN)), batch_size=B, decay_or_rank=0.9
+    )
+    jaxpr, _ = brainstate.transform.make_jaxpr(learner.etrace_evolve)(jnp.ones((T, B, N_IN)))
+    (loop,) = (e for e in equations(jaxpr.jaxpr) if e.primitive.name == "scan")
+    first = loop.params["num_consts"]
+    carried = [v.aval.shape for v in loop.invars[first : first + loop.params["num_carry"]]]
+    assert carried.count((B, N)) == 3 + 2 + (3 if coupled else 2)
 
 
 @pytest.mark.parametrize("model", ["gru", "lif-cuba"])

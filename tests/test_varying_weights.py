@@ -33,10 +33,11 @@ class Net(brainstate.nn.Module):
         self.kept = brainstate.ShortTermState(jnp.linspace(0.5, 1.0, N))
 
     def update(self, x):
+        old = self.h.value
         self.gain.value = -0.8 * self.gain.value
         y = self.of_input(self, {k: w.value for k, w in self.w.items()}, x)
-        self.h.value = jnp.tanh(0.8 * self.h.value + y)
-        return self.h.value
+        self.h.value = jnp.tanh(0.8 * old + y)
+        return jnp.stack([self.h.value, old])
 
 
 def mask(shape):
@@ -89,6 +90,10 @@ ROWS = {  # what the memory gets, shapes of the parameters
     "element-wise, reversed": (
         lambda m, w, x: x[..., :1] + braintrace.element_wise(w["w"][::-1] * m.gain.value),
         {"w": (N,)},
+    ),
+    "hidden values": (
+        lambda m, w, x: braintrace.matmul(x, w["w"] * jax.lax.stop_gradient(1.0 + m.h.value.mean())),
+        W,
     ),
     "state that stays": (lambda m, w, x: braintrace.matmul(x, w["w"] * m.kept.value), W),
     "noise": (lambda m, w, x: braintrace.matmul(x, w["w"] + brainstate.random.randn(N_IN, N)), W),
@@ -161,10 +166,29 @@ def test_pp_prop_says_that_it_takes_the_past_as_the_present():
         online("state", "pp_prop", 2, "steps", decay_or_rank=0.9)
     with pytest.warns(braintrace.CompilationWarning, match="weight_varies.*'w.w'.*D_RTRL.*exact="):
         online("noise, tanh inside", "pp_prop", 2, "steps", decay_or_rank=0.9)
-    with warnings.catch_warnings():  # the way back is the same at every step
+    with warnings.catch_warnings():  # without a memory there is no past, or the way back is the same at every step
         warnings.simplefilter("error", braintrace.CompilationWarning)
+        online("state", "immediate", 2, "steps")
         for row in ("noise", "state that stays"):
             online(row, "pp_prop", 2, "steps", decay_or_rank=0.9)
+
+
+@pytest.mark.parametrize("row", ["hidden values", "mean of the input", "norm inside"])
+def test_pp_prop_takes_the_same_past_in_chunks(row):
+    """What meets a trace before a step meets it with the weight of this step."""
+    with pytest.warns(braintrace.CompilationWarning, match="weight_varies"):
+        by_steps, in_chunks = (online(row, "pp_prop", 2, way, decay_or_rank=0.9) for way in ("steps", "chunks"))
+    assert agree(in_chunks, by_steps, 1e-4)
+
+
+def test_hidden_values_in_a_weight_are_recurrence():
+    """For a rule that sees it; for D_RTRL they enter the operation as its input does."""
+    ROWS["recurrence"] = (lambda m, w, x: braintrace.matmul(x, w["w"] * (1.0 + 0.5 * m.h.value.mean())), W)
+    try:
+        assert agree(online("recurrence", braintrace.SnAp, None, "steps", n=N), through_time("recurrence", None), 1e-4)
+        assert not agree(online("recurrence", "d_rtrl", None, "steps"), through_time("recurrence", None), 1e-2)
+    finally:
+        del ROWS["recurrence"]
 
 
 @pytest.mark.parametrize("row", INEXACT)

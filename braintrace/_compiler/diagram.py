@@ -33,7 +33,7 @@ def diagram(graph: ETraceGraph) -> Diagram:
     sources = _direct_sources(graph, flow)
     nodes: dict[str, tuple[str, ...]] = {"x": ("input",)}
     for op in flow.ops:
-        paths = dict.fromkeys(map(path_str, operand_program(graph.module_info, flow, op)[1].values()))
+        paths = dict.fromkeys(map(path_str, operand_program(graph.module_info, flow, op).paths.values()))
         nodes[f"op{op.index}"] = (*(paths or ["constant"]), op.title)
     for g in graph.hidden_groups:
         members = ", ".join(map(path_str, g.hidden_paths))

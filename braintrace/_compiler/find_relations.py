@@ -18,7 +18,7 @@ from .frame import is_marked
 from .groups import HiddenGroup
 from .influence import Influence
 from .module_info import ModuleInfo
-from .operands import NO_PARAMETER, OperandProgram, Step
+from .operands import OperandProgram, Step
 from .relations import HiddenParamOpRelation
 from .varying import Trained, is_steady, is_varying, trained
 
@@ -59,15 +59,16 @@ class _Finder:
         self.records.append(CompilationRecord(kind, level, text, primitive=op.primitive.name, **more))
 
     def add(self, op: MarkedOp) -> None:
-        program, paths, why = self.step.operand_program(op)
+        program, paths, blocked = self.step.operand_program(op)
         name = op.primitive.name
+        self._describe_blocked(op, blocked)
         if program is None:
-            level = DiagnosticLevel.INFO if why == NO_PARAMETER else DiagnosticLevel.WARNING
-            text = f"{name} is not trained online: {why}. Its value and gradient are those of plain JAX."
-            self.note(level, DiagnosticKind.RELATION_EXCLUDED_NO_PARAMSTATE, op, text)
+            if not blocked:
+                text = f"{name} is not trained online: none of its operands comes from a parameter."
+                self.note(DiagnosticLevel.INFO, DiagnosticKind.RELATION_EXCLUDED_NO_PARAMSTATE, op, text)
             return
         first = next(iter(paths.values()))
-        self._describe(op, first, paths)
+        self._describe(op, first, {**paths, **blocked})
         fed, usable = self._driven(op, first)
         used = tuple(self.groups[i] for i in usable)
         opaque = [k for k in self.reach.ops(op.y) - {op.index} if not self.flow.ops[k].primitive.gradient_enabled]
@@ -84,6 +85,16 @@ class _Finder:
         self.plain.append(relation)
         if not fed:
             self.records.append(_excluded(self.step, name, first, op, self.reach, self.influence))
+
+    def _describe_blocked(self, op: MarkedOp, blocked: Mapping[str, Path]) -> None:
+        for key, path in blocked.items():
+            text = (
+                f"Operand {key!r} of {op.primitive.name} is computed from the parameter {path_str(path)!r} and from "
+                "what another operation gave, which no trace follows: the parameter gets the gradient of the current "
+                f"step only. Multiply the input or the output of {op.primitive.name} by the latter instead."
+            )
+            kind = DiagnosticKind.RELATION_EXCLUDED_NO_PARAMSTATE
+            self.note(DiagnosticLevel.WARNING, kind, op, text, weight_path=path)
 
     def _driven(self, op: MarkedOp, first: Path) -> tuple[list[int], list[int]]:
         """Numbers of the groups that the output drives, and of those whose shape lets it have a trace."""
@@ -258,7 +269,7 @@ def _excluded(step: Step, name: str, path: Path, op: MarkedOp, reach: Reach, inf
             context={
                 "blocking_primitives": tuple(o.primitive.name for o in others),
                 "blocking_weight_paths": tuple(
-                    p for o in others for p in dict.fromkeys(step.operand_program(o)[1].values())
+                    p for o in others for p in dict.fromkeys(step.operand_program(o).paths.values())
                 ),
             },
         )

@@ -15,10 +15,7 @@ from .dependence import Dependence, dependence
 from .flow import Flow, MarkedOp
 from .module_info import ModuleInfo
 
-__all__ = ["NO_PARAMETER", "OperandProgram", "Step", "operand_program", "program_of_operands"]
-
-
-NO_PARAMETER = "none of its operands comes from a parameter"
+__all__ = ["OperandProgram", "OperandsOf", "Step", "operand_program", "program_of_operands"]
 
 
 class Step:
@@ -37,9 +34,9 @@ class Step:
             for v in variables(eqn.invars):
                 self.readers.setdefault(v, []).append(i)
         self._dependence: dict[Hashable, Dependence] = {}
-        self._programs: dict[int, tuple[OperandProgram | None, dict[str, Path], str]] = {}
+        self._programs: dict[int, OperandsOf] = {}
 
-    def operand_program(self, op: MarkedOp) -> tuple[OperandProgram | None, dict[str, Path], str]:
+    def operand_program(self, op: MarkedOp) -> OperandsOf:
         """:func:`operand_program`, found once."""
         if op.index not in self._programs:
             self._programs[op.index] = program_of_operands(self, op)
@@ -59,6 +56,14 @@ class Step:
         if key not in self._dependence:
             self._dependence[key] = dependence(*arguments)
         return self._dependence[key]
+
+
+class OperandsOf(NamedTuple):
+    """The operands of an operation that come from parameters."""
+
+    program: OperandProgram | None  # the trained ones from the step's inputs, where there are some
+    paths: dict[str, Path]  # the first parameter of each
+    blocked: dict[str, Path]  # of those that are not trained: what another operation gave is part of them
 
 
 class OperandProgram(NamedTuple):
@@ -96,48 +101,43 @@ class OperandProgram(NamedTuple):
         return dict(zip(self.leaves, bars))
 
 
-def operand_program(info: ModuleInfo, flow: Flow, op: MarkedOp) -> tuple[OperandProgram | None, dict[str, Path], str]:
-    """The trained operands of an operation as a program of step inputs.
-
-    Returns ``(program, first parameter path by key, why not)``; the program is ``None`` if no operand comes from a
-    parameter. An operand that is a constant, or computed from hidden values, is not trained.
-    """
+def operand_program(info: ModuleInfo, flow: Flow, op: MarkedOp) -> OperandsOf:
+    """The operands of an operation that come from parameters, and how."""
     return Step(info, flow).operand_program(op)
 
 
-def program_of_operands(step: Step, op: MarkedOp) -> tuple[OperandProgram | None, dict[str, Path], str]:
+def program_of_operands(step: Step, op: MarkedOp) -> OperandsOf:
     info, jaxpr, number, made = step.info, step.info.jaxpr, step.number, step.made_at
     paths: dict[str, Path] = {}
+    blocked: dict[str, Path] = {}
     needed: set[int] = set()
     leaves: set[Var] = set()
     variables: dict[str, Var] = {}
-    why = NO_PARAMETER
     for key, var in op.operands.items():
         if isinstance(var, Literal):
             continue
-        path = list(before(jaxpr.eqns, made, [var]))
+        path = list(before(jaxpr.eqns, made, [var], lambda v: made.get(v) not in step.op_positions))
         roots = {v for v in path if v in number}
         found = [v for v in path if v in info.invar_to_weight_path]
         positions = {made[v] for v in path if v in made}
-        blocked = not roots.isdisjoint(step.hidden) or not positions.isdisjoint(step.op_positions)
         if not found:
             continue
-        if blocked:
-            why = "its operand is computed from hidden values or from another operation"
+        first = info.invar_to_weight_path[min(found, key=number.__getitem__)]
+        if not positions.isdisjoint(step.op_positions):
+            blocked[key] = first
             continue
-        first = min(found, key=number.__getitem__)
-        paths[key] = info.invar_to_weight_path[first]
+        paths[key] = first
         variables[key] = var
         needed |= positions
         leaves |= roots
     if not paths:
-        return None, {}, why
+        return OperandsOf(None, {}, blocked)
     keys = tuple(variables)
     if all(v in number for v in variables.values()):
         identity = tuple(number[v] for v in variables.values())
-        return OperandProgram(keys, None, identity, identity, identity), paths, ""
+        return OperandsOf(OperandProgram(keys, None, identity, identity, identity), paths, blocked)
     inputs = sorted(number[v] for v in leaves)
     used = [jaxpr.eqns[p] for p in sorted(needed)]
     program = sub_program(info.closed_jaxpr, [jaxpr.invars[i] for i in inputs], list(variables.values()), used)
     trained = tuple(i for i in inputs if jaxpr.invars[i] in info.invar_to_weight_path)
-    return OperandProgram(keys, program, tuple(inputs), trained, None), paths, ""
+    return OperandsOf(OperandProgram(keys, program, tuple(inputs), trained, None), paths, blocked)

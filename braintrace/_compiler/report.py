@@ -20,7 +20,7 @@ __all__ = ["CompilationReport"]
 # Why a parameter has no trace, by the kind of the record that tells; `None` where there is none.
 _REASONS = {
     None: "used without a marked operation",
-    "relation_excluded_no_paramstate": "its operand comes from no parameter",
+    "relation_excluded_no_paramstate": "enters an operation together with what another one gave",
     "relation_excluded_non_temporal": "reaches no hidden state",
     "relation_excluded_shape_mismatch": "its output has another shape than the hidden state",
     "relation_excluded_weight_to_weight": "reaches hidden states through another operation only",

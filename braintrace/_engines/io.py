@@ -27,6 +27,7 @@ from .engine import Cotangents, Emitted, Engine, bytes_of
 from .record import (
     Jacobian,
     Sensitivity,
+    add,
     contraction,
     over_groups,
     pair_key,
@@ -49,10 +50,13 @@ class IOTrace(NamedTuple):
 
 
 class SplitTrace(NamedTuple):
-    """The same while they advance: of a sensitivity, a list of arrays of shape V. See :func:`_split`, :func:`_join`."""
+    """The same while they advance: of a sensitivity, a list of arrays of shape V, ``None`` where it stays zero.
+
+    See :meth:`IOEngine._split`, :func:`_join`.
+    """
 
     xs: dict[str, jax.Array]
-    dfs: dict[str, list[jax.Array]]
+    dfs: dict[str, list[jax.Array | None]]
 
 
 Contracted: TypeAlias = dict[int, jax.Array]  # relation number -> what signals make of its sensitivity
@@ -85,6 +89,23 @@ class IOEngine(Engine):
         """Every relation with each of its groups, and the key of their sensitivity."""
         return [(i, r, g, pair_key(r, g.index)) for i, r in self.relations.items() for g in r.hidden_groups]
 
+    @functools.cached_property
+    def _driven(self) -> dict[str, frozenset[int]]:
+        """Per key the hidden variables that the operation reaches, at once or through D."""
+        return {key: self._reached(r, g) for _, r, g, key in self.pairs}
+
+    def _reached(self, relation: HiddenParamOpRelation, group: HiddenGroup) -> frozenset[int]:
+        if relation.primitive.rules.init_pp is not None:  # what it begins with need not be zero
+            return frozenset(range(group.num_state))
+        jacobian = group.jacobian
+        reached = {a for a, df in enumerate(jacobian.df[relation.op_index]) if df.kind != "zero"}
+        while self.recursion == "jacobian":
+            more = {a for a, row in enumerate(jacobian.D) if any(row[b].kind != "zero" for b in reached)}
+            if more <= reached:
+                break
+            reached |= more
+        return frozenset(reached)
+
     def init(self) -> IOTrace:
         xs, dfs = {}, {}
         for i, key in self.x_keys.items():
@@ -111,23 +132,32 @@ class IOEngine(Engine):
         xs_and_dfs: tuple[Mapping[str, jax.Array], Mapping[str, Sensitivity]],
         Ds: Sequence[Jacobian],
     ) -> IOTrace:
-        return _join(self._advance(_split(traces), *xs_and_dfs, Ds))
+        return _join(self._advance(self._split(traces), *xs_and_dfs, Ds), traces)
+
+    def _split(self, traces: IOTrace) -> SplitTrace:
+        def slots(key: str, f: jax.Array) -> list[jax.Array | None]:
+            return [f[..., a] if a in self._driven[key] else None for a in range(f.shape[-1])]
+
+        return SplitTrace(traces.xs, {key: slots(key, f) for key, f in traces.dfs.items()})
 
     def _advance(
         self, trace: SplitTrace, xs: Mapping[str, jax.Array], dfs: Mapping[str, Sensitivity], Ds: Sequence[Jacobian]
     ) -> SplitTrace:
         decay_of = {key: self.decays[i][0] for i, key in self.x_keys.items()}
         new_xs = {k: decay_of[k] * e + xs[k].astype(e.dtype) for k, e in trace.xs.items()}
-        new_dfs: dict[str, list[jax.Array]] = {}
+        new_dfs: dict[str, list[jax.Array | None]] = {}
         for i, r, g, key in self.pairs:
             slots, new_dfs[key], decay = trace.dfs[key], [], self.decays[i][1]
-            for a, df in enumerate(dfs[key].entries):
+            for a, (slot, df) in enumerate(zip(slots, dfs[key].entries)):
+                if slot is None:
+                    new_dfs[key].append(None)
+                    continue
                 if self.recursion == "jacobian":
                     carried = weighted_sum(list(zip(placed(r, g, Ds[g.index].entries[a]), slots)))
                 else:
-                    carried = slots[a] if self.recursion == "scalar_leak" else None
+                    carried = slot if self.recursion == "scalar_leak" else None
                 value = weighted_sum([(decay, carried), (1.0 - decay, df)])
-                new_dfs[key].append(spread(value, slots[a].shape, slots[a].dtype))
+                new_dfs[key].append(spread(value, slot.shape, slot.dtype))
         return SplitTrace(new_xs, new_dfs)
 
     def forms(self) -> dict[int, tuple[str, int]]:
@@ -152,8 +182,8 @@ class IOEngine(Engine):
                 primitive=r.primitive.name,
                 weight_path=r.path,
             )
-            for r in self.relations.values()
-            if r.varying
+            for i, r in self.relations.items()
+            if r.varying and self.decays[i][0]
         ]
 
     # -- what signals make of the traces
@@ -175,7 +205,7 @@ class IOEngine(Engine):
     def contract(
         self, numbers: Sequence[int], traces: IOTrace, signals: Signals, steps: jax.Array
     ) -> dict[int, jax.Array | None]:
-        return self._contract(numbers, _split(traces), signals, steps)
+        return self._contract(numbers, self._split(traces), signals, steps)
 
     def _contract(
         self, numbers: Sequence[int], trace: SplitTrace, signals: Signals, steps: jax.Array
@@ -203,7 +233,7 @@ class IOEngine(Engine):
     # -- a chunk: one product over (time, batch) of filtered inputs with the cotangents of the outputs
 
     def chunk_start(self, traces: IOTrace) -> SplitTrace:
-        return _split(traces)
+        return self._split(traces)
 
     def chunk_step(
         self,
@@ -242,15 +272,14 @@ class IOEngine(Engine):
             axes, decay = 1 + len(vmap_shape), self.decays[i][0]
             of_one = ones[0][decay], ones[1][decay]
             gradients[i] = _contract_chunk(r, *inputs, now.get(i), before.get(i), of_one, operands[i], fixed, axes)
-        return _join(carry), gradients
+        return _join(carry, traces), gradients
 
 
-def _split(trace: IOTrace) -> SplitTrace:
-    return SplitTrace(trace.xs, {k: [f[..., a] for a in range(f.shape[-1])] for k, f in trace.dfs.items()})
+def _join(trace: SplitTrace, like: IOTrace) -> IOTrace:
+    def whole(key: str, f: jax.Array) -> jax.Array:
+        return jnp.stack([spread(slot, f.shape[:-1], f.dtype) for slot in trace.dfs[key]], -1)
 
-
-def _join(trace: SplitTrace) -> IOTrace:
-    return IOTrace(trace.xs, {k: jnp.stack(slots, -1) for k, slots in trace.dfs.items()})
+    return IOTrace(trace.xs, {key: whole(key, f) for key, f in like.dfs.items()})
 
 
 def _bias_correction(decay_f: float, steps: jax.Array) -> jax.Array:
@@ -317,9 +346,15 @@ def _contract_chunk(
     after, ahead = ones
     if before is None:
         return None if now is None else contraction(relation, xs, now, operands, fixed, axes, after)
-    after = jnp.concatenate([ahead[:1], after])
+    of_end = xs
     if x_start is not None and xs is not None:
         xs = jnp.concatenate([x_start[None], xs])
+    if not fixed.keys() <= relation.constant:  # of step t is also what meets the trace before it
+        of_start = None if xs is None else xs[:-1]
+        old = contraction(relation, of_start, before, operands, fixed, axes, ahead)
+        new = None if now is None else contraction(relation, of_end, now, operands, fixed, axes, after)
+        return add([old, new])
+    after = jnp.concatenate([ahead[:1], after])
     # Both meet the same K + 1 traces: after step t is before step t + 1.
     nothing = jnp.zeros_like(before[:1])
     total = jnp.concatenate([before, nothing])
