@@ -58,7 +58,10 @@ class _Chunked:
         self.length: int | None = None
 
     def applies(self, items: PyTree) -> bool:
-        """Whether the learner's call can be recorded: one is made, not inside of another transformation."""
+        """Whether the learner's call can be recorded: one is made, not inside of another transformation.
+
+        A chunk knows one value of each parameter, the same for all samples and steps.
+        """
         if not self.learner._can_record():
             return False
         while True:
@@ -68,7 +71,15 @@ class _Chunked:
             first = jax.eval_shape(lambda items: (*jax.tree.map(head, items), self._zeros()), items)
             self.program = self.step.make_jaxpr(*first).get_jaxpr(*first)
             if self.learner.graph is graph:
-                return self.calls == 1 and not self._reads_traces(first)
+                return self.calls == 1 and self._has_fixed_parameters(first) and not self._reads_traces(first)
+
+    def _has_fixed_parameters(self, args: tuple[PyTree, ...]) -> bool:
+        written = {id(state) for state in self.step.get_write_states(*args)}
+        avals = self.learner.graph.module_info.state_avals
+        return not any(
+            id(state) in written or [jnp.shape(x) for x in jax.tree.leaves(state.value)] != [a.shape for a in avals(p)]
+            for p, state in self.learner.param_states.items()
+        )
 
     def _reads_traces(self, args: tuple[PyTree, ...]) -> bool:
         """Whether the step uses the traces: it wants those of its time, not those of the chunk's beginning."""

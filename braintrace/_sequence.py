@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import brainstate
@@ -162,7 +162,8 @@ class SequenceDriverMixin:
                 losses = masked.sum() / count.astype(losses.dtype) if reduction == "mean" else masked.sum()
             return found, losses, aux
 
-        found, losses, aux = self._as_one_program(run, sequences, mask)
+        with _named_weights(weights, self._per_sample.path_to_states.values()):
+            found, losses, aux = self._as_one_program(run, sequences, mask)
         total = dict(zip(weights, found))
         out = (total, *((losses,) if return_value else ()), *((aux,) if has_aux else ()))
         return out if len(out) > 1 else total
@@ -271,6 +272,22 @@ class SequenceDriverMixin:
         if gradient and self._per_sample.vjp_method != "multi-step":
             raise ValueError("Windows (chunk_size >= 2) need a learner made with vjp_method='multi-step'.")
         return chunk_size
+
+
+@contextlib.contextmanager
+def _named_weights(weights: Mapping[Hashable, brainstate.State], read: Iterable[brainstate.State]) -> Iterator[None]:
+    """A state that nothing reads has no gradient: it is refused by its key."""
+    try:
+        yield
+    except ValueError as error:
+        known = set(map(id, read))
+        others = [key for key, state in weights.items() if id(state) not in known]
+        if "check_states" not in str(error) or not others:
+            raise
+        raise ValueError(
+            f"step_fn does not read every state in weights; those that the model's step does not read either have the "
+            f"keys {others}. Pass those that it reads, such as learner.param_states."
+        ) from error
 
 
 def _step_by_step(

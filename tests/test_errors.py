@@ -536,6 +536,20 @@ def test_a_failed_call_changes_nothing(rule, vmap):
     assert learner._per_sample.running_index.value.max() == 2
 
 
+@pytest.mark.parametrize("rule", ["pp_prop", "d_rtrl"])
+def test_a_refused_call_leaves_the_step_that_was_compiled(rule):
+    """A batch whose axis is missing compiles, and does not fit the states."""
+    learner = compile(Model(leaky, jnp.zeros((2, 3))), rule, jnp.ones((2, 2)), **RULES[rule])
+    known = str(learner.report)
+    with pytest.raises(ValueError, match="shape"):
+        learner(X)
+    assert str(learner.report) == known
+    learner.reset_state()
+    learner.etrace_evolve(jnp.ones((3, 2, 2)))
+    with pytest.raises(ValueError, match=r"\(3, 2\).*compiled for \(2, 2\)"):
+        learner(jnp.ones((3, 2)))
+
+
 @pytest.mark.parametrize("step", [changes_unit, changes_structure, writes_parameter, compiles_within])
 def test_a_failed_compilation_leaves_the_states(step):
     model = Model(step)

@@ -486,3 +486,66 @@ def test_windows_of_a_model_with_integers_in_its_state(dtype):
     loss = lambda: brainstate.transform.for_loop(lambda x: (net(x) ** 2).sum(), xs).sum()  # noqa: E731
     exact = brainstate.transform.grad(loss, net.states(brainstate.ParamState))()
     assert_close(dict(found), exact)
+
+
+# -- parameters that are not one value for all samples and steps
+
+
+class Squared(brainstate.nn.Module):
+    """h <- h / 2 + x w^2; the trace of w^2 meets the way back to the w of its step."""
+
+    def __init__(self, w=0.5):
+        super().__init__()
+        self.w = brainstate.ParamState(jnp.full((1, 3), w))
+
+    def init_state(self, **_):
+        self.h = HiddenState(jnp.zeros(3))
+
+    def update(self, x):
+        self.h.value = 0.5 * self.h.value + braintrace.matmul(x, self.w.value**2)
+        return self.h.value
+
+
+def test_a_step_that_changes_a_parameter():
+    net, xs = Squared(), jnp.ones((4, 1))
+    learner = braintrace.compile(net, "d_rtrl", xs[0])
+
+    def decays(x):
+        loss = learner(x).sum()
+        net.w.value = 0.5 * net.w.value
+        return loss
+
+    (found,) = learner.etrace_grad(xs, step_fn=decays, reduction="sum").values()
+    # Traces 1, 1.5, 1.75, 1.875 and parameters 1/2, 1/4, 1/8, 1/16, whose squares have the derivatives 2 w.
+    np.testing.assert_allclose(found, np.full((1, 3), 1.0 + 0.75 + 0.4375 + 0.234375), rtol=1e-6)
+    np.testing.assert_allclose(net.w.value, 0.5 / 16)
+
+
+@pytest.mark.parametrize("rule, options", [("d_rtrl", {}), ("pp_prop", dict(decay_or_rank=0.9))])
+def test_an_ensemble(rule, options):
+    """Members with parameters of their own, one sequence for all."""
+    xs, sizes = brainstate.random.randn(5, 1), [0.3, 0.5, -0.8]
+    made = {}
+
+    @brainstate.transform.vmap_new_states(state_tag="member", axis_size=len(sizes))
+    def initialise():
+        made["net"] = Squared()
+        made["learner"] = braintrace.compile(made["net"], rule, xs[0], **options)
+
+    initialise()
+    made["net"].w.value *= 2 * jnp.array(sizes)[:, None, None]
+    mapped = braintrace.ETraceVmap(made["learner"], vmap_states="member", in_axes=None, axis_size=len(sizes))
+    (found,) = mapped.etrace_grad(xs, step_fn=lambda x: jnp.sin(mapped(x)).sum(), reduction="sum").values()
+    mapped.etrace_evolve(xs)
+    for member, w in zip(found, sizes, strict=True):
+        alone = braintrace.compile(Squared(w), rule, xs[0], **options)
+        (expected,) = alone.etrace_grad(xs, step_fn=lambda x: jnp.sin(alone(x)).sum(), reduction="sum").values()  # noqa: B023
+        np.testing.assert_allclose(member, expected, rtol=1e-5)
+    assert mapped.module.running_index.value.tolist() == [2 * len(xs)] * len(sizes)
+
+
+def test_a_state_that_nothing_reads_has_no_gradient():
+    learner = braintrace.compile(Squared(), "d_rtrl", jnp.ones(1))
+    other = {"other": brainstate.ParamState(jnp.ones(2))}
+    with pytest.raises(ValueError, match=r"does not read.*\['other'\].*learner.param_states"):
+        learner.etrace_grad(jnp.ones((4, 1)), step_fn=lambda x: learner(x).sum(), weights=other)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import brainstate
@@ -201,6 +202,16 @@ class ETraceGraphExecutor:
     def compile_graph(self, *args: PyTree, **kwargs: PyTree) -> None:
         """Trace the model once."""
         self._compile(call_of(args, kwargs).first_step())
+
+    @contextlib.contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """The present step stays the present one where a call fails."""
+        before = self._compiled, list(self._known)
+        try:
+            yield
+        except BaseException:
+            self._compiled, self._known = before
+            raise
 
     def select(self, call: Call) -> list[brainstate.State]:
         """Make the step that serves a call the present one, compiling it if need be; the states that it touches."""

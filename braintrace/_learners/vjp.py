@@ -359,7 +359,10 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             return self._stand_in(*args, **kwargs)
         if not self.is_compiled:
             raise ValueError("The learner is not compiled. Call compile_graph(*example_inputs) first.")
-        call = call_of(args, kwargs)
+        with self.graph_executor.undone_on_error():
+            return self._take_step(call_of(args, kwargs), modulator)
+
+    def _take_step(self, call: Call, modulator: PyTree) -> PyTree:
         length = call.length
         states = self._select(call)
         aux = self._aux(modulator)
