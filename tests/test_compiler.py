@@ -716,6 +716,28 @@ def test_a_buffer_of_hidden_values_is_memory_that_no_trace_reaches(kind):
     assert not compiled(delay, t=kind(jnp.zeros((2, N)))).explain(kind="state_not_hidden")
 
 
+@pytest.mark.parametrize(
+    "shape, advice", [((N,), r"HiddenState\.$"), ((2, N), "HiddenState, or several, of the shape")]
+)
+@pytest.mark.parametrize("scope", [dict(sparse_n=N), {}])
+def test_a_delay_is_memory_of_rules_that_see_recurrent_weights(scope, shape, advice):
+    def records(keep):
+        def step(m, x):
+            old, t = m.h.value, m.t.value
+            m.h.value = jnp.tanh(0.5 * old + matmul(x, m.w.value) + matmul(t if t.ndim == 1 else t[0], Q))
+            m.t.value = keep(old) if t.ndim == 1 else jnp.stack([t[1], keep(old)])
+            return m.h.value
+
+        model = Model(step, t=brainstate.ShortTermState(jnp.zeros(shape)))
+        graph = braintrace.compile_etrace_graph(model, X, include_recurrent_mixing=True, **scope)
+        return graph.explain(kind="state_not_hidden")
+
+    assert not records(jax.lax.stop_gradient)
+    (record,) = records(jnp.tanh)
+    assert record.level is WARNING and "'t' keeps what 'h' did" in record.message
+    assert "an operation takes it back there" in record.message and re.search(advice, record.message)
+
+
 def written_attribute(m, x):
     m.memory = 0.9 * m.memory + matmul(x, m.w.value)
     m.h.value = jnp.tanh(0.5 * m.h.value + m.memory)

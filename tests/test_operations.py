@@ -515,6 +515,7 @@ REFUSED = [
     (lambda: braintrace.matmul(X, W, [1.0, 2.0, 3.0]), TypeError, "bias must be an array.*list"),
     (lambda: braintrace.matmul(jnp.ones(3), W), TypeError, "3.*2"),
     (lambda: braintrace.matmul(X, W, weight_fun=square), TypeError, "weight_fun"),
+    (lambda: braintrace.matmul(X, W, draw(2)), ValueError, r"bias has shape \(2,\).*\(3,\)"),
     (lambda: braintrace.matmul(draw(4, 2), W, draw(4, 3)), ValueError, r"bias has shape \(4, 3\).*samples share it"),
     (lambda: braintrace.element_wise([1.0]), TypeError, "weight must be an array.*list"),
     (lambda: braintrace.element_wise(W, jnp.exp, weight_fn=jnp.exp), TypeError, "not both"),

@@ -176,7 +176,7 @@ def compile_in_scope(
     relations, plain, found = find_relations(info, flow, reach, groups, influence)
     step = perturb(info, flow, reach, groups, (*relations, *plain))
     perturbation = add_hidden_perturbation_from_minfo(info) if include_hidden_perturb else None
-    found += unmarked_parameters(info, flow, influence) + untraced_memory(info, influence, relations)
+    found += unmarked_parameters(info, flow, influence) + untraced_memory(info, influence, relations, scope.mixing)
     if scope.mixing and len(groups) > 1:
         found += coupled_groups(analyse_flow(info, mixing=True), groups, relations)
     elif not scope.mixing:

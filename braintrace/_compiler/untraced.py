@@ -68,13 +68,14 @@ def _operation(eqns: Sequence[JaxprEqn]) -> str:
 
 
 def untraced_memory(
-    info: ModuleInfo, influence: Influence, relations: Sequence[HiddenParamOpRelation]
+    info: ModuleInfo, influence: Influence, relations: Sequence[HiddenParamOpRelation], mixing: bool
 ) -> list[CompilationRecord]:
     """States without a trace that keep what parameters or hidden values did, and are read in a later step.
 
     Such a state is not hidden, or it is a hidden one of a group of its own that others feed without an operation.
+    ``mixing``: traces also follow what hidden values do through operations.
     """
-    memory = _Memory(info, influence, {p for r in relations for g in r.hidden_groups for p in g.hidden_paths})
+    memory = _Memory(info, influence, {p for r in relations for g in r.hidden_groups for p in g.hidden_paths}, mixing)
     fed = memory.fed()
     onward = {p: influence.untraced(memory.kept[p][0]) for p in fed}
     return [
@@ -82,8 +83,7 @@ def untraced_memory(
             DiagnosticKind.STATE_NOT_HIDDEN,
             DiagnosticLevel.WARNING,
             f"The {type(memory.states[p]).__name__} {path_str(p)!r} keeps what {_named(fed[p])} did for later steps, "
-            f"where {reader}. {memory.why(p, fed[p])} what an operation receives, keep the operation's input, not its "
-            "output.",
+            f"where {reader}. {memory.why(p, fed[p])}",
             weight_path=next((s for s in fed[p] if s in info.weight_path_to_invars), None),
             hidden_paths=influence.driven(onward[p]),
             context={"state": p},
@@ -95,8 +95,8 @@ def untraced_memory(
 class _Memory:
     """States that no trace follows: their variables before and after the step, who writes and who reads them."""
 
-    def __init__(self, info: ModuleInfo, influence: Influence, traced: set[Path]):
-        self.info, self.influence, self.traced = info, influence, traced
+    def __init__(self, info: ModuleInfo, influence: Influence, traced: set[Path], mixing: bool):
+        self.info, self.influence, self.traced, self.mixing = info, influence, traced, mixing
         self.states = dict(zip(info.compiled_state_paths, info.compiled_model_states))
         self.kept: dict[Path, tuple[list[Var], list[Var]]] = {}
         jaxpr = info.jaxpr
@@ -142,6 +142,8 @@ class _Memory:
             enters = any(not reached.isdisjoint(variables(op.eqn.invars)) for op in influence.flow.ops)
             if not reached.isdisjoint(outputs):
                 readers[p] = "the output reads it"
+            elif self._returns(p, fed[p], reached):
+                readers[p] = "an operation takes it back there"
             elif onward[p].isdisjoint(kept[p][1]) or isinstance(self.states[p], brainstate.LongTermState):
                 continue  # the value of one step, or statistics
             elif not enters:  # it is no delay of what an operation receives
@@ -152,18 +154,32 @@ class _Memory:
                     readers[p] = f"{_named(to)} takes it over"
         return readers
 
+    def _returns(self, path: Path, fed: Sequence[Path], reached: set[Var]) -> bool:
+        """Whether a state leads back to the hidden values it keeps, by an operation that traces look through."""
+        if not self.mixing or path in self.hidden or isinstance(self.states[path], brainstate.LongTermState):
+            return False
+        return not set(fed).isdisjoint(self.influence.driven(reached))
+
     def why(self, path: Path, fed: Sequence[Path]) -> str:
         """Why no trace follows a state, and what to do."""
+        kept = {v.aval.shape for v in self.kept[path][1]}
         of_hidden = {v.aval.shape for p, v in self.info.hidden_path_to_invar.items() if p in fed}
-        alike = not of_hidden.isdisjoint(v.aval.shape for v in self.kept[path][1])
-        if path not in self.hidden and (alike or not of_hidden):
+        values = of_hidden or {op.y.aval.shape for op in self.influence.flow.ops}
+        one_of = ", or several, of the shape of what they keep" if values and kept.isdisjoint(values) else ""
+        if self.mixing and path not in self.hidden:
+            return (
+                "Traces follow hidden states only: what comes back by it gets no credit. Make it a "
+                f"brainstate.HiddenState{one_of}."
+            )
+        delay = " what an operation receives, keep the operation's input, not its output."
+        if path not in self.hidden and not one_of:
             return (
                 "Traces follow hidden states only: later steps give no gradient for it. Make it a "
-                "brainstate.HiddenState; to delay"
+                f"brainstate.HiddenState; to delay{delay}"
             )
         return (
             "Traces follow hidden states of one shape, position by position: later steps give no gradient for it. "
-            "To delay"
+            f"To delay{delay}"
         )
 
 

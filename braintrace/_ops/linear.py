@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._jax import any_rank, consts_of, is_tracer
-from .._types import PyTree
+from .._types import PyTree, Shape
 from .primitive import Anchors, Aval, Avals, ETPPrimitive, Params, anchored
 
 __all__ = [
     "Hook", "apply_hook", "array_operand", "dense", "etp_gmm_p", "etp_gmv_p", "etp_mm_p", "etp_mv_p", "grouped",
-    "grouped_matmul", "matmul", "rank_of", "weight_and_bias", "with_units",
+    "grouped_matmul", "matmul", "one_per_output", "rank_of", "shape_after", "weight_and_bias", "with_units",
 ]  # fmt: skip
 
 Hook = Callable[[jax.Array], jax.Array] | None
@@ -58,19 +58,10 @@ def with_units(
     x: PyTree,
     weights: Mapping[str, PyTree],
     bias: PyTree = None,
-    bias_ndim: int | None = None,
 ) -> PyTree:
-    """Run ``bind`` on mantissas; the result has the product of the units, to which the bias is converted.
-
-    ``bias_ndim``: the most axes that a bias may have, where samples share it.
-    """
+    """Run ``bind`` on mantissas; the result has the product of the units, to which the bias is converted."""
     for name, value in {"x": x, **weights, **({} if bias is None else {"bias": bias})}.items():
         array_operand(op, name, value)
-    if bias is not None and bias_ndim is not None and rank_of(bias) > bias_ndim:
-        raise ValueError(
-            f"{op}: bias has shape {tuple(bias.shape)}, and may have one entry for every output: all samples share it. "
-            "Add what differs between samples to the result."
-        )
     unit = u.get_unit(x)
     for value in weights.values():
         unit = unit * u.get_unit(value)
@@ -81,6 +72,30 @@ def with_units(
         operands.append(jnp.asarray(u.get_mantissa(bias)))
     y = bind(*operands)
     return y if unit.is_unitless and unit == u.UNITLESS else u.maybe_decimal(u.Quantity(y, unit=unit))
+
+
+def shape_after(hook: Hook, op: str, name: str, weight: PyTree) -> Shape:
+    """The shape of what a function makes of a weight."""
+    array_operand(op, name, weight)
+    if hook is None:
+        return tuple(weight.shape)
+    return tuple(jax.eval_shape(lambda w: apply_hook(hook, w), u.get_mantissa(weight)).shape)
+
+
+def one_per_output(op: str, bias: PyTree, outputs: Shape, bias_fn: Hook) -> PyTree:
+    """A bias with an entry for every output of a sample; one that several outputs share is repeated."""
+    if bias is None:
+        return None
+    array_operand(op, "bias", bias)
+    shape = tuple(bias.shape)
+    if len(shape) <= len(outputs) and (shape == outputs or bias_fn is not None):  # a function may make them
+        return bias
+    if len(shape) > len(outputs) or any(n not in (1, m) for n, m in zip(shape[::-1], outputs[::-1])):
+        raise ValueError(
+            f"{op}: bias has shape {shape}, and may have one entry for every output, {outputs}: all samples share it. "
+            "Add what differs between samples to the result."
+        )
+    return u.math.broadcast_to(bias, outputs)
 
 
 # -- one matrix -------------------------------------------------------------------------------------------------
@@ -122,7 +137,8 @@ def dense(x: PyTree, weight: PyTree, bias: PyTree = None, *, weight_fn: Hook = N
     def bind(*operands: jax.Array) -> jax.Array:
         return p.bind(*operands, has_bias=bias is not None, weight_fn=weight_fn, bias_fn=bias_fn)
 
-    return with_units("matmul", bind, x, {"weight": weight}, bias, 1)
+    bias = one_per_output("matmul", bias, shape_after(weight_fn, "matmul", "weight", weight)[1:], bias_fn)
+    return with_units("matmul", bind, x, {"weight": weight}, bias)
 
 
 def matmul(x: PyTree, weight: PyTree, bias: PyTree = None, *, weight_fn: Hook = None, bias_fn: Hook = None) -> PyTree:
@@ -135,7 +151,8 @@ def matmul(x: PyTree, weight: PyTree, bias: PyTree = None, *, weight_fn: Hook = 
     weight : array or Quantity, shape ``(in, out)``
         The trained matrix.
     bias : array or Quantity, shape ``(out,)``, optional
-        Must be convertible to the unit of ``x`` times that of ``weight``.
+        Must be convertible to the unit of ``x`` times that of ``weight``; one entry, ``()`` or ``(1,)``, is for all
+        outputs.
     weight_fn, bias_fn : callable, optional
         Maps of the raw mantissas, applied inside the operation: gradients and traces are with respect to the raw
         parameters. Compared by identity, so pass the same function object at every call.
@@ -148,7 +165,7 @@ def matmul(x: PyTree, weight: PyTree, bias: PyTree = None, *, weight_fn: Hook = 
     Raises
     ------
     ValueError
-        If ``x`` has a rank other than 1 or 2, or ``bias`` more than one axis.
+        If ``x`` has a rank other than 1 or 2, or ``bias`` another shape.
     TypeError
         If an operand is no array, or the inner dimensions differ.
 
@@ -207,6 +224,8 @@ def grouped(x: PyTree, weight: PyTree, bias: PyTree = None, *, weight_fn: Hook =
             f"grouped_matmul: the last axes {tuple(x.shape[-2:])} of x are not the groups and inputs "
             f"{tuple(weight.shape[:2])} of a weight of shape {tuple(weight.shape)}. Pass x of shape (..., groups, in)."
         )
+    made = shape_after(weight_fn, "grouped_matmul", "weight", weight)
+    bias = one_per_output("grouped_matmul", bias, made[:1] + made[2:], bias_fn)
     p = etp_gmm_p if rank_of(x) > 2 else etp_gmv_p
 
     def bind(*operands: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 
 from .._jax import any_rank
 from .._types import PyTree, Shape
-from .linear import Hook, apply_hook, array_operand, rank_of, weight_and_bias, with_units
+from .linear import Hook, apply_hook, array_operand, one_per_output, rank_of, weight_and_bias, with_units
 from .primitive import Anchors, Aval, Avals, ETPPrimitive, Gradients, Params, Unshared, Weights, anchored
 
 __all__ = ["Pattern", "etp_sp_mm_p", "etp_sp_mv_p", "pattern_of", "sparse_matmul", "sparse_product"]
@@ -381,9 +381,10 @@ def sparse_product(
             f"sparse_matmul: x of shape {tuple(x.shape)} cannot be multiplied with a matrix of shape {pattern.shape}: "
             f"{x.shape[-1]} and {pattern.shape[0]} differ."
         )
+    bias = one_per_output("sparse_matmul", bias, pattern.shape[1:], bias_fn)
     p = etp_sp_mm_p if rank_of(x) > 1 else etp_sp_mv_p
     static = dict(sparse_mat=pattern, has_bias=bias is not None, weight_fn=weight_fn, bias_fn=bias_fn)
-    return with_units("sparse_matmul", lambda *xs: p.bind(*xs, **static), x, {"weight": weight}, bias, 1)
+    return with_units("sparse_matmul", lambda *xs: p.bind(*xs, **static), x, {"weight": weight}, bias)
 
 
 def sparse_matmul(
