@@ -6,7 +6,7 @@ Everything here is decided by capability (``hasattr``, ``isinstance``), never by
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, ParamSpec, TypeAlias, TypeVar
 
@@ -28,10 +28,11 @@ from ._types import PyTree, Shape
 
 __all__ = [
     'Atom', 'ClosedJaxpr', 'Jaxpr', 'JaxprEqn', 'Literal', 'Primitive', 'Var', 'any_dtype', 'any_rank', 'at_source',
-    'bind_equation', 'call_body', 'close', 'consts_of', 'define_bilinear', 'define_primitive', 'eval_jaxpr',
-    'has_custom_rule', 'hashed', 'is_builtin', 'is_in_differentiated_loop', 'is_jit', 'is_on_one_device',
-    'is_outside', 'is_remat', 'is_tracer', 'open_jaxpr', 'placed', 'primitive_body', 'prune', 'reads', 'refuses',
-    'scan_operands', 'source_line', 'struct', 'structs', 'sub_jaxprs', 'trace_context', 'where_compiled', 'zeros',
+    'bind_equation', 'call_body', 'close', 'consts_of', 'define_bilinear', 'define_primitive', 'derives_from',
+    'enclosing_gradient', 'eval_jaxpr', 'has_custom_rule', 'hashed', 'is_builtin', 'is_computed', 'is_jit',
+    'is_on_one_device', 'is_outside', 'is_remat', 'is_tracer', 'open_jaxpr', 'placed', 'primitive_body', 'prune',
+    'reads', 'refuses', 'scan_operands', 'source_line', 'struct', 'structs', 'sub_jaxprs', 'trace_context',
+    'where_compiled', 'zeros',
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -40,7 +41,6 @@ Atom: TypeAlias = "Var | Literal"  # what an equation reads
 Shapes: TypeAlias = tuple[tuple[Shape, DTypeLike], ...]
 Flat: TypeAlias = Callable[..., Sequence[jax.Array]]  # of arrays to arrays
 JIT_NAMES = frozenset("jit pjit closed_call core_call core_closed_call custom_lin_call eval_jaxpr xla_call".split())
-LOOP_NAMES = ("scan", "checkpoint_scan", "while", "bounded_while")  # of what brainstate traces
 REMAT_NAMES = frozenset({"checkpoint", "remat", "remat2", "remat_call"})
 
 
@@ -153,12 +153,31 @@ def is_outside() -> bool:
     return trace_context() == _OUTSIDE
 
 
-def is_in_differentiated_loop() -> bool:
-    """Whether the body of a loop is traced whose turns brainstate differentiates together, not each by itself."""
+def enclosing_gradient() -> tuple[object | None, bool]:
+    """brainstate's trace of the innermost function that is differentiated, and whether another one is inside of it."""
     context = getattr(brainstate._state, "TRACE_CONTEXT", None)
-    names = [str(trace.name) for trace in getattr(context, "state_stack", ())]
-    inner = names[max((i + 1 for i, name in enumerate(names) if name == "gradient"), default=len(names)) :]
-    return any(name.startswith(LOOP_NAMES) for name in inner)
+    stack = list(getattr(context, "state_stack", ()))
+    found = [i for i, trace in enumerate(stack) if str(trace.name) == "gradient"]
+    return (stack[found[-1]], found[-1] + 1 < len(stack)) if found else (None, False)
+
+
+def derives_from(x: object, known: Container[int]) -> bool:
+    """Whether a traced value is computed from one whose ``id`` is known; also where a trace does not tell."""
+    pending, seen = [x], set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen or not is_tracer(value):
+            continue
+        seen.add(id(value))
+        if id(value) in known or not hasattr(value, "parent"):
+            return True
+        pending.extend(getattr(value.parent, "in_tracers", ()))
+    return False
+
+
+def is_computed(x: object) -> bool:
+    """Whether an equation of its trace makes a value, as far as the trace tells: it is no argument and no constant."""
+    return is_tracer(x) and getattr(x, "parent", x) is not None
 
 
 def is_jit(eqn: JaxprEqn) -> bool:

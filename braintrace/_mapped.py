@@ -84,12 +84,13 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
             return self._functions.value[1:]
 
         def run(args: tuple[PyTree, ...], kwargs: dict[str, PyTree]) -> PyTree:
-            return module(*args, **kwargs, **options)
+            with module._past.idle():
+                return module(*args, **kwargs, **options)
 
         def record(
             zeros: PyTree, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]
         ) -> tuple[PyTree, Recorded | None]:
-            with module._recording(zeros) as inner:
+            with module._past.idle(), module._recording(zeros) as inner:
                 out = module(*args, **kwargs, **options)
             self._recorded_length = inner.length
             return out, inner.recorded
@@ -142,8 +143,8 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
         args, arrays = jax.tree.map(jnp.asarray, (args, arrays))
         recorder = self.module._recorder
         if recorder is None or recorder.context != trace_context():
-            hidden = self.module.hidden_states.values()
-            self._past.cut(hidden)
+            written = self.module._written(list(self.module.path_to_states.values()))
+            self._past.cut(written)
             try:
                 out = run(args, arrays)
             except brainstate.BatchAxisError as error:
@@ -152,7 +153,7 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
                     "under brainstate.transform.vmap_new_states(state_tag='new') and map it with vmap_states='new'; "
                     f"braintrace.compile(..., batch_size=..., vmap=True) does both. What failed: {error}"
                 ) from error
-            self._past.leave(hidden)
+            self._past.leave(written, out)
             return out
         out, recorded = record(recorder.zeros, args, arrays)
         recorder.take(*recorded, self._recorded_length)

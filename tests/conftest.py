@@ -5,9 +5,8 @@ import subprocess
 import sys
 
 # Most programs run once, for a moment: to compile them well takes longer than all else. Set XLA_FLAGS to have it done.
-_QUICK = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
+_QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+_QUICKER = f"{_QUICK} --xla_cpu_use_fusion_emitters=false"  # a flag of some releases
 
 
 def _are_known(flags):
@@ -16,8 +15,8 @@ def _are_known(flags):
     return subprocess.run(starts, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True).returncode == 0
 
 
-if not os.environ.get("XLA_FLAGS") and _are_known(_QUICK):
-    os.environ["XLA_FLAGS"] = _QUICK  # read when an import below makes the first array
+if not os.environ.get("XLA_FLAGS"):  # it is read when an import below makes the first array
+    os.environ["XLA_FLAGS"] = next(filter(_are_known, (_QUICKER, _QUICK)), "")
 
 import brainstate  # noqa: E402
 import brainunit as u  # noqa: E402

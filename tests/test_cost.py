@@ -11,6 +11,7 @@ from helpers import PPProp, assert_close, total
 from models import CELLS, READOUTS, SPIKING, Problem, squares
 
 import braintrace
+from braintrace._jax import scan_operands
 
 pytestmark = pytest.mark.usefixtures("time_step")
 
@@ -190,8 +191,8 @@ def test_sensitivities_that_stay_zero_are_not_advanced(coupled):
     )
     jaxpr, _ = brainstate.transform.make_jaxpr(learner.etrace_evolve)(jnp.ones((T, B, N_IN)))
     (loop,) = (e for e in equations(jaxpr.jaxpr) if e.primitive.name == "scan")
-    first = loop.params["num_consts"]
-    carried = [v.aval.shape for v in loop.invars[first : first + loop.params["num_carry"]]]
+    consts, carry = scan_operands(loop)
+    carried = [v.aval.shape for v in loop.invars[consts : consts + carry]]
     assert carried.count((B, N)) == 3 + 2 + (3 if coupled else 2)
 
 

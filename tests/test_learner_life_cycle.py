@@ -1,5 +1,7 @@
 """A learner from construction to reset, under JAX's and brainstate's transformations, and its hooks for subclasses."""
 
+import itertools
+
 import brainstate
 import jax
 import jax.numpy as jnp
@@ -775,9 +777,46 @@ def in_a_loop(learner, model, xs):
     return for_loop(step, xs, weights).sum()
 
 
-@pytest.mark.parametrize("mode", ["one", "batch", "mapped"])
-@pytest.mark.parametrize("way", [both_calls, in_a_loop])
-@pytest.mark.parametrize("options", [{}, {"vjp_method": "multi-step"}])
+def each_within(transform):
+    """The calls stand in another transformation, with a trace of its own."""
+
+    def way(learner, model, xs):
+        call = transform(lambda x: (learner(x), model.h.value))
+        (first, h), (second, _) = call(xs[0]), call(xs[1])
+        return (first * 0.3).sum() + (h * 0.7).sum() + (second**3).sum()
+
+    return way
+
+
+def touched(learner, model, xs):
+    first = learner(xs[0])
+    loss = (first * 0.3).sum() + (model.h.value * 0.7).sum()
+    model.h.value = jnp.where(jnp.zeros_like(first, bool), 0.0, model.h.value)  # where an episode has ended
+    return loss + (learner(xs[1]) ** 3).sum()
+
+
+def from_the_output(learner, model, xs):
+    model.h.value = learner(xs[0])
+    return model.h.value.sum() + (learner(xs[1]) ** 3).sum()
+
+
+def loop_first(learner, model, xs):
+    return for_loop(lambda x: learner(x).sum(), xs[:1]).sum() + (learner(xs[1]) ** 3).sum()
+
+
+CHECKPOINTED = each_within(brainstate.transform.checkpoint)
+BRANCH = each_within(lambda call: lambda x: brainstate.transform.cond(x.sum() < 9.0, call, call, x))
+WAYS = [both_calls, in_a_loop, each_within(jit), CHECKPOINTED, BRANCH, touched, from_the_output, loop_first]
+
+
+@pytest.mark.parametrize(
+    "way, mode, options",
+    [
+        *itertools.product(WAYS, ["one"], [{}]),
+        *itertools.product([both_calls, in_a_loop, touched, each_within(jit)], ["batch", "mapped"], [{}]),
+        *itertools.product([both_calls, in_a_loop, touched], ["one", "mapped"], [{"vjp_method": "multi-step"}]),
+    ],
+)
 def test_several_calls_in_one_gradient(way, mode, options):
     xs = jnp.array([[0.5, -1.0], [1.5, 0.3]])
     batch = {} if mode == "one" else {"batch_size": 2, "vmap": mode == "mapped"}
@@ -792,6 +831,99 @@ def test_several_calls_in_one_gradient(way, mode, options):
         return first.sum() + (jnp.tanh(0.8 * first + xs[1] @ w) ** 3).sum()
 
     assert_close(found, {("w",): jax.grad(by_hand)(model.w.value)})
+
+
+class Delayed(Leaky):
+    """Units that get their own values back after a step, by a buffer that is no hidden state."""
+
+    def init_state(self, batch_size=None, **_):
+        super().init_state()
+        self.late = brainstate.ShortTermState(jnp.zeros(3))
+
+    def update(self, x):
+        late, self.late.value = self.late.value, self.h.value
+        self.h.value = jnp.tanh(0.8 * self.h.value + braintrace.matmul(x, self.w.value) + late[::-1])
+        return self.h.value
+
+
+@pytest.mark.parametrize("way", [both_calls, in_a_loop, touched, each_within(jit)])
+def test_nothing_reaches_earlier_calls_through_other_states(way):
+    xs = jax.random.normal(jax.random.key(0), (2, 2))
+
+    def gradient(function):
+        model = Delayed()
+        learner = braintrace.compile(model, "d_rtrl", xs[0])
+        model.late.value = jnp.ones(3)
+        return function(learner, model)
+
+    def call_by_call(learner, model):
+        first = grad(lambda: learner(xs[0]).sum(), learner.param_states)()
+        second = grad(lambda: (learner(xs[1]) ** 3).sum(), learner.param_states)()
+        return jax.tree.map(jnp.add, first, second)
+
+    found = gradient(lambda learner, model: grad(lambda: way(learner, model, xs), learner.param_states)())
+    assert_close(found, gradient(call_by_call))
+
+
+def test_two_learners_that_step_one_model_in_one_gradient():
+    xs, model = jnp.array([[0.5, -1.0], [1.5, 0.3]]), Leaky()
+    one = braintrace.compile(model, "immediate", xs[0])
+    other = braintrace.compile(model, "immediate", xs[0])
+    found = grad(lambda: one(xs[0]).sum() + (other(xs[1]) ** 3).sum(), model.states(ParamState))()
+
+    def by_hand(w):
+        first = jnp.tanh(xs[0] @ w)
+        return first.sum() + (jnp.tanh(0.8 * jax.lax.stop_gradient(first) + xs[1] @ w) ** 3).sum()
+
+    assert_close(found, {("w",): jax.grad(by_hand)(model.w.value)})
+
+
+class Prepared(Leaky):
+    """A trained state to begin with, and a trained context that every call reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.of_context = ParamState(jnp.full(3, 0.3)), ParamState(jnp.full(3, 0.2))
+
+    def init_state(self, batch_size=None, **_):
+        super().init_state()
+        self.context = brainstate.ShortTermState(jnp.zeros(3))
+
+    def update(self, x):
+        return super().update(x) * (1.0 + self.context.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*never reads the parameter")
+@pytest.mark.parametrize("way, begins", [("calls", True), ("a reset", True), ("loop", False)])
+def test_what_stands_before_the_calls_has_its_gradient(way, begins):
+    """The states of the first call, and what calls read and do not write."""
+    xs, model = jax.random.normal(jax.random.key(0), (4, 2)), Prepared()
+    learner = braintrace.compile(model, "immediate", xs[0])
+
+    def loss():
+        model.h.value, model.context.value = jnp.tanh(model.first.value), jnp.sin(model.of_context.value)
+        if way == "loop":
+            return for_loop(lambda x: learner(x).sum(), xs).sum()
+        total = 0.0
+        for i, x in enumerate(xs):
+            if i == 2 and way == "a reset":
+                model.h.value = jnp.tanh(model.first.value)
+            total += learner(x).sum()
+        return total
+
+    def by_hand(w, first, context):
+        start, total = jnp.tanh(first), 0.0
+        h = start if begins else jax.lax.stop_gradient(start)
+        for i, x in enumerate(xs):
+            h = start if i == 2 and way == "a reset" else h
+            h = jnp.tanh(0.8 * h + x @ w)
+            total += (h * (1.0 + jnp.sin(context))).sum()
+            h = jax.lax.stop_gradient(h)
+        return total
+
+    names = ("w", "first", "of_context")
+    expected = jax.grad(by_hand, (0, 1, 2))(*(getattr(model, k).value for k in names))
+    assert_close(grad(loss, model.states(ParamState))(), {(k,): g for k, g in zip(names, expected)})
 
 
 def test_two_calls_in_one_step_of_a_sequence():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import brainstate
@@ -104,6 +104,11 @@ class ModuleInfo(NamedTuple):
         avals = [v.aval for v in self.jaxpr.invars[self.in_tree.num_leaves : self.first_state]]
         leaves = jax.tree.leaves({k: inputs[k] for k in self.environment_keys})
         return [jax.numpy.asarray(x, a.dtype) for x, a in zip(leaves, avals)]
+
+    def writes(self, numbers: Iterable[int]) -> bool:
+        """Whether the step gives one of the leaves of states another value."""
+        new = self.jaxpr.outvars[self.num_var_out :]
+        return any(new[n] is not self.jaxpr.invars[self.first_state + n] for n in numbers)
 
     def state_avals(self, path: Path) -> list[jax.core.ShapedArray | jax.ShapeDtypeStruct]:
         """Shape and dtype of the leaves of a state's value."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import brainstate
@@ -369,8 +369,8 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         online, binding = self._online, self._binding
         leaves, over_time = binding.inputs(call)
         leaves = [reverse_only(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in leaves]
-        hidden = self.hidden_states.values()
-        self._past.cut(hidden)
+        written = self._written(states)
+        self._past.cut(written)
         values = binding.values(states)
         index = self.running_index.value
         if self._recorder is not None and self._recorder.context == trace_context():
@@ -383,9 +383,15 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         for state, value in zip(binding.split(states)[1:], new[1:]):
             for s, v in zip(state, value):
                 s.value = v
-        self._past.leave(hidden)
+        self._past.leave(written, out)
         self.running_index.value = index + (1 if length is None else length)
         return out
+
+    def _written(self, states: Sequence[brainstate.State]) -> list[brainstate.State]:
+        """Of the states that the step touches; it gives the others back as they are."""
+        info = self.graph.module_info
+        numbers = self._plan("written", lambda: [i for i, of in enumerate(info.state_leaves) if info.writes(of)])
+        return [states[i] for i in numbers]
 
     def _aux(self, modulator: PyTree) -> PyTree:
         if self.config.learning_signal != "modulatory":
