@@ -474,6 +474,7 @@ REFUSALS = {
     "missing": (lambda: with_extra(jnp.zeros(2)), "model/extra: is here, and was not saved"),
     "rule": (lambda: learner_of(rule="d_rtrl"), "the rule pp_prop was saved, here it is D_RTRL"),
     "decay": (lambda: learner_of(decay_or_rank=0.8), r"option decay was \[0.9, 0.9\] .*, here it is \[0.8, 0.8\]"),
+    "decays": (lambda: learner_of(decay_or_rank={(): 0.9, "W": 0.5}), r"option decays was .*0.9, 0.9.*0.5, 0.5"),
     "vjp": (lambda: learner_of(decay_or_rank=0.9, vjp_method="multi-step"), "option vjp_method was 'single-step'"),
     "policy": (
         lambda: learner_of(decay_or_rank=0.9, control_flow=braintrace.ControlFlowPolicy(scan_unroll_limit=3)),

@@ -167,6 +167,29 @@ def test_a_standing_modulator_is_read_by_a_jitted_step():
     learner.modulator = -5.0
     assert_close(step(), jax.tree.map(lambda g: -5.0 * g, first), 1e-6)
     assert float(learner.modulator) == -5.0
+    (shape,) = {g.varshape for g in learner.graph.hidden_groups}
+    for value in (jnp.full(shape, 7.0), 2.0):  # of another shape
+        learner.modulator = value
+        assert_close(step(), jax.tree.map(lambda g: float(jnp.max(value)) * g, first), 1e-6)  # noqa: B023
+    learner.modulator = None
+    with pytest.raises(RuntimeError, match="modulator"):
+        step()
+
+
+def test_a_modulator_per_sample_is_not_taken_for_one_per_unit():
+    x, cell = jnp.ones((3, 2)), braintrace.nn.ValinaRNNCell(2, 3)
+    learner = braintrace.compile(cell, "three_factor", x, batch_size=3)
+    rewards = jnp.array([1.0, 2.0, 4.0])
+
+    def gradient(modulator):
+        cell.reset_state(3)
+        learner.reset_state()
+        return grad(lambda: learner(x, modulator=modulator).sum(), learner.param_states)()
+
+    with pytest.raises(ValueError, match=r"\(3, 1\).*more than one way.*\(3, 1, 1\)"):
+        learner(x, modulator=rewards[:, None])
+    same = jax.tree.map(lambda g: g * (7.0 / 3.0), gradient(1.0))  # the samples are alike
+    assert_close(gradient(rewards[:, None, None]), same)
 
 
 def test_names():

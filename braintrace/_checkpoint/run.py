@@ -18,7 +18,7 @@ from .._compiler.policy import ControlFlowPolicy
 from .._learners.base import ETraceAlgorithm
 from .._learners.signals import as_key
 from .._sequence import SequenceDriverMixin
-from .._types import Path, PyTree
+from .._types import Path, PyTree, path_str
 from .leaves import Json, is_leaf, is_state, is_whole
 from .names import entry_name, segment_name
 
@@ -142,6 +142,10 @@ def identity_of(learner: ETraceAlgorithm) -> Json:
         options[name] = value if isinstance(value, (float, type(None))) else str(value)
     for name, key in (("projection_key", "projection_key"), ("random_feedback_key", "_feedback_key")):
         options[name] = _plain_key(getattr(learner, key, None))
+    decays = getattr(learner, "_decays", None)
+    if decays is not None:
+        relations = learner.graph.hidden_param_op_relations
+        options["decays"] = {path_str(relations[i].path): pair for i, pair in decays.of(relations).items()}
     options |= {f"control_flow.{k}": v for k, v in dataclasses.asdict(policy).items()}
     return json.loads(json.dumps({"rule": type(learner).__name__, "options": options}))
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from .._compiler.groups import HiddenGroup
-from .._types import PyTree
+from .._types import PyTree, Shape
 
 __all__ = ["as_key", "expand_modulator", "feedback_matrix", "random_feedback"]
 
@@ -53,10 +53,16 @@ def expand_modulator(modulator: PyTree, group: HiddenGroup, dtype: DTypeLike) ->
     shape = (*group.varshape, group.num_state)
     value = jnp.asarray(modulator, dtype)
     value = value[..., None] if value.shape == group.varshape else value
-    try:
-        return jnp.broadcast_to(value, shape)
-    except ValueError:
+    one_axis_short = value.ndim > 1 and value.ndim == len(group.varshape) and value.size > 1
+    if not _expands(value.shape, shape) or (one_axis_short and _expands(value.shape, group.varshape)):
+        per_sample = (*group.varshape[:1], *[1] * len(group.varshape))
         raise ValueError(
-            f"The modulator has shape {jnp.shape(modulator)}, which does not expand to {shape} of {group.name}. Pass a "
-            f"scalar, or shape {group.varshape}."
-        ) from None
+            f"The modulator has shape {jnp.shape(modulator)}, which does not expand to {shape} of {group.name}, or in "
+            f"more than one way. Pass a scalar, shape {group.varshape}, or one of as many axes as {shape}, such as "
+            f"{per_sample}."
+        )
+    return jnp.broadcast_to(value, shape)
+
+
+def _expands(shape: Shape, to: Shape) -> bool:
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(shape[::-1], to[::-1]))

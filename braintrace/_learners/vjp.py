@@ -133,12 +133,11 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
 
     @modulator.setter
     def modulator(self, value: PyTree) -> None:
-        # Write into the state that a jitted step reads, where it can hold the value.
-        known = self._modulator
-        if known is not None and value is not None and jnp.shape(known.value) == jnp.shape(value):
-            known.value = jnp.asarray(value)
-        else:
-            self._modulator = None if value is None else brainstate.ShortTermState(jnp.asarray(value))
+        value = None if value is None else jnp.asarray(value)
+        if self._modulator is not None:
+            self._modulator.value = value  # the state that a jitted step reads
+        elif value is not None:
+            self._modulator = brainstate.ShortTermState(value)
 
     @property
     def vjp_method(self) -> str:
