@@ -338,3 +338,59 @@ def test_the_outputs_of_an_evolution_have_no_gradient():
 
     _, outputs = brainstate.transform.grad(after_a_warm_up, learner.param_states, has_aux=True)()
     assert outputs.shape == (T, B, N)
+
+
+# -- a trace that one kind of call factorises, and another one does not
+
+
+class Dropped(Driven):
+    """What enters the unit is dropped at random, in training."""
+
+    def update(self, x):
+        self.h.value = 0.5 * self.h.value + self.drop(braintrace.matmul(x, self.w.value))
+        return jnp.tanh(self.h.value)
+
+
+PER_WEIGHT = {
+    "d_rtrl": {},
+    "eprop": dict(kappa_filter_decay=0.5),
+    "hybrid": dict(decay_or_rank=0.9, exact="all"),
+    "three_factor": dict(modulator=1.0),
+}
+
+
+@pytest.mark.parametrize("rule", PER_WEIGHT)
+def test_a_learner_that_was_compiled_for_training_is_evaluated(rule):
+    """In either mode, after a reset in either one, with the gradients of a learner of that mode."""
+
+    def made(fit):
+        with context(fit=fit):
+            return braintrace.compile(Dropped(), rule, X, batch_size=B, **PER_WEIGHT[rule])
+
+    def gradient(learner):
+        learner.model4compile.init_state(B)
+        return learner.etrace_grad(XS, step_fn=lambda x: (learner(x) ** 2).sum())
+
+    both, other = made(True), made(False)
+    gradient(both)  # its step is the present one when the traces are reset
+    both.reset_state()
+    jax.tree.map(assert_close, dict(gradient(both)), dict(gradient(other)))
+    with context(fit=True):
+        both.reset_state()
+        brainstate.random.seed(0)
+        found = gradient(both)
+        brainstate.random.seed(0)
+        jax.tree.map(assert_close, dict(found), dict(gradient(made(True))))
+
+
+@pytest.mark.parametrize("rule", PER_WEIGHT)
+def test_a_trace_that_cannot_serve_another_kind_of_call(rule):
+    learner = braintrace.compile(Dropped(), rule, X, batch_size=B, **PER_WEIGHT[rule])
+    before = str(learner.report)
+    with (
+        context(fit=True),
+        pytest.raises(ValueError, match=r"trace of 'w'.*Compile the learner for"),
+    ):
+        learner(X)
+    learner.reset_state()
+    assert learner(X).shape == (B, N) and str(learner.report) == before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import brainstate
@@ -43,7 +43,7 @@ class Compiled:
         self.example = call._replace(**{k: jax.tree.map(_shape_of, getattr(call, k)) for k in ("args", "keywords")})
         self.constants = {**call.constants, **{k: call.inputs[k] for k in info.fixed_numbers}}
         self.unread = frozenset(call.inputs) - {*info.environment_keys, *info.fixed_numbers}
-        self.plans: dict[str, Any] = {}
+        self.plans: dict[Hashable, Any] = {}
 
     def __deepcopy__(self, memo: object) -> Compiled:
         return self

@@ -9,8 +9,8 @@ Where the trace of a weight follows the neighbours of its position, they are the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +22,14 @@ from .._compiler.groups import HiddenGroup
 from .._compiler.relations import HiddenParamOpRelation
 from .._jax import zeros
 from .._precision import wide, widened
-from .._types import PyTree, Shape
+from .._types import PyTree, Shape, path_str
 from .instant import SlotTrace, cut_slots, full, instant_like, kept_like, outer, slot_of
 from .layout import TraceLayout
 from .pieces import Slot, joined, zeros_in_pieces
 from .record import Coefficient, add, contraction, pair_key, placed, unbroadcast, weighted_sum, x_aval
 from .samples import met
 
-__all__ = ["Recursion", "WeightTrace", "factorised_slots", "recursion_of"]
+__all__ = ["Forms", "Recursion", "WeightTrace", "as_allocated", "factorised_slots", "recursion_of"]
 
 
 Row = Sequence[Coefficient]
@@ -72,6 +72,9 @@ def factorised_slots(recursion: Recursion, number: int) -> frozenset[int]:
         if kept == slots:
             return frozenset(slots)
         slots = kept
+
+
+Forms: TypeAlias = Mapping[str, frozenset[int]]  # which slots of a trace, by key, are factorised
 
 
 class WeightTrace(NamedTuple):
@@ -267,6 +270,23 @@ class WeightTrace(NamedTuple):
         found = jax.vmap(lambda o: self.layout.times(o, ones, 0), out_axes=-1)(order)
         of_entry = {k: jnp.broadcast_to(v.astype(jnp.int32), slot[k].shape) for k, v in found.items()}
         return {k: jnp.take_along_axis(e, of_entry[k], -1) for k, e in slot.items()}
+
+
+def as_allocated(weights: Iterable[WeightTrace], forms: Forms | None) -> tuple[WeightTrace, ...]:
+    """The traces in the form in which they were allocated, for another step: it may factorise more, and no less."""
+    if forms is None:
+        return tuple(weights)
+    found = []
+    for w in weights:
+        held = forms.get(w.key, w.factorised)
+        if not held <= w.factorised:
+            raise ValueError(
+                f"The trace of {path_str(w.relation.path)!r} was made for calls that need its filtered input alone. "
+                "This call (another training mode, other keyword arguments) needs an entry per weight. Compile the "
+                "learner for a call of this kind first: such traces serve both."
+            )
+        found.append(w._replace(factorised=held))
+    return tuple(found)
 
 
 def _over_neighbours(value: jax.Array, entry: jax.Array, number: int, batch_ndim: int, vmap_ndim: int) -> jax.Array:

@@ -16,8 +16,8 @@ from .._engines.engine import bytes_of
 from .._engines.hybrid import HybridEngine, HybridTrace
 from .._engines.io import IOEngine
 from .._engines.param import ParamEngine, ParamRecursion
-from .._engines.weight_trace import WeightTrace
-from .._types import Path, PyTree, lies_under, names_of, path_str
+from .._engines.weight_trace import WeightTrace, as_allocated
+from .._types import Held, Path, PyTree, lies_under, names_of, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
 from .io_dim import DecayOrRank, IODimVjpAlgorithm, Prefix
@@ -109,9 +109,12 @@ class HybridDimVjpAlgorithm(IODimVjpAlgorithm):
     def init_etrace_state(self, *args: PyTree, **kwargs: PyTree) -> None:
         """Allocate zero traces, as new state objects; the step counter is not touched."""
         del args, kwargs
-        zeros = self._engine.init()
+        self._forms = None
+        engine = self._engine
+        zeros = engine.init()
         self._slot_traces = {k: EligibilityTrace(v) for k, v in zeros.exact.items()}
         self._allocate(zeros.filtered)
+        self._forms = Held({w.key: w.factorised for w in engine.exact.weights})
 
     def _remarks(self) -> list[CompilationRecord]:
         return self._engine.remarks()
@@ -119,7 +122,7 @@ class HybridDimVjpAlgorithm(IODimVjpAlgorithm):
     def _make_engine(self, binding: Binding) -> HybridEngine:
         relations = binding.graph.hidden_param_op_relations
         decays = self._decays.of(relations)
-        weights = self._plan("weights", lambda: self._exact_weights(binding))
+        weights = self._exact_weights(binding)
         kept = tuple(dict.fromkeys(w.number for w in weights))
         rest = tuple(i for i in decays if i not in kept)
         return HybridEngine(
@@ -130,7 +133,14 @@ class HybridDimVjpAlgorithm(IODimVjpAlgorithm):
         )
 
     def _exact_weights(self, binding: Binding) -> tuple[WeightTrace, ...]:
-        """The traces that are kept exactly, by relation."""
+        """The traces that are kept exactly, by relation: those that were allocated, or else the chosen ones."""
+        can = self._plan("weights", lambda: self._possible_weights(binding))
+        if self._forms is None:
+            return self._plan("exact", lambda: self._chosen_weights(binding, can))
+        forms = self._forms.value
+        return as_allocated((w for weights in can.values() for w in weights if w.key in forms), forms)
+
+    def _possible_weights(self, binding: Binding) -> dict[int, tuple[WeightTrace, ...]]:
         relations = binding.graph.hidden_param_op_relations
         named = self._named(relations)
         can: dict[int, tuple[WeightTrace, ...]] = {}
@@ -140,6 +150,10 @@ class HybridDimVjpAlgorithm(IODimVjpAlgorithm):
             except NotImplementedError:
                 if i in named:
                     raise
+        return can
+
+    def _chosen_weights(self, binding: Binding, can: Mapping[int, tuple[WeightTrace, ...]]) -> tuple[WeightTrace, ...]:
+        named = self._named(binding.graph.hidden_param_op_relations)
         free = [i for i, weights in can.items() if all(len(w.factorised) == w.structure.width for w in weights)]
         kept = {*free, *named, *(can if self.exact == "all" else ())}
         if isinstance(self.exact, int):

@@ -15,9 +15,9 @@ from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
 from .._engines.instant import SlotTrace
 from .._engines.param import ParamEngine, ParamRecursion, check_anchors
-from .._engines.weight_trace import WeightTrace
+from .._engines.weight_trace import WeightTrace, as_allocated
 from .._jax import any_dtype
-from .._types import Path, PyTree, path_str
+from .._types import Held, Path, PyTree, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
 from .options import Legacy, VjpMethod, legacy_options
@@ -113,7 +113,10 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
     def init_etrace_state(self, *args: PyTree, **kwargs: PyTree) -> None:
         """Allocate zero traces, as new state objects; the step counter is not touched."""
         del args, kwargs
-        self._slot_traces = {k: EligibilityTrace(v) for k, v in self._engine.init().items()}
+        self._forms = None
+        engine = self._engine
+        self._slot_traces = {k: EligibilityTrace(v) for k, v in engine.init().items()}
+        self._forms = Held({w.key: w.factorised for w in engine.weights})
 
     def _make_engine(self, binding: Binding) -> ParamEngine:
         config: Any = self.config
@@ -125,7 +128,9 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
                 check_anchors(binding.graph.hidden_param_op_relations)
             return ParamEngine.plan(binding, numbers, recursion, not self._overrides("_update_etrace_data"))
 
-        return ParamEngine(binding, numbers, self._plan("weights", plan), recursion, self.trace_dtype, self._samples())
+        forms = None if self._forms is None else self._forms.value
+        weights = as_allocated(self._plan("weights", plan), forms)
+        return ParamEngine(binding, numbers, weights, recursion, self.trace_dtype, self._samples())
 
     @property
     def etrace_bwg(self) -> dict[str, EligibilityTrace]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import brainstate
@@ -23,7 +23,7 @@ from .._legacy.executor import ETraceVjpGraphExecutor
 from .._online import Hooks, OnlineStep
 from .._past import Past
 from .._recorder import Recorder
-from .._types import Path, PyTree
+from .._types import Held, Path, PyTree
 from .base import ETraceAlgorithm
 from .config import ETraceConfig
 from .options import VjpMethod
@@ -82,6 +82,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
 
     _default_config: ClassVar[ETraceConfig] = ETraceConfig()
     _recorder: Recorder | None = None
+    _forms: Held | None = None  # of the traces as they were allocated, where there are several
 
     def __init__(
         self,
@@ -203,7 +204,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             found = shape[0] if shape and found is None else found
         return found, False
 
-    def _plan(self, name: str, make: Callable[[], T]) -> T:
+    def _plan(self, name: Hashable, make: Callable[[], T]) -> T:
         """What an engine finds out once for each compiled step; no attribute, whose states would be the learner's."""
         plans = self.graph_executor.compiled.plans
         if name not in plans:
@@ -213,7 +214,8 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
     @property
     def _trace_shapes(self) -> PyTree:
         """Of the traces of one sample, or of one batch, as the compiled step needs them."""
-        return self._plan("shapes", lambda: jax.eval_shape(self._engine.init))
+        forms = None if self._forms is None else frozenset(self._forms.value.items())
+        return self._plan(("shapes", forms), lambda: jax.eval_shape(self._engine.init))
 
     def _select(self, call: Call) -> list[brainstate.State]:
         states = super()._select(call)
