@@ -140,6 +140,8 @@ def compile(
     """
     if not isinstance(model, brainstate.nn.Module):
         raise TypeError(f"The model must be a brainstate.nn.Module, got {type(model).__name__}.")
+    if isinstance(model, ETraceAlgorithm):
+        raise TypeError(f"This {type(model).__name__} is a learner already. Pass the model that it trains.")
     if isinstance(algorithm, ETraceConfig):
         if "config" in options:
             raise TypeError("The config is given twice: as algorithm and as an option. Pass it once.")

@@ -59,7 +59,8 @@ def credit(
     def zeros_of(lifted: PyTree, held: tuple[PyTree, ...], weights: PyTree) -> PyTree:
         del weights
         # Under jax.vmap the zeros must be mapped like what they stand for, or the signals of all samples were summed.
-        found = [x for x in jax.tree.leaves((lifted, held[0])) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        leaves = jax.tree.leaves((lifted, held[0]))
+        found = [x for x in leaves if x.size and jnp.issubdtype(x.dtype, jnp.inexact)]
         mapped = sum(x[(0,) * x.ndim].astype(jnp.float32) for x in found)
         return jax.tree.map(
             lambda z: jnp.where(False, jnp.broadcast_to(mapped, z.shape).astype(z.dtype), jnp.zeros(z.shape, z.dtype)),

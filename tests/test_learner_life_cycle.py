@@ -806,13 +806,13 @@ def loop_first(learner, model, xs):
 
 CHECKPOINTED = each_within(brainstate.transform.checkpoint)
 BRANCH = each_within(lambda call: lambda x: brainstate.transform.cond(x.sum() < 9.0, call, call, x))
-WAYS = [both_calls, in_a_loop, each_within(jit), CHECKPOINTED, BRANCH, touched, from_the_output, loop_first]
+CALLS = [both_calls, in_a_loop, each_within(jit), CHECKPOINTED, BRANCH, touched, from_the_output, loop_first]
 
 
 @pytest.mark.parametrize(
     "way, mode, options",
     [
-        *itertools.product(WAYS, ["one"], [{}]),
+        *itertools.product(CALLS, ["one"], [{}]),
         *itertools.product([both_calls, in_a_loop, touched, each_within(jit)], ["batch", "mapped"], [{}]),
         *itertools.product([both_calls, in_a_loop, touched], ["one", "mapped"], [{"vjp_method": "multi-step"}]),
     ],
@@ -956,3 +956,31 @@ def test_arrays_without_entries(rule, hidden, aux):
         assert more.shape == (6, aux)
         gradients.append(found)
     assert_close(*gradients)
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+@pytest.mark.parametrize("rule", ["pp_prop", "d_rtrl"])
+def test_an_input_without_features(rule, batch):
+    class Net(Leaky):
+        def __init__(self):
+            super().__init__()
+            self.v = ParamState(jnp.zeros((0, 3)))
+
+        def update(self, x):
+            self.h.value = 0.5 * self.h.value + braintrace.matmul(x[..., :0], self.v.value)
+            return super().update(x)
+
+    lead = () if batch is None else (batch,)
+    options = {"decay_or_rank": 0.9} if rule == "pp_prop" else {}
+    learner = braintrace.compile(Net(), rule, jnp.ones((*lead, 2)), batch_size=batch, **options)
+    loss = lambda x: learner(x).sum()  # noqa: E731
+    for found in (grad(lambda: loss(jnp.ones((*lead, 2))), learner.param_states)(), learner.etrace_grad(
+        jnp.ones((4, *lead, 2)), step_fn=loss)):  # fmt: skip
+        assert found["v",].shape == (0, 3) and jnp.abs(found["w",]).min() > 0
+
+
+def test_traces_by_a_path_with_dots():
+    net = brainstate.nn.Sequential(braintrace.nn.GRUCell(2, 3))
+    learner = braintrace.compile(net, "d_rtrl", X)
+    by_string = learner.get_etrace_of("layers.0.Wh.weight")
+    assert by_string.keys() == learner.get_etrace_of(("layers", 0, "Wh", "weight")).keys()

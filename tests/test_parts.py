@@ -53,7 +53,15 @@ def test_smoothed_gradients():
     np.testing.assert_allclose(part.gradients.value["w"], 1 + decay + decay**2, rtol=1e-6)
 
 
-BAD = [(1.0, AssertionError), (0.0, AssertionError), ("1 ms", TypeError), (1, TypeError), (2.0 * u.ms, KeyError)]
+BAD = [
+    (1.0, AssertionError),
+    (0.0, AssertionError),
+    ("1 ms", TypeError),
+    (1, TypeError),
+    (2.0 * u.ms, KeyError),
+    (-1.0 * u.ms, ValueError),
+    (0.0 * u.ms, ValueError),
+]
 
 
 @pytest.mark.parametrize("value, error", BAD, ids=str)

@@ -16,7 +16,7 @@ from .._compiler.graph import ETraceGraph
 from .._compiler.report import CompilationReport
 from .._jax import zeros
 from .._sequence import SequenceDriverMixin
-from .._types import CompilationError, Path, PyTree, path_str
+from .._types import CompilationError, Path, PyTree, names_of, path_str
 
 if TYPE_CHECKING:
     from .._layout import Layout
@@ -238,7 +238,8 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
             if path is None:
                 raise ValueError(f"This {type(weight).__name__} is no parameter that the compiled step reads.")
         elif isinstance(weight, (str, tuple, list)):
-            path = (weight,) if isinstance(weight, str) else tuple(weight)
+            names = names_of(weight)
+            path = next((p for p in self.param_states if names_of(p) == names), names)
         else:
             raise TypeError(f"Pass a ParamState or its path, a tuple of names, got {type(weight).__name__}.")
         if path not in self.param_states:

@@ -8,6 +8,7 @@ from typing import Any, Unpack
 import brainstate
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from .._binding import Binding
@@ -106,9 +107,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
         super().__init__(model, name, vjp_method, control_flow, config, random_feedback_key, snap_max_jacobian_elements)
         self.fast_solve = bool(fast_solve)
         self.chunked_trace = bool(chunked_trace)
-        self.trace_dtype = None if trace_dtype is None else jnp.dtype(trace_dtype)
-        if self.trace_dtype is not None and not jnp.issubdtype(self.trace_dtype, jnp.inexact):
-            raise ValueError(f"trace_dtype must be a floating-point type, got {self.trace_dtype}.")
+        self.trace_dtype = None if trace_dtype is None else _floating(trace_dtype)
 
     def init_etrace_state(self, *args: PyTree, **kwargs: PyTree) -> None:
         """Allocate zero traces, as new state objects; the step counter is not touched."""
@@ -184,3 +183,13 @@ def dense_trace(
     """A trace as arrays with the hidden variables along a last axis."""
     operands = binding.operands(binding.of_parameters(parameters))
     return weight.dense(trace, operands[weight.number], weight.vmap_shape(trace))
+
+
+def _floating(given: DTypeLike) -> np.dtype:
+    try:
+        dtype = jnp.dtype(given)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"trace_dtype must be a floating-point type, such as 'bfloat16', got {given!r}.")
+    return dtype

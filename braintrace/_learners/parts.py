@@ -6,6 +6,7 @@ import brainstate
 import brainunit as u
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._precision import wide, widened
 from .._types import PyTree
@@ -126,6 +127,8 @@ class GradExpon(brainstate.nn.Module):
     ------
     AssertionError
         If a float decay is out of range.
+    ValueError
+        If a time constant is not positive.
     KeyError
         For a time constant, if ``dt`` is not set in ``brainstate.environ``.
     TypeError
@@ -145,8 +148,10 @@ class GradExpon(brainstate.nn.Module):
     def __init__(self, grad_shape: PyTree, tau_or_decay: float | u.Quantity):
         super().__init__()
         if isinstance(tau_or_decay, u.Quantity):
+            if not u.get_mantissa(tau_or_decay) > 0.0:
+                raise ValueError(f"A time constant must be positive, got {tau_or_decay}.")
             self.decay = u.math.exp(-brainstate.environ.get_dt() / tau_or_decay)
-        elif isinstance(tau_or_decay, float):
+        elif isinstance(tau_or_decay, (float, np.floating)):
             if not 0.0 < tau_or_decay < 1.0:
                 raise AssertionError(f"The decay must lie in (0, 1), got {tau_or_decay}.")
             self.decay = tau_or_decay

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from .._types import CompilationWarning, PyTree
 from .._warn import warn
 
 __all__ = ["ETPPrimitive", "Unshared", "anchored", "register_primitive"]
+
+T = TypeVar("T")
 
 Aval: TypeAlias = "jax.ShapeDtypeStruct | jax.core.ShapedArray"  # shape and dtype of a value
 Impl = Callable[..., PyTree]  # (operands, static parameters) -> the output, or several
@@ -249,7 +252,7 @@ class ETPPrimitive(Primitive):
     ) -> Gradients:
         lead, whole = axes + int(self.batched), self if self.batched else self.batched_twin
         assert whole is not None
-        x, cotangent = (v.reshape((-1, *v.shape[lead:])) for v in (x, cotangent))
+        x, cotangent = _first_as_one((x, cotangent), lead)
 
         def gradient(impl: Impl | None, x: jax.Array, cotangent: jax.Array, weights: Weights) -> Gradients:
             y, pull = jax.vjp(lambda ws: whole.apply(x, ws, dict(params), fixed, impl), weights)
@@ -267,13 +270,13 @@ class ETPPrimitive(Primitive):
         whole = self if self.batched else self.batched_twin
         if whole is not None and not fixed:
             axes += int(self.batched)
-            x, cotangent = jax.tree.map(lambda v: v.reshape((-1, *v.shape[axes:])), (x, cotangent))
+            x, cotangent = _first_as_one((x, cotangent), axes)
             return whole.weight_vjp(x, cotangent, weights, params, {})
 
         def add(total: Gradients, item: tuple[Input, jax.Array, Fixed]) -> tuple[Gradients, None]:
             return jax.tree.map(jnp.add, total, self.weight_vjp(item[0], item[1], weights, params, item[2])), None
 
-        items = jax.tree.map(lambda v: v.reshape((-1, *v.shape[axes:])), (x, cotangent, dict(fixed)))
+        items = _first_as_one((x, cotangent, dict(fixed)), axes)
         return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, dict(weights)), items)[0]
 
     def apply_sample(self, x: Input, weights: Weights, params: Params, fixed: Fixed) -> jax.Array:
@@ -402,3 +405,8 @@ def register_primitive(
         x_index=x_invar_index,
         y_index=y_outvar_index,
     )
+
+
+def _first_as_one(tree: T, axes: int) -> T:
+    """The first axes of arrays as one; others may have no entries."""
+    return jax.tree.map(lambda v: v.reshape((math.prod(v.shape[:axes]), *v.shape[axes:])), tree)
