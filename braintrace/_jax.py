@@ -6,7 +6,7 @@ Everything here is decided by capability (``hasattr``, ``isinstance``), never by
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Container, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, ParamSpec, TypeAlias, TypeVar
 
@@ -27,12 +27,12 @@ from jax.typing import DTypeLike
 from ._types import PyTree, Shape
 
 __all__ = [
-    'Atom', 'ClosedJaxpr', 'Jaxpr', 'JaxprEqn', 'Literal', 'Primitive', 'Var', 'any_dtype', 'any_rank', 'at_source',
-    'bind_equation', 'call_body', 'close', 'consts_of', 'define_bilinear', 'define_primitive', 'derives_from',
-    'enclosing_gradient', 'eval_jaxpr', 'has_custom_rule', 'hashed', 'is_builtin', 'is_computed', 'is_jit',
-    'is_on_one_device', 'is_outside', 'is_remat', 'is_tracer', 'open_jaxpr', 'placed', 'primitive_body', 'prune',
-    'reads', 'refuses', 'scan_operands', 'source_line', 'struct', 'structs', 'sub_jaxprs', 'trace_context',
-    'where_compiled', 'zeros',
+    'Atom', 'ClosedJaxpr', 'Jaxpr', 'JaxprEqn', 'Literal', 'Primitive', 'Var', 'any_dtype', 'any_rank',
+    'at_source', 'bind_equation', 'call_body', 'close', 'consts_of', 'define_bilinear', 'define_primitive',
+    'eval_jaxpr', 'has_custom_rule', 'hashed', 'is_argument', 'is_builtin', 'is_jit', 'is_on_one_device', 'is_outside',
+    'is_remat', 'is_traced_within', 'is_tracer', 'open_jaxpr', 'placed', 'primitive_body', 'prune', 'reads',
+    'refuses', 'scan_operands', 'source_line', 'struct', 'structs', 'sub_jaxprs', 'trace_context',
+    'where_compiled', 'with_constants', 'zeros',
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -153,31 +153,56 @@ def is_outside() -> bool:
     return trace_context() == _OUTSIDE
 
 
-def enclosing_gradient() -> tuple[object | None, bool]:
-    """brainstate's trace of the innermost function that is differentiated, and whether another one is inside of it."""
+def is_traced_within() -> bool:
+    """Whether brainstate traces a loop, a branch, a jit, ... inside of the innermost function that is differentiated.
+
+    Its arguments are then all that is seen of values from outside, and one trace may serve several calls. Maps are no
+    such trace: their values know what they are made of.
+    """
     context = getattr(brainstate._state, "TRACE_CONTEXT", None)
-    stack = list(getattr(context, "state_stack", ()))
-    found = [i for i, trace in enumerate(stack) if str(trace.name) == "gradient"]
-    return (stack[found[-1]], found[-1] + 1 < len(stack)) if found else (None, False)
+    names = [str(trace.name) for trace in getattr(context, "state_stack", ())]
+    inner = names[max((i + 1 for i, name in enumerate(names) if name == "gradient"), default=0) :]
+    return any(not name.startswith(("vmap", "state_map")) for name in inner)
 
 
-def derives_from(x: object, known: Container[int]) -> bool:
-    """Whether a traced value is computed from one whose ``id`` is known; also where a trace does not tell."""
-    pending, seen = [x], set()
+def is_argument(x: object) -> bool:
+    """Whether a value, or that which a mapped one stands for, belongs to a trace, and no equation makes it there."""
+    while is_tracer(x) and not hasattr(x, "parent"):
+        x = getattr(x, "val", None)
+    return getattr(x, "parent", x) is None and is_tracer(x)
+
+
+def with_constants(x: jax.Array, makes_constants: Callable[[JaxprEqn], bool]) -> PyTree:
+    """``x`` computed again in its trace, what some equations give being constants of differentiation; or ``x`` itself.
+
+    Where a map or a derivative of JAX itself stands between ``x`` and its trace, it is a constant as a whole or not.
+    """
+    end: Any = x
+    while is_tracer(end) and not hasattr(end, "parent"):
+        end = getattr(end, "val", getattr(end, "primal", None))
+    found: dict[int, PyTree] = {}
+    pending = [end]
     while pending:
-        value = pending.pop()
-        if id(value) in seen or not is_tracer(value):
+        value = pending[-1]
+        eqn = getattr(value, "parent", None)
+        inputs = () if eqn is None else eqn.in_tracers
+        if missing := [v for v in inputs if id(v) not in found and not makes_constants(eqn)]:
+            pending.extend(missing)
             continue
-        seen.add(id(value))
-        if id(value) in known or not hasattr(value, "parent"):
-            return True
-        pending.extend(getattr(value.parent, "in_tracers", ()))
-    return False
+        pending.pop()
+        if eqn is not None and makes_constants(eqn):
+            found[id(value)] = jax.lax.stop_gradient(value) if end is x else None
+            continue
+        new = [found[id(v)] for v in inputs]
+        changed = any(a is not b for a, b in zip(new, inputs))
+        found[id(value)] = value if not changed else _again(value, eqn, new) if end is x else None
+    new = found[id(end)]
+    return x if new is end else new if end is x else jax.lax.stop_gradient(x)
 
 
-def is_computed(x: object) -> bool:
-    """Whether an equation of its trace makes a value, as far as the trace tells: it is no argument and no constant."""
-    return is_tracer(x) and getattr(x, "parent", x) is not None
+def _again(value: PyTree, eqn: JaxprEqn, inputs: Sequence[PyTree]) -> PyTree:
+    number = [var is getattr(value, "val", None) for var in eqn.outvars]
+    return bind_equation(eqn, inputs)[number.index(True)] if any(number) else jax.lax.stop_gradient(value)
 
 
 def is_jit(eqn: JaxprEqn) -> bool:

@@ -13,7 +13,6 @@ from brainstate.util import FlattedDict
 from ._compiler.graph import ETraceGraph
 from ._compiler.report import CompilationReport
 from ._jax import trace_context
-from ._past import Past
 from ._sequence import SequenceDriverMixin
 from ._types import Held, Path, PyTree, Shape
 
@@ -70,7 +69,6 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
         super().__init__(module, in_axes, out_axes, vmap_states, vmap_out_states, axis_name, axis_size)
         self._filters = Held((vmap_states, vmap_out_states))
         self._functions = Held((None, None, None))
-        self._past = Past()
 
     def _vmap_shape(self) -> Shape:
         state = next(iter(self.module.hidden_states.values()))
@@ -84,13 +82,12 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
             return self._functions.value[1:]
 
         def run(args: tuple[PyTree, ...], kwargs: dict[str, PyTree]) -> PyTree:
-            with module._past.idle():
-                return module(*args, **kwargs, **options)
+            return module(*args, **kwargs, **options)
 
         def record(
             zeros: PyTree, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]
         ) -> tuple[PyTree, Recorded | None]:
-            with module._past.idle(), module._recording(zeros) as inner:
+            with module._recording(zeros) as inner:
                 out = module(*args, **kwargs, **options)
             self._recorded_length = inner.length
             return out, inner.recorded
@@ -143,8 +140,6 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
         args, arrays = jax.tree.map(jnp.asarray, (args, arrays))
         recorder = self.module._recorder
         if recorder is None or recorder.context != trace_context():
-            written = self.module._written(list(self.module.path_to_states.values()))
-            self._past.cut(written)
             try:
                 out = run(args, arrays)
             except brainstate.BatchAxisError as error:
@@ -153,7 +148,6 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
                     "under brainstate.transform.vmap_new_states(state_tag='new') and map it with vmap_states='new'; "
                     f"braintrace.compile(..., batch_size=..., vmap=True) does both. What failed: {error}"
                 ) from error
-            self._past.leave(written, out)
             return out
         out, recorded = record(recorder.zeros, args, arrays)
         recorder.take(*recorded, self._recorded_length)

@@ -1,76 +1,56 @@
 """What earlier calls left in the states, where no cotangent may reach them.
 
 The traces account for the past: a cotangent that went through an entry state into an earlier call of the same
-differentiated function would count it twice.
+differentiated function would count it twice. So what a call leaves has a name, which stands in the trace wherever the
+call does, and says which states it comes from.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import brainstate
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from ._jax import derives_from, enclosing_gradient, is_computed, is_tracer
-from ._types import PyTree
+from ._jax import JaxprEqn, is_argument, is_traced_within, is_tracer, with_constants
+from ._program import equations_within
 
-__all__ = ["Past"]
+__all__ = ["cut", "named"]
 
-# Of all learners, for two may run one model. The values have no hash of their own.
-_left: dict[int, weakref.ref[jax.Array]] = {}
-# Functions that are differentiated, with a call inside of a loop, a branch, a jit, ...: what these give is not known.
-_hidden: weakref.WeakSet[object] = weakref.WeakSet()
+T = TypeVar("T")
 
-
-class Past:
-    """Cuts what earlier calls left, and remembers what a call leaves, in the states that it writes."""
-
-    def __init__(self) -> None:
-        self._idle = False
-
-    def __reduce__(self) -> tuple[type[Past], tuple[()]]:
-        return Past, ()
-
-    @contextlib.contextmanager
-    def idle(self) -> Iterator[None]:
-        """While another one does it for the values outside of a map."""
-        before, self._idle = self._idle, True
-        try:
-            yield
-        finally:
-            self._idle = before
-
-    def cut(self, states: Iterable[brainstate.State]) -> None:
-        """Make constants of what earlier calls left, be it in the function itself or in another turn of its loop."""
-        gradient, inside = enclosing_gradient()
-        if self._idle or not (inside or _left or gradient in _hidden):
-            return
-
-        def follows_a_call(x: jax.Array) -> bool:
-            # Within a loop, a branch, a jit every value comes from outside, and one trace may serve several calls.
-            return inside or (is_computed(x) if gradient in _hidden else derives_from(x, _left))
-
-        for state in states:
-            state.value = jax.tree.map(lambda x: _constant(x) if follows_a_call(x) else x, state.value)
-
-    def leave(self, states: Iterable[brainstate.State], out: PyTree) -> None:
-        gradient, inside = enclosing_gradient()
-        if self._idle:
-            return
-        if inside:
-            _hidden.add(gradient)
-        for x in filter(is_tracer, jax.tree.leaves([out, [state.value for state in states]])):
-            _left[id(x)] = weakref.ref(x, functools.partial(_forget, id(x)))
+_LEFT = "left by a call of braintrace in "
 
 
-def _forget(number: int, reference: weakref.ref[jax.Array]) -> None:
-    if _left.get(number) is reference:
-        del _left[number]
+def named(tree: T, states: Iterable[brainstate.State]) -> T:
+    """What a call that writes these states leaves in them, or gives."""
+    name = _LEFT + " ".join(str(id(state)) for state in states)
+    return jax.tree.map(lambda x: checkpoint_name(x, name) if is_tracer(x) else x, tree)
 
 
-def _constant(x: jax.Array) -> jax.Array:
-    return jax.lax.stop_gradient(x) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else x
+def cut(states: Sequence[brainstate.State]) -> None:
+    """Make constants of what earlier calls left in these states, be it here or in another turn of a loop."""
+    numbers = {str(id(state)) for state in states}
+    within = is_traced_within()
+
+    def gives_the_past(eqn: JaxprEqn) -> bool:
+        return any(not numbers.isdisjoint(_states_of(e)) for e in (eqn, *equations_within(eqn)))
+
+    def constant(x: jax.Array) -> jax.Array:
+        if not is_tracer(x) or not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        if within and is_argument(x):  # what it is made of is not seen
+            return jax.lax.stop_gradient(x)
+        return with_constants(x, gives_the_past)
+
+    for state in states:
+        state.value = jax.tree.map(constant, state.value)
+
+
+def _states_of(eqn: JaxprEqn) -> list[str]:
+    """The states that a name speaks of."""
+    name = eqn.params.get("name") if eqn.primitive.name == "name" else None
+    return name[len(_LEFT) :].split() if isinstance(name, str) and name.startswith(_LEFT) else []

@@ -13,6 +13,7 @@ in a `tap` it can hold the outputs fixed: that is all it needs for D, df, L and 
 """
 
 import contextlib
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -373,6 +374,12 @@ def assert_close(actual, expected, tol=1e-5, what=""):
         for a, e in zip(jax.tree.leaves(actual[path]), jax.tree.leaves(expected[path])):
             a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
             np.testing.assert_allclose(a, e, rtol=0, atol=max(tol * np.abs(e).max(), 1e-12), err_msg=f"{what} {path}")
+
+
+def flags_for(devices):
+    """`XLA_FLAGS` of another process that has so many devices on the CPU, beside what is set here."""
+    kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+    return " ".join([*kept, f"--xla_force_host_platform_device_count={devices}"])
 
 
 class Precision(NamedTuple):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import flags_for
 
 pytest.importorskip("orbax.checkpoint")
 
@@ -57,7 +58,7 @@ def run(devices, *args):
     root = str(Path(__file__).parent.parent)
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": flags_for(devices),
         "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-W", "ignore", "-c", CODE, *map(str, args)]

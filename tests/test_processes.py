@@ -8,6 +8,7 @@ from pathlib import Path
 import jaxlib
 import numpy as np
 import pytest
+from helpers import flags_for
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "examples" / "launch.py"
@@ -83,12 +84,11 @@ os._exit(0)
 
 def run(*command, folder):
     """The standard output; nothing that was started remains, as each process notices the end of the others."""
-    kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     child = subprocess.Popen(
         [sys.executable, "-W", "ignore", *map(str, command)],
         cwd=folder,
-        env=kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "XLA_FLAGS": flags_for(1)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

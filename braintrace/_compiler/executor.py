@@ -33,6 +33,8 @@ class Compiled:
     graph : ETraceGraph
     example : Call
         Shapes of the call that it was compiled for.
+    written : frozenset of path
+        The states that it writes.
     plans : dict
         Of the engine of the learner.
     """
@@ -43,6 +45,9 @@ class Compiled:
         self.example = call._replace(**{k: jax.tree.map(_shape_of, getattr(call, k)) for k in ("args", "keywords")})
         self.constants = {**call.constants, **{k: call.inputs[k] for k in info.fixed_numbers}}
         self.unread = frozenset(call.inputs) - {*info.environment_keys, *info.fixed_numbers}
+        self.written = frozenset(
+            path for path, leaves in zip(info.compiled_state_paths, info.state_leaves) if info.writes(leaves)
+        )
         self.plans: dict[Hashable, Any] = {}
 
     def __deepcopy__(self, memo: object) -> Compiled:
@@ -185,6 +190,11 @@ class ETraceGraphExecutor:
     @property
     def is_compiled(self) -> bool:
         return self._compiled is not None or self._example is not None
+
+    @property
+    def written(self) -> frozenset[Path]:
+        """The states that a call of some kind writes, of those that there were."""
+        return self.compiled.written.union(*(known.written for known in self._known))
 
     @property
     def states(self) -> FlattedDict:

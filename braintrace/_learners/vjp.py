@@ -21,7 +21,7 @@ from .._engines.pieces import is_pieces
 from .._jax import any_dtype, is_tracer, trace_context
 from .._legacy.executor import ETraceVjpGraphExecutor
 from .._online import Hooks, OnlineStep
-from .._past import Past
+from .._past import cut, named
 from .._recorder import Recorder
 from .._types import Held, Path, PyTree
 from .base import ETraceAlgorithm
@@ -105,7 +105,6 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
             full_jacobian=self._config.trace_factorization == "random_projection",
         )
         super().__init__(model, executor, name=name)
-        self._past = Past()
         if self._config.learning_signal == "random_feedback" and random_feedback_key is None:
             raise ValueError("learning_signal='random_feedback' needs random_feedback_key, an int or a JAX key.")
         own_hook = type(self)._inject_exit_cotangent is not ETraceVjpAlgorithm._inject_exit_cotangent
@@ -370,8 +369,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         online, binding = self._online, self._binding
         leaves, over_time = binding.inputs(call)
         leaves = [reverse_only(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in leaves]
-        written = self._written(states)
-        self._past.cut(written)
+        cut(self._written(states))
         values = binding.values(states)
         index = self.running_index.value
         if self._recorder is not None and self._recorder.context == trace_context():
@@ -384,15 +382,16 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         for state, value in zip(binding.split(states)[1:], new[1:]):
             for s, v in zip(state, value):
                 s.value = v
-        self._past.leave(written, out)
+        written = self._written(states)
+        for state in written:
+            state.value = named(state.value, written)
         self.running_index.value = index + (1 if length is None else length)
-        return out
+        return named(out, written)
 
     def _written(self, states: Sequence[brainstate.State]) -> list[brainstate.State]:
-        """Of the states that the step touches; it gives the others back as they are."""
-        info = self.graph.module_info
-        numbers = self._plan("written", lambda: [i for i, of in enumerate(info.state_leaves) if info.writes(of)])
-        return [states[i] for i in numbers]
+        """Of the states that the step touches, those that a call of any kind writes."""
+        written = self.graph_executor.written
+        return [s for p, s in zip(self.graph.module_info.compiled_state_paths, states) if p in written]
 
     def _aux(self, modulator: PyTree) -> PyTree:
         if self.config.learning_signal != "modulatory":
