@@ -92,6 +92,6 @@ def _filled(tree: PyTree, like: PyTree) -> PyTree:
 # Traces are constants, so what they give has no second derivative.
 _first_order = refuses(
     "An online gradient has no second derivatives with respect to parameters. Use vjp_method='multi-step', which "
-    "differentiates a step or window as it is, or wrap the gradient in jax.lax.stop_gradient. The "
-    "step_fn of etrace_grad is differentiated; to take gradients and train within a step, use etrace_evolve or a loop."
+    "differentiates a step or window as it is, or take the gradient outside of what is differentiated. The "
+    "step_fn of etrace_grad is such a function: to take gradients and train within a step, use etrace_evolve or a loop."
 )

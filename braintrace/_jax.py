@@ -29,7 +29,7 @@ from ._types import PyTree, Shape
 __all__ = [
     'Atom', 'ClosedJaxpr', 'Jaxpr', 'JaxprEqn', 'Literal', 'Primitive', 'Var', 'any_dtype', 'any_rank',
     'at_source', 'bind_equation', 'call_body', 'close', 'consts_of', 'define_bilinear', 'define_primitive',
-    'eval_jaxpr', 'has_custom_rule', 'hashed', 'is_argument', 'is_builtin', 'is_jit', 'is_on_one_device', 'is_outside',
+    'eval_jaxpr', 'has_custom_rule', 'hashed', 'in_its_trace', 'is_builtin', 'is_jit', 'is_on_one_device', 'is_outside',
     'is_remat', 'is_traced_within', 'is_tracer', 'open_jaxpr', 'placed', 'primitive_body', 'prune', 'reads',
     'refuses', 'scan_operands', 'source_line', 'struct', 'structs', 'sub_jaxprs', 'trace_context',
     'where_compiled', 'with_constants', 'zeros',
@@ -165,44 +165,50 @@ def is_traced_within() -> bool:
     return any(not name.startswith(("vmap", "state_map")) for name in inner)
 
 
-def is_argument(x: object) -> bool:
-    """Whether a value, or that which a mapped one stands for, belongs to a trace, and no equation makes it there."""
-    while is_tracer(x) and not hasattr(x, "parent"):
-        x = getattr(x, "val", None)
-    return getattr(x, "parent", x) is None and is_tracer(x)
+def in_its_trace(x: object) -> tuple[Any, bool]:
+    """What a mapped or a differentiated value stands for, in the trace that knows what it is made of, if there is one.
 
-
-def with_constants(x: jax.Array, makes_constants: Callable[[JaxprEqn], bool]) -> PyTree:
-    """``x`` computed again in its trace, what some equations give being constants of differentiation; or ``x`` itself.
-
-    Where a map or a derivative of JAX itself stands between ``x`` and its trace, it is a constant as a whole or not.
+    And whether JAX itself differentiates it, which no loop of brainstate does.
     """
-    end: Any = x
-    while is_tracer(end) and not hasattr(end, "parent"):
-        end = getattr(end, "val", getattr(end, "primal", None))
+    differentiated = False
+    while is_tracer(x) and not hasattr(x, "parent"):
+        differentiated |= not hasattr(x, "val")
+        x = getattr(x, "val", getattr(x, "primal", None))
+    return x, differentiated
+
+
+def with_constants(x: jax.Array, end: Any, is_constant: Callable[[Any, JaxprEqn | None], bool]) -> PyTree:
+    """``x`` computed again in its trace, where some values are constants of differentiation; or ``x`` itself.
+
+    ``end`` is what it stands for, see :func:`in_its_trace`; where this is another value, it is a constant as a whole.
+    """
     found: dict[int, PyTree] = {}
     pending = [end]
     while pending:
         value = pending[-1]
         eqn = getattr(value, "parent", None)
-        inputs = () if eqn is None else eqn.in_tracers
-        if missing := [v for v in inputs if id(v) not in found and not makes_constants(eqn)]:
+        constant = is_tracer(value) and is_constant(value, eqn)
+        inputs = () if eqn is None or constant or eqn.primitive.name == "stop_gradient" else eqn.in_tracers
+        if missing := [v for v in inputs if id(v) not in found]:
             pending.extend(missing)
             continue
         pending.pop()
-        if eqn is not None and makes_constants(eqn):
-            found[id(value)] = jax.lax.stop_gradient(value) if end is x else None
-            continue
         new = [found[id(v)] for v in inputs]
-        changed = any(a is not b for a, b in zip(new, inputs))
-        found[id(value)] = value if not changed else _again(value, eqn, new) if end is x else None
+        if constant or any(a is not b for a, b in zip(new, inputs)):
+            found[id(value)] = None if end is not x else _constant(value) if constant else _again(value, eqn, new)
+        else:
+            found[id(value)] = value
     new = found[id(end)]
-    return x if new is end else new if end is x else jax.lax.stop_gradient(x)
+    return x if new is end else new if end is x else _constant(x)
+
+
+def _constant(x: jax.Array) -> jax.Array:
+    return jax.lax.stop_gradient(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
 
 def _again(value: PyTree, eqn: JaxprEqn, inputs: Sequence[PyTree]) -> PyTree:
     number = [var is getattr(value, "val", None) for var in eqn.outvars]
-    return bind_equation(eqn, inputs)[number.index(True)] if any(number) else jax.lax.stop_gradient(value)
+    return bind_equation(eqn, inputs)[number.index(True)] if any(number) else _constant(value)
 
 
 def is_jit(eqn: JaxprEqn) -> bool:

@@ -13,6 +13,7 @@ from brainstate.util import FlattedDict
 from ._compiler.graph import ETraceGraph
 from ._compiler.report import CompilationReport
 from ._jax import trace_context
+from ._past import cut
 from ._sequence import SequenceDriverMixin
 from ._types import Held, Path, PyTree, Shape
 
@@ -140,6 +141,9 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
         args, arrays = jax.tree.map(jnp.asarray, (args, arrays))
         recorder = self.module._recorder
         if recorder is None or recorder.context != trace_context():
+            module = self.module
+            # Here too, where it is seen what each part of a value is made of, and not only under the map.
+            cut(module._written(list(module.path_to_states.values())), module.model4compile)
             try:
                 out = run(args, arrays)
             except brainstate.BatchAxisError as error:

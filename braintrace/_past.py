@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ._jax import JaxprEqn, is_argument, is_traced_within, is_tracer, with_constants
+from ._jax import JaxprEqn, in_its_trace, is_traced_within, is_tracer, with_constants
 from ._program import equations_within
 
 __all__ = ["cut", "named"]
@@ -31,20 +31,30 @@ def named(tree: T, states: Iterable[brainstate.State]) -> T:
     return jax.tree.map(lambda x: checkpoint_name(x, name) if is_tracer(x) else x, tree)
 
 
-def cut(states: Sequence[brainstate.State]) -> None:
-    """Make constants of what earlier calls left in these states, be it here or in another turn of a loop."""
+def cut(states: Sequence[brainstate.State], model: brainstate.nn.Module) -> None:
+    """Make constants of what earlier calls left in these states, be it here or in another turn of a loop.
+
+    In a loop (a branch, a jit, ...) that is all that comes from outside but for the parameters of the model.
+    """
     numbers = {str(id(state)) for state in states}
     within = is_traced_within()
+    parameters = model.states(brainstate.ParamState).values() if within else ()
+    # As they are in this trace, without reading them: a state that is read is one that the trace depends on.
+    known = {id(x) for state in parameters for x in jax.tree.leaves(state._value)}
 
-    def gives_the_past(eqn: JaxprEqn) -> bool:
+    def is_past(value: object, eqn: JaxprEqn | None) -> bool:
+        if eqn is None:  # an argument does not tell what it is made of
+            return within and id(value) not in known
         return any(not numbers.isdisjoint(_states_of(e)) for e in (eqn, *equations_within(eqn)))
+
+    def is_named(value: object, eqn: JaxprEqn | None) -> bool:
+        return eqn is not None and is_past(value, eqn)
 
     def constant(x: jax.Array) -> jax.Array:
         if not is_tracer(x) or not jnp.issubdtype(x.dtype, jnp.inexact):
             return x
-        if within and is_argument(x):  # what it is made of is not seen
-            return jax.lax.stop_gradient(x)
-        return with_constants(x, gives_the_past)
+        end, differentiated = in_its_trace(x)
+        return with_constants(x, end, is_named if differentiated else is_past)
 
     for state in states:
         state.value = jax.tree.map(constant, state.value)

@@ -389,8 +389,19 @@ def test_a_trace_that_cannot_serve_another_kind_of_call(rule):
     before = str(learner.report)
     with (
         context(fit=True),
-        pytest.raises(ValueError, match=r"trace of 'w'.*Compile the learner for"),
+        pytest.raises(ValueError, match=r"trace of 'w'.*Make another learner and"),
     ):
         learner(X)
     learner.reset_state()
     assert learner(X).shape == (B, N) and str(learner.report) == before
+
+
+@pytest.mark.parametrize("rule", PER_WEIGHT)
+def test_traces_that_are_allocated_again_in_evaluation(rule):
+    with context(fit=True):
+        learner = braintrace.compile(Dropped(), rule, X, batch_size=B, **PER_WEIGHT[rule])
+        learner(X)
+    learner(X)
+    learner.init_etrace_state()
+    with context(fit=True):
+        learner(X)

@@ -1,5 +1,6 @@
 """A learner from construction to reset, under JAX's and brainstate's transformations, and its hooks for subclasses."""
 
+import functools
 import itertools
 
 import brainstate
@@ -924,6 +925,129 @@ def test_what_stands_before_the_calls_has_its_gradient(way, begins):
     names = ("w", "first", "of_context")
     expected = jax.grad(by_hand, (0, 1, 2))(*(getattr(model, k).value for k in names))
     assert_close(grad(loss, model.states(ParamState))(), {(k,): g for k, g in zip(names, expected)})
+
+
+DONE = jnp.array([1.0, 0.0, 0.0, 1.0])
+
+
+def unrolled(step, xs):
+    return sum(step(x, done) for x, done in zip(xs, DONE))
+
+
+def looped(step, xs):
+    return for_loop(step, xs, DONE).sum()
+
+
+def mixed(step, xs):
+    first = jit(step)
+    return first(xs[0], DONE[0]) + for_loop(step, xs[1:3], DONE[1:3]).sum() + step(xs[3], DONE[3])
+
+
+@pytest.mark.filterwarnings("ignore:.*never reads the parameter")
+@pytest.mark.parametrize("way", [unrolled, looped, mixed, "jitted before", "driven"])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_episodes_that_begin_with_a_trained_state(way, mapped):
+    """Of a state that is the old one or a trained one, the trained one alone has a gradient."""
+    xs, model = jax.random.normal(jax.random.key(0), (4, 2)), Prepared()
+    batch = {"batch_size": 2, "vmap": True} if mapped else {}
+    if mapped:
+        xs = jnp.stack([xs, -xs], 1)
+    learner = braintrace.compile(model, "immediate", xs[0], **batch)
+    parameters = {("w",): model.w, ("first",): model.first}
+
+    def step(x, done):
+        model.h.value = jnp.where(done > 0, jnp.tanh(model.first.value), 1.0 * model.h.value)
+        return (learner(x) ** 2).sum()
+
+    def again():
+        model.h.value = jnp.zeros_like(model.h.value)
+        (learner.module if mapped else learner).reset_state()
+
+    one_by_one = [grad(lambda: step(x, done), parameters)() for x, done in zip(xs, DONE)]  # noqa: B023
+    expected = jax.tree.map(lambda *g: sum(g), *map(dict, one_by_one))
+    again()
+    if way == "driven":
+        found = learner.etrace_grad(xs, DONE, step_fn=step, weights=parameters, reduction="sum")
+    elif way == "jitted before":
+        known = jit(step)
+        known(xs[0], DONE[0])  # its trace is made outside of the gradient
+        again()
+        found = grad(lambda: unrolled(known, xs), parameters)()
+    else:
+        found = grad(lambda: way(step, xs), parameters)()
+    assert jnp.abs(found["first",]).min() > 0.01
+    assert_close(found, expected)
+
+
+def test_what_one_learner_gives_to_another_one_has_its_gradient():
+    xs = jax.random.normal(jax.random.key(0), (3, 2))
+    encoder, decoder = Leaky(), Leaky()
+    learners = [braintrace.compile(model, "immediate", xs[0]) for model in (encoder, decoder)]
+
+    def loss():
+        for x in xs[:2]:
+            decoder.h.value = 2.0 * learners[0](x)
+        return (learners[1](xs[2]) ** 2).sum()
+
+    def by_hand(of_encoder, of_decoder):
+        h = jax.lax.stop_gradient(jnp.tanh(xs[0] @ of_encoder))
+        h = 2.0 * jnp.tanh(0.8 * h + xs[1] @ of_encoder)
+        return (jnp.tanh(0.8 * h + xs[2] @ of_decoder) ** 2).sum()
+
+    expected = jax.grad(by_hand, (0, 1))(encoder.w.value, decoder.w.value)
+    found = grad(loss, [encoder.w, decoder.w])()
+    assert_close({(i,): g for i, g in enumerate(found)}, {(i,): g for i, g in enumerate(expected)})
+
+
+@pytest.mark.parametrize("pattern", [(1, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0, 0, 1)])
+def test_a_state_that_not_every_call_writes(pattern):
+    class Sometimes(Leaky):
+        def init_state(self, **_):
+            super().init_state()
+            self.late = brainstate.ShortTermState(jnp.zeros(3))
+
+        def update(self, x, writes=False):
+            late = self.late.value
+            if writes:
+                self.late.value = 0.5 * late + jnp.sin(self.h.value)
+            self.h.value = jnp.tanh(0.8 * self.h.value + braintrace.matmul(x, self.w.value) + late)
+            return self.h.value
+
+    xs = jax.random.normal(jax.random.key(0), (len(pattern), 2))
+
+    def gradient(function):
+        model = Sometimes()
+        learner = braintrace.compile(model, "immediate", xs[0])
+        learner(xs[0], writes=True)
+        call = lambda x, on: (learner(x, writes=bool(on)) ** 2).sum()  # noqa: E731
+        steps = [functools.partial(call, x, on) for x, on in zip(xs, pattern)]
+        return function(steps, learner.param_states)
+
+    each = gradient(lambda steps, ps: jax.tree.map(lambda *g: sum(g), *[dict(grad(f, ps)()) for f in steps]))
+    assert_close(gradient(lambda steps, ps: grad(lambda: sum(f() for f in steps), ps)()), each)
+
+
+def test_a_first_state_of_a_learner_that_is_mapped_by_hand():
+    model, xs, start = Leaky(), jax.random.normal(jax.random.key(0), (4, 2)), ParamState(jnp.full(3, 0.3))
+
+    @brainstate.transform.vmap_new_states(state_tag="new", axis_size=4)
+    def initialise():
+        brainstate.nn.init_all_states(model)
+        learner.compile_graph(xs[0])
+
+    learner = braintrace.D_RTRL(model)
+    initialise()
+    mapped = brainstate.nn.Vmap(learner, vmap_states="new")
+
+    def loss():
+        model.h.value = jnp.tanh(start.value) + jnp.zeros((4, 3))
+        return (mapped(xs) ** 2).sum() + mapped(xs).sum()
+
+    def by_hand(start):
+        first = jnp.tanh(0.8 * jnp.tanh(start) + xs @ model.w.value)
+        return (first**2).sum()
+
+    np.testing.assert_allclose(grad(loss, start)(), jax.grad(by_hand)(start.value), rtol=1e-5)
 
 
 def test_two_calls_in_one_step_of_a_sequence():

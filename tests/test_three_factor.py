@@ -176,7 +176,7 @@ def test_a_standing_modulator_is_read_by_a_jitted_step():
         step()
 
 
-def test_a_modulator_per_sample_is_not_taken_for_one_per_unit():
+def test_a_modulator_per_sample_may_look_like_one_per_unit():
     x, cell = jnp.ones((3, 2)), braintrace.nn.ValinaRNNCell(2, 3)
     learner = braintrace.compile(cell, "three_factor", x, batch_size=3)
     rewards = jnp.array([1.0, 2.0, 4.0])
@@ -186,8 +186,9 @@ def test_a_modulator_per_sample_is_not_taken_for_one_per_unit():
         learner.reset_state()
         return grad(lambda: learner(x, modulator=modulator).sum(), learner.param_states)()
 
-    with pytest.raises(ValueError, match=r"\(3, 1\).*more than one way.*\(3, 1, 1\)"):
-        learner(x, modulator=rewards[:, None])
+    with pytest.warns(braintrace.CompilationWarning, match=r"\(3, 1\) is taken.*each unit.*\(3, 1, 1\)"):
+        per_unit = gradient(rewards[:, None])
+    assert_close(per_unit, gradient(jnp.broadcast_to(rewards, (3, 3))))
     same = jax.tree.map(lambda g: g * (7.0 / 3.0), gradient(1.0))  # the samples are alike
     assert_close(gradient(rewards[:, None, None]), same)
 

@@ -282,8 +282,8 @@ def as_allocated(weights: Iterable[WeightTrace], forms: Forms | None) -> tuple[W
         if not held <= w.factorised:
             raise ValueError(
                 f"The trace of {path_str(w.relation.path)!r} was made for calls that need its filtered input alone. "
-                "This call (another training mode, other keyword arguments) needs an entry per weight. Compile the "
-                "learner for a call of this kind first: such traces serve both."
+                "This call (another training mode, other keyword arguments) needs an entry per weight. Make "
+                "another learner and compile it for a call of this kind: such traces serve both."
             )
         found.append(w._replace(factorised=held))
     return tuple(found)

@@ -109,7 +109,6 @@ class HybridDimVjpAlgorithm(IODimVjpAlgorithm):
     def init_etrace_state(self, *args: PyTree, **kwargs: PyTree) -> None:
         """Allocate zero traces, as new state objects; the step counter is not touched."""
         del args, kwargs
-        self._forms = None
         engine = self._engine
         zeros = engine.init()
         self._slot_traces = {k: EligibilityTrace(v) for k, v in zeros.exact.items()}

@@ -112,10 +112,10 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
     def init_etrace_state(self, *args: PyTree, **kwargs: PyTree) -> None:
         """Allocate zero traces, as new state objects; the step counter is not touched."""
         del args, kwargs
-        self._forms = None
-        engine = self._engine
-        self._slot_traces = {k: EligibilityTrace(v) for k, v in engine.init().items()}
-        self._forms = Held({w.key: w.factorised for w in engine.weights})
+        before, self._forms = ({} if self._forms is None else self._forms.value), None
+        # What another kind of call needed it may need again.
+        self._forms = Held({w.key: w.factorised & before.get(w.key, w.factorised) for w in self._engine.weights})
+        self._slot_traces = {k: EligibilityTrace(v) for k, v in self._engine.init().items()}
 
     def _make_engine(self, binding: Binding) -> ParamEngine:
         config: Any = self.config

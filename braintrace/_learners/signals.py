@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from .._compiler.groups import HiddenGroup
-from .._types import PyTree, Shape
+from .._types import CompilationWarning, PyTree
+from .._warn import warn
 
 __all__ = ["as_key", "expand_modulator", "feedback_matrix", "random_feedback"]
 
@@ -53,16 +54,19 @@ def expand_modulator(modulator: PyTree, group: HiddenGroup, dtype: DTypeLike) ->
     shape = (*group.varshape, group.num_state)
     value = jnp.asarray(modulator, dtype)
     value = value[..., None] if value.shape == group.varshape else value
-    one_axis_short = value.ndim > 1 and value.ndim == len(group.varshape) and value.size > 1
-    if not _expands(value.shape, shape) or (one_axis_short and _expands(value.shape, group.varshape)):
-        per_sample = (*group.varshape[:1], *[1] * len(group.varshape))
+    first = group.varshape[:1]
+    per_sample = (*first, *[1] * len(group.varshape))
+    try:
+        expanded = jnp.broadcast_to(value, shape)
+    except ValueError:
         raise ValueError(
-            f"The modulator has shape {jnp.shape(modulator)}, which does not expand to {shape} of {group.name}, or in "
-            f"more than one way. Pass a scalar, shape {group.varshape}, or one of as many axes as {shape}, such as "
-            f"{per_sample}."
+            f"The modulator has shape {jnp.shape(modulator)}, which does not expand to {shape} of {group.name}. Pass a "
+            f"scalar, or shape {group.varshape}; {per_sample} is one value for each entry of the first axis."
+        ) from None
+    if len(group.varshape) > 1 and value.shape == per_sample[:-1] and first != (1,):
+        warn(
+            f"The modulator of shape {value.shape} is taken as one value for each unit of {group.name}, of shape "
+            f"{group.varshape}. If its first axis is that of samples, pass it in the shape {per_sample}.",
+            CompilationWarning,
         )
-    return jnp.broadcast_to(value, shape)
-
-
-def _expands(shape: Shape, to: Shape) -> bool:
-    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(shape[::-1], to[::-1]))
+    return expanded

@@ -369,7 +369,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         online, binding = self._online, self._binding
         leaves, over_time = binding.inputs(call)
         leaves = [reverse_only(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in leaves]
-        cut(self._written(states))
+        cut(self._written(states), self.model4compile)
         values = binding.values(states)
         index = self.running_index.value
         if self._recorder is not None and self._recorder.context == trace_context():
