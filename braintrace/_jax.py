@@ -208,7 +208,9 @@ def _constant(x: jax.Array) -> jax.Array:
 
 def _again(value: PyTree, eqn: JaxprEqn, inputs: Sequence[PyTree]) -> PyTree:
     number = [var is getattr(value, "val", None) for var in eqn.outvars]
-    return bind_equation(eqn, inputs)[number.index(True)] if any(number) else _constant(value)
+    if eqn.effects or not any(number):  # what has effects shall have them once
+        return _constant(value)
+    return bind_equation(eqn, inputs)[number.index(True)]
 
 
 def is_jit(eqn: JaxprEqn) -> bool:
