@@ -21,7 +21,7 @@ from ._jax import any_dtype, open_jaxpr
 from ._precision import wide
 from ._program import variables
 from ._recorder import Recorded, Recorder, Records, ZerosOfCall, weighted
-from ._types import Path, PyTree, Shape, head
+from ._types import Path, PyTree, Shape, first_as_one, head
 
 if TYPE_CHECKING:
     from ._learners.vjp import ETraceVjpAlgorithm
@@ -135,7 +135,7 @@ class _Chunked:
             # Sliced chunk by chunk: a sequence cut to the whole chunks would be a copy of it.
             body = lambda total, i: self._chunk(total, _part(items, i * size, size))  # noqa: E731
             total, out = brainstate.transform.scan(body, total, jnp.arange(whole // size))
-            results.append(jax.tree.map(_merged, out))
+            results.append(first_as_one(out, 2))
         if whole < calls:
             total, out = self._chunk(total, _part(items, whole, calls - whole))
             results.append(out)
@@ -165,7 +165,7 @@ class _Chunked:
         (plain, engine), (emitted, result) = brainstate.transform.scan(
             body, (plain, records.engine.chunk_start(traces)), items
         )
-        emitted = jax.tree.map(_merged, emitted)
+        emitted = first_as_one(emitted, 2)
         length = jax.tree.leaves(items)[0].shape[0] * (self.length or 1)
         traces, found = records.end(traces, engine, emitted, self.operands, self.vmap_shape, length)
         learner._assign_etrace_data(traces)
@@ -302,11 +302,6 @@ def zeros_to_add(tree: PyTree) -> PyTree:
 
 def _plus(sums: Gradients, more: Gradients | None) -> Gradients:
     return {k: v + more[k].astype(v.dtype) for k, v in sums.items()} if more else sums
-
-
-def _merged(value: jax.Array) -> jax.Array:
-    """The first two axes as one; others may have no entries."""
-    return value.reshape((value.shape[0] * value.shape[1], *value.shape[2:]))
 
 
 def _part(tree: PyTree, start: int | jax.Array, size: int) -> PyTree:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 __all__ = [
     "CompilationError", "CompilationWarning", "Held", "MultiStepData", "NotSupportedError", "Path", "PyTree", "Shape",
-    "SingleStepData", "cause_of", "head", "in_one_line", "lies_under", "names_of", "path_str",
+    "SingleStepData", "cause_of", "first_as_one", "head", "in_one_line", "lies_under", "names_of", "path_str",
 ]  # fmt: skip
 
+T = TypeVar("T")
 Path = tuple[Hashable, ...]
 Shape = tuple[int, ...]
 PyTree = Any  # a nest of arrays, with units or without, that JAX can flatten; a single array is one
@@ -144,3 +146,8 @@ def lies_under(path: Path, prefix: tuple[str, ...]) -> bool:
 def head(x: Any) -> Any:
     """The first entry along axis 0 of an array or of a shape."""
     return jax.ShapeDtypeStruct(x.shape[1:], x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x[0]
+
+
+def first_as_one(tree: T, axes: int) -> T:
+    """The first axes of arrays as one; others may have no entries."""
+    return jax.tree.map(lambda v: v.reshape((math.prod(v.shape[:axes]), *v.shape[axes:])), tree)

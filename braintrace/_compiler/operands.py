@@ -26,7 +26,6 @@ class Step:
         jaxpr = info.jaxpr
         self.number = {v: i for i, v in enumerate(jaxpr.invars)}
         self.made_at = made_at(jaxpr.eqns)
-        self.hidden = set(info.hidden_path_to_invar.values())
         self.outputs = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
         self.op_positions = {op.position for op in flow.ops}
         self.readers: dict[Var, list[int]] = {}

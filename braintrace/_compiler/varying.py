@@ -57,7 +57,7 @@ def is_steady(step: Step, var: Atom) -> bool:
         place = step.number.get(root)
         if place is None or root in info.invar_to_weight_path:
             continue
-        if place < info.first_state or jaxpr.outvars[info.num_var_out + place - info.first_state] is not root:
+        if place < info.first_state or info.writes([place - info.first_state]):
             return False
     return True
 

@@ -17,7 +17,7 @@ from .._engines.hybrid import HybridEngine, HybridTrace
 from .._engines.io import IOEngine
 from .._engines.param import ParamEngine, ParamRecursion
 from .._engines.weight_trace import WeightTrace, as_allocated
-from .._types import Held, Path, PyTree, lies_under, names_of, path_str
+from .._types import Path, PyTree, lies_under, names_of, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
 from .io_dim import DecayOrRank, IODimVjpAlgorithm, Prefix
@@ -113,7 +113,7 @@ class HybridDimVjpAlgorithm(IODimVjpAlgorithm):
         zeros = engine.init()
         self._slot_traces = {k: EligibilityTrace(v) for k, v in zeros.exact.items()}
         self._allocate(zeros.filtered)
-        self._forms = Held({w.key: w.factorised for w in engine.exact.weights})
+        self._forms = {w.key: w.factorised for w in engine.exact.weights}
 
     def _remarks(self) -> list[CompilationRecord]:
         return self._engine.remarks()
@@ -136,8 +136,7 @@ class HybridDimVjpAlgorithm(IODimVjpAlgorithm):
         can = self._plan("weights", lambda: self._possible_weights(binding))
         if self._forms is None:
             return self._plan("exact", lambda: self._chosen_weights(binding, can))
-        forms = self._forms.value
-        return as_allocated((w for weights in can.values() for w in weights if w.key in forms), forms)
+        return as_allocated((w for weights in can.values() for w in weights if w.key in self._forms), self._forms)
 
     def _possible_weights(self, binding: Binding) -> dict[int, tuple[WeightTrace, ...]]:
         relations = binding.graph.hidden_param_op_relations

@@ -18,7 +18,7 @@ from .._engines.instant import SlotTrace
 from .._engines.param import ParamEngine, ParamRecursion, check_anchors
 from .._engines.weight_trace import WeightTrace, as_allocated
 from .._jax import any_dtype
-from .._types import Held, Path, PyTree, path_str
+from .._types import Path, PyTree, path_str
 from .base import EligibilityTrace
 from .config import ETraceConfig
 from .options import Legacy, VjpMethod, legacy_options
@@ -112,9 +112,9 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
     def init_etrace_state(self, *args: PyTree, **kwargs: PyTree) -> None:
         """Allocate zero traces, as new state objects; the step counter is not touched."""
         del args, kwargs
-        before, self._forms = ({} if self._forms is None else self._forms.value), None
+        before, self._forms = self._forms or {}, None
         # What another kind of call needed it may need again.
-        self._forms = Held({w.key: w.factorised & before.get(w.key, w.factorised) for w in self._engine.weights})
+        self._forms = {w.key: w.factorised & before.get(w.key, w.factorised) for w in self._engine.weights}
         self._slot_traces = {k: EligibilityTrace(v) for k, v in self._engine.init().items()}
 
     def _make_engine(self, binding: Binding) -> ParamEngine:
@@ -127,8 +127,7 @@ class ParamDimVjpAlgorithm(ETraceVjpAlgorithm):
                 check_anchors(binding.graph.hidden_param_op_relations)
             return ParamEngine.plan(binding, numbers, recursion, not self._overrides("_update_etrace_data"))
 
-        forms = None if self._forms is None else self._forms.value
-        weights = as_allocated(self._plan("weights", plan), forms)
+        weights = as_allocated(self._plan("weights", plan), self._forms)
         return ParamEngine(binding, numbers, weights, recursion, self.trace_dtype, self._samples())
 
     @property

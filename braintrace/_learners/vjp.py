@@ -18,12 +18,13 @@ from .._compiler.scope import CEILING
 from .._credit import reverse_only
 from .._engines.engine import Engine, check_outputs
 from .._engines.pieces import is_pieces
+from .._engines.weight_trace import Forms
 from .._jax import any_dtype, is_tracer, trace_context
 from .._legacy.executor import ETraceVjpGraphExecutor
 from .._online import Hooks, OnlineStep
 from .._past import cut, named
 from .._recorder import Recorder
-from .._types import Held, Path, PyTree
+from .._types import Path, PyTree
 from .base import ETraceAlgorithm
 from .config import ETraceConfig
 from .options import VjpMethod
@@ -82,7 +83,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
 
     _default_config: ClassVar[ETraceConfig] = ETraceConfig()
     _recorder: Recorder | None = None
-    _forms: Held | None = None  # of the traces as they were allocated, where there are several
+    _forms: Forms | None = None  # of the traces as they were allocated, where there are several
 
     def __init__(
         self,
@@ -213,7 +214,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
     @property
     def _trace_shapes(self) -> PyTree:
         """Of the traces of one sample, or of one batch, as the compiled step needs them."""
-        forms = None if self._forms is None else frozenset(self._forms.value.items())
+        forms = None if self._forms is None else frozenset(self._forms.items())
         return self._plan(("shapes", forms), lambda: jax.eval_shape(self._engine.init))
 
     def _select(self, call: Call) -> list[brainstate.State]:
@@ -369,7 +370,8 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         online, binding = self._online, self._binding
         leaves, over_time = binding.inputs(call)
         leaves = [reverse_only(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in leaves]
-        cut(self._written(states), self.model4compile)
+        written = self._written(states)
+        cut(written, self.model4compile)
         values = binding.values(states)
         index = self.running_index.value
         if self._recorder is not None and self._recorder.context == trace_context():
@@ -382,7 +384,6 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         for state, value in zip(binding.split(states)[1:], new[1:]):
             for s, v in zip(state, value):
                 s.value = v
-        written = self._written(states)
         for state in written:
             state.value = named(state.value, written)
         self.running_index.value = index + (1 if length is None else length)

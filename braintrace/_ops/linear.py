@@ -84,8 +84,6 @@ def shape_after(hook: Hook, op: str, name: str, weight: PyTree) -> Shape:
 
 def one_per_output(op: str, bias: PyTree, outputs: Shape, bias_fn: Hook) -> PyTree:
     """A bias with an entry for every output of a sample; one that several outputs share is repeated."""
-    if bias is None:
-        return None
     array_operand(op, "bias", bias)
     shape = tuple(bias.shape)
     if len(shape) <= len(outputs) and (shape == outputs or bias_fn is not None):  # a function may make them
@@ -137,7 +135,8 @@ def dense(x: PyTree, weight: PyTree, bias: PyTree = None, *, weight_fn: Hook = N
     def bind(*operands: jax.Array) -> jax.Array:
         return p.bind(*operands, has_bias=bias is not None, weight_fn=weight_fn, bias_fn=bias_fn)
 
-    bias = one_per_output("matmul", bias, shape_after(weight_fn, "matmul", "weight", weight)[1:], bias_fn)
+    if bias is not None:
+        bias = one_per_output("matmul", bias, shape_after(weight_fn, "matmul", "weight", weight)[1:], bias_fn)
     return with_units("matmul", bind, x, {"weight": weight}, bias)
 
 
@@ -224,8 +223,9 @@ def grouped(x: PyTree, weight: PyTree, bias: PyTree = None, *, weight_fn: Hook =
             f"grouped_matmul: the last axes {tuple(x.shape[-2:])} of x are not the groups and inputs "
             f"{tuple(weight.shape[:2])} of a weight of shape {tuple(weight.shape)}. Pass x of shape (..., groups, in)."
         )
-    made = shape_after(weight_fn, "grouped_matmul", "weight", weight)
-    bias = one_per_output("grouped_matmul", bias, made[:1] + made[2:], bias_fn)
+    if bias is not None:
+        made = shape_after(weight_fn, "grouped_matmul", "weight", weight)
+        bias = one_per_output("grouped_matmul", bias, made[:1] + made[2:], bias_fn)
     p = etp_gmm_p if rank_of(x) > 2 else etp_gmv_p
 
     def bind(*operands: jax.Array) -> jax.Array:

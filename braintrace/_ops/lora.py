@@ -88,7 +88,8 @@ def low_rank(
     """:func:`lora_matmul` for an input of any rank; all leading axes are batch axes."""
     p = etp_lora_mm_p if rank_of(x) > 1 else etp_lora_mv_p
     static = dict(alpha=float(alpha), has_bias=bias is not None, b_fn=b_fn, a_fn=a_fn, bias_fn=bias_fn)
-    bias = one_per_output("lora_matmul", bias, shape_after(a_fn, "lora_matmul", "A", A)[1:], bias_fn)
+    if bias is not None:
+        bias = one_per_output("lora_matmul", bias, shape_after(a_fn, "lora_matmul", "A", A)[1:], bias_fn)
     return with_units("lora_matmul", lambda *xs: p.bind(*xs, **static), x, {"B": B, "A": A}, bias)
 
 

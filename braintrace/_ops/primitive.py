@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .._jax import Primitive, define_primitive, traced_once, where_compiled
-from .._types import CompilationWarning, PyTree
+from .._types import CompilationWarning, PyTree, first_as_one
 from .._warn import warn
 
 __all__ = ["ETPPrimitive", "Unshared", "anchored", "register_primitive"]
-
-T = TypeVar("T")
 
 Aval: TypeAlias = "jax.ShapeDtypeStruct | jax.core.ShapedArray"  # shape and dtype of a value
 Impl = Callable[..., PyTree]  # (operands, static parameters) -> the output, or several
@@ -252,7 +249,7 @@ class ETPPrimitive(Primitive):
     ) -> Gradients:
         lead, whole = axes + int(self.batched), self if self.batched else self.batched_twin
         assert whole is not None
-        x, cotangent = _first_as_one((x, cotangent), lead)
+        x, cotangent = first_as_one((x, cotangent), lead)
 
         def gradient(impl: Impl | None, x: jax.Array, cotangent: jax.Array, weights: Weights) -> Gradients:
             y, pull = jax.vjp(lambda ws: whole.apply(x, ws, dict(params), fixed, impl), weights)
@@ -270,13 +267,13 @@ class ETPPrimitive(Primitive):
         whole = self if self.batched else self.batched_twin
         if whole is not None and not fixed:
             axes += int(self.batched)
-            x, cotangent = _first_as_one((x, cotangent), axes)
+            x, cotangent = first_as_one((x, cotangent), axes)
             return whole.weight_vjp(x, cotangent, weights, params, {})
 
         def add(total: Gradients, item: tuple[Input, jax.Array, Fixed]) -> tuple[Gradients, None]:
             return jax.tree.map(jnp.add, total, self.weight_vjp(item[0], item[1], weights, params, item[2])), None
 
-        items = _first_as_one((x, cotangent, dict(fixed)), axes)
+        items = first_as_one((x, cotangent, dict(fixed)), axes)
         return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, dict(weights)), items)[0]
 
     def apply_sample(self, x: Input, weights: Weights, params: Params, fixed: Fixed) -> jax.Array:
@@ -405,8 +402,3 @@ def register_primitive(
         x_index=x_invar_index,
         y_index=y_outvar_index,
     )
-
-
-def _first_as_one(tree: T, axes: int) -> T:
-    """The first axes of arrays as one; others may have no entries."""
-    return jax.tree.map(lambda v: v.reshape((math.prod(v.shape[:axes]), *v.shape[axes:])), tree)

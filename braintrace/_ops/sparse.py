@@ -381,7 +381,8 @@ def sparse_product(
             f"sparse_matmul: x of shape {tuple(x.shape)} cannot be multiplied with a matrix of shape {pattern.shape}: "
             f"{x.shape[-1]} and {pattern.shape[0]} differ."
         )
-    bias = one_per_output("sparse_matmul", bias, pattern.shape[1:], bias_fn)
+    if bias is not None:
+        bias = one_per_output("sparse_matmul", bias, pattern.shape[1:], bias_fn)
     p = etp_sp_mm_p if rank_of(x) > 1 else etp_sp_mv_p
     static = dict(sparse_mat=pattern, has_bias=bias is not None, weight_fn=weight_fn, bias_fn=bias_fn)
     return with_units("sparse_matmul", lambda *xs: p.bind(*xs, **static), x, {"weight": weight}, bias)
