@@ -14,7 +14,7 @@ import numpy as np
 from ._types import MultiStepData, PyTree, Shape, SingleStepData
 
 __all__ = [
-    "check_mask", "check_step_arguments", "check_weights", "chunk_length", "common_length", "loss_and_aux",
+    "check_mask", "check_step_fn", "check_weights", "chunk_length", "common_length", "loss_and_aux",
     "one_of", "windows",
 ]  # fmt: skip
 
@@ -78,11 +78,13 @@ def common_length(sequences: tuple[PyTree, ...]) -> int:
     return length
 
 
-def check_step_arguments(step_fn: Callable[..., PyTree], sequences: int) -> None:
+def check_step_fn(step_fn: object, sequences: int, or_what: str) -> Callable[..., PyTree]:
+    if not callable(step_fn):
+        raise TypeError(f"step_fn must be a function of one slice, {or_what}, got {step_fn!r}.")
     try:
         signature = inspect.signature(step_fn)
     except (TypeError, ValueError):  # not every callable has one
-        return
+        return step_fn
     try:
         signature.bind(*range(sequences))
     except TypeError as error:
@@ -90,6 +92,7 @@ def check_step_arguments(step_fn: Callable[..., PyTree], sequences: int) -> None
             f"step_fn is called with one slice of each sequence, {sequences} here, and takes "
             f"({', '.join(signature.parameters)}): {error}. Pass as many sequences as it has arguments."
         ) from None
+    return step_fn
 
 
 def check_weights(weights: object) -> Mapping[Hashable, brainstate.State]:

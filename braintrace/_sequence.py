@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ._arguments import (
     check_mask,
-    check_step_arguments,
+    check_step_fn,
     check_weights,
     chunk_length,
     common_length,
@@ -119,17 +119,13 @@ class SequenceDriverMixin:
         [('Wh', 'weight'), ('Wr', 'weight'), ('Wz', 'weight')]
         """
         self._driven()
-        if not callable(step_fn):
-            raise TypeError(
-                f"step_fn must be a function of one slice that returns the loss of that step, got {step_fn!r}."
-            )
         one_of("reduction", reduction, ("mean", "sum"))
         one_of("loss_output", loss_output, ("per_step", "masked", "scalar"))
         length = common_length(sequences)
         k = self._window_length(chunk_size, length, gradient=True)
         mask = check_mask(mask, length)
         weights = self._per_sample.param_states if weights is None else check_weights(weights)
-        check_step_arguments(step_fn, len(sequences))
+        step_fn = check_step_fn(step_fn, len(sequences), "that returns the loss of that step")
         index = self._per_sample.running_index
 
         def objective(slices: tuple[PyTree, ...], m: jax.Array | None) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
@@ -194,10 +190,8 @@ class SequenceDriverMixin:
         learner = self._driven()
         length = common_length(sequences)
         k = self._window_length(chunk_size, length, gradient=False)
-        if not (step_fn is None or callable(step_fn)):
-            raise TypeError(f"step_fn must be a function of one slice, or None, got {step_fn!r}.")
         if step_fn is not None:
-            check_step_arguments(step_fn, len(sequences))
+            check_step_fn(step_fn, len(sequences), "or None")
 
         def body(slices: tuple[PyTree, ...]) -> PyTree:
             wrapped = slices if k is None else map(MultiStepData, slices)

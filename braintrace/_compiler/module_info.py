@@ -186,10 +186,7 @@ def extract_module_info(
 
 def info_of_call(model: brainstate.nn.Module, call: Call, control_flow: ControlFlowPolicy | None) -> ModuleInfo:
     """:func:`extract_module_info` for the arguments, and in the environment, of a call."""
-    if not isinstance(model, brainstate.nn.Module):
-        raise AssertionError(f"The model must be a brainstate.nn.Module, got {type(model).__name__}.")
-    if not isinstance(control_flow, (ControlFlowPolicy, type(None))):
-        raise TypeError(f"control_flow must be a ControlFlowPolicy or None, got {type(control_flow).__name__}.")
+    _check_types(model, control_flow)
     (traced, args, written), numbers, fixed = traced_with_numbers(model, call)
     trace = traced.get_state_trace(*args)
     states = tuple(trace.states)
@@ -199,7 +196,6 @@ def info_of_call(model: brainstate.nn.Module, call: Call, control_flow: ControlF
     _check_states(states, trace.been_writen, paths, new_shapes)
 
     in_leaves, in_tree = jax.tree.flatten(call.given)
-    environment: PyTreeDef
     env_leaves, environment = jax.tree.flatten(numbers)
     out_leaves, out_tree = jax.tree.flatten(out_shapes)
     first_in, first_out = len(in_leaves) + len(env_leaves), len(out_leaves)
@@ -249,6 +245,13 @@ def info_of_call(model: brainstate.nn.Module, call: Call, control_flow: ControlF
         num_var_out=first_out,
         diagnostics=tuple(diagnostics + written + records),
     )
+
+
+def _check_types(model: object, control_flow: object) -> None:
+    if not isinstance(model, brainstate.nn.Module):
+        raise AssertionError(f"The model must be a brainstate.nn.Module, got {type(model).__name__}.")
+    if not isinstance(control_flow, (ControlFlowPolicy, type(None))):
+        raise TypeError(f"control_flow must be a ControlFlowPolicy or None, got {type(control_flow).__name__}.")
 
 
 def _complex_parts(

@@ -6,7 +6,7 @@ import dataclasses
 import numbers
 from typing import Any, TypeGuard
 
-__all__ = ["ETraceConfig"]
+__all__ = ["ETraceConfig", "check_config"]
 
 AXES = {
     "trace_factorization": ("per_param", "io_factorized", "hybrid", "random_projection"),
@@ -163,6 +163,17 @@ class ETraceConfig:
         if not self.is_factorized:
             raise AttributeError(f"{_show(self, 'trace_factorization')} has no x and f sides. Read {name}.")
         return getattr(self, name)[side]
+
+
+def check_config(config: object, own: ETraceConfig) -> ETraceConfig:
+    if not isinstance(config, ETraceConfig):
+        raise TypeError(f"config must be an ETraceConfig, got {type(config).__name__}.")
+    if config.trace_factorization != own.trace_factorization:
+        raise ValueError(
+            f"config has trace_factorization={config.trace_factorization!r}, this learner's engine is "
+            f"{own.trace_factorization!r}. Use the learner of that engine, or braintrace.compile(model, config, ...)."
+        )
+    return config
 
 
 def _check_form(c: ETraceConfig) -> None:

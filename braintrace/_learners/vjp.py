@@ -26,7 +26,7 @@ from .._past import cut, named
 from .._recorder import Recorder
 from .._types import Path, PyTree
 from .base import ETraceAlgorithm
-from .config import ETraceConfig
+from .config import ETraceConfig, check_config
 from .options import VjpMethod
 from .signals import as_key, expand_modulator, feedback_matrix, random_feedback
 
@@ -34,17 +34,6 @@ __all__ = ["ETraceVjpAlgorithm"]
 
 
 T = TypeVar("T")
-
-
-def _check_config(config: object, own: ETraceConfig) -> ETraceConfig:
-    if not isinstance(config, ETraceConfig):
-        raise TypeError(f"config must be an ETraceConfig, got {type(config).__name__}.")
-    if config.trace_factorization != own.trace_factorization:
-        raise ValueError(
-            f"config has trace_factorization={config.trace_factorization!r}, this learner's engine is "
-            f"{own.trace_factorization!r}. Use the learner of that engine, or braintrace.compile(model, config, ...)."
-        )
-    return config
 
 
 class ETraceVjpAlgorithm(ETraceAlgorithm):
@@ -95,7 +84,7 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         random_feedback_key: jax.Array | int | None = None,
         snap_max_jacobian_elements: int = CEILING,
     ):
-        self._config = self._default_config if config is None else _check_config(config, self._default_config)
+        self._config = self._default_config if config is None else check_config(config, self._default_config)
         executor = ETraceVjpGraphExecutor(
             model,
             vjp_method,
