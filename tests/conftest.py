@@ -1,5 +1,6 @@
 """Shared test setup: a time step for those who ask, quick compilation, and programs dropped now and then."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -23,6 +24,8 @@ import brainunit as u  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+gc.freeze()  # what the libraries made stays, and tracing makes many objects that die at once
+gc.set_threshold(20_000, 20, 20)
 _count = 0
 
 

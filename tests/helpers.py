@@ -13,6 +13,7 @@ in a `tap` it can hold the outputs fixed: that is all it needs for D, df, L and 
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -170,7 +171,7 @@ class Oracle:
             if hasattr(layer, "groups")
             for g, group in enumerate(layer.groups())
         }
-        self._pieces = jax.jit(self.pieces)
+        self._pieces, self._learners = jax.jit(self.pieces), {}
         assert sorted(p for group in self.groups.values() for p in group) == sorted(self.hidden)
 
     def values(self):
@@ -271,6 +272,10 @@ class Oracle:
     def relation(self, pieces, call):
         return Relation(self.applies[call], *pieces.facts[call])
 
+    def _learn(self, rule):
+        """`learn` of a rule, compiled once."""
+        return self._learners.setdefault(rule, jax.jit(functools.partial(self.learn, rule)))
+
     def learn(self, rule, params, before, args, pieces, traces, n):
         """The gradient of a step that has `n` steps behind it, and the traces after it."""
         credit = {call: [jax.tree.map(jnp.zeros_like, operands)] for call, (_, operands) in pieces.facts.items()}
@@ -297,7 +302,7 @@ class Oracle:
     def online(self, rule, sequence):
         """Per step `(loss, gradients)`, and the values after the last step."""
         params, before = self.values()
-        learn = jax.jit(lambda *rest: self.learn(rule, *rest))
+        learn = self._learn(rule)
         traces, steps = None, []
         for n, args in enumerate(sequence):
             pieces = self._pieces(params, before, args)
@@ -309,17 +314,19 @@ class Oracle:
 
     def windows(self, rule, sequence, k):
         """Per window of `k` steps `(losses, gradients)`: back-propagation inside, the trace for what was before."""
+
+        def inside(params, hidden, before, window):
+            losses = self._losses(params, before | hidden, window)
+            return losses.sum(), losses
+
+        learn = self._learn(rule)
+        gradient = jax.jit(jax.grad(inside, argnums=(0, 1), has_aux=True))
         params, before = self.values()
         traces, steps = None, []
         for n in range(0, len(sequence), k):
             window = sequence[n : n + k]
-
-            def inside(params, hidden, before=before, window=window):
-                return self._losses(params, before | hidden, window).sum()
-
             hidden = {path: before[path] for path in self.hidden}
-            grads, entry = jax.jit(jax.grad(inside, argnums=(0, 1)))(params, hidden)
-            losses = self._losses(params, before, window)
+            (grads, entry), losses = gradient(params, hidden, before, window)
             for i, args in enumerate(window):
                 pieces = self._pieces(params, before, args)
                 if traces is None:
@@ -327,8 +334,8 @@ class Oracle:
                 if i == 0:
                     L = {key: jnp.stack([leaf(entry[path]) for path in group]) for key, group in self.groups.items()}
                     silent = pieces._replace(grads=grads, L=jax.tree.map(jnp.zeros_like, L), old_L=L)
-                    grads, _ = self.learn(rule, params, before, args, silent, traces, n)
-                traces = self.learn(rule, params, before, args, pieces, traces, n + i)[1]
+                    grads, _ = learn(params, before, args, silent, traces, n)
+                traces = learn(params, before, args, pieces, traces, n + i)[1]
                 before = pieces.after
             steps.append((losses, grads))
         return steps, before

@@ -33,7 +33,7 @@ RULES = {  # how to make the learner of a network, the oracle's rule
 }
 DRIVERS = {  # options of `Problem` and of `check`
     "steps": {},
-    "chunks": dict(chunks=(4,), steps=9),
+    "chunks": dict(chunks=(4,), steps=8),
     "chunks of two": dict(chunks=(2,)),
     "every length": dict(chunks=(1, 2, 7, 9, 10, None), steps=9),
 }

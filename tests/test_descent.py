@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.usefixtures("x64"),
 ]
 
-LENGTH = 5
+LENGTH = 4
 IN_PLACE, UNROLLED = ControlFlowPolicy(scan_unroll_limit=LENGTH - 1), ControlFlowPolicy(scan_unroll_limit=LENGTH)
 RULES = {
     "pp_prop": (braintrace.pp_prop, dict(decay_or_rank=0.9)),
@@ -162,7 +162,7 @@ def gradients(model, rule, mode, policy, in_chunks, length=None):
     learner = run.module if vmap else run
     brainstate.random.seed(2)
     if in_chunks:
-        return run.etrace_grad(xs, step_fn=lambda x: loss(run(x)), trace_chunk=3), learner
+        return run.etrace_grad(xs, step_fn=lambda x: loss(run(x)), trace_chunk=2), learner
     one = brainstate.transform.jit(lambda x: grad(lambda: loss(run(x)), learner.param_states)())
     return [one(x) for x in xs], learner
 
