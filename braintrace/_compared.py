@@ -14,6 +14,7 @@ import numpy as np
 
 from ._arguments import loss_and_aux
 from ._compile import _batch_in_place, _find, _first_sample
+from ._compiler.attributes import kept_attributes
 from ._learners.base import ETraceAlgorithm
 from ._mapped import ETraceVmap
 from ._sequence import SequenceDriverMixin
@@ -253,7 +254,9 @@ def _as_before(model: brainstate.nn.Module) -> Iterator[None]:
                 x[:] = kept
 
 
-def arguments_of(call: Call, step_fn: Callable[..., jax.Array], slices: tuple[PyTree, ...]) -> Arguments:
+def arguments_of(
+    model: brainstate.nn.Module, step_fn: Callable[..., jax.Array], slices: tuple[PyTree, ...]
+) -> Arguments:
     """Shapes of what ``step_fn`` calls the model with; errors for what it does otherwise."""
     found: list[Arguments] = []
 
@@ -263,12 +266,13 @@ def arguments_of(call: Call, step_fn: Callable[..., jax.Array], slices: tuple[Py
             raise TypeError("step_fn passes on SingleStepData or MultiStepData. Pass bare arrays of one step to call.")
         abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x  # noqa: E731
         found.append(jax.tree.map(abstract, (args, kwargs)))
-        return call(*args, **kwargs)
+        return model(*args, **kwargs)
 
     def probe(*slices: PyTree) -> None:
         loss_and_aux(step_fn(recorded, *slices), False, ())
 
-    with _noting(f"{CONVENTION}." if takes(step_fn, len(slices)) is None else ""):
+    note = f"{CONVENTION}." if takes(step_fn, len(slices)) is None else ""
+    with _noting(note), kept_attributes(model):
         undone(probe, *slices)
     if not found:
         raise ValueError(

@@ -70,6 +70,7 @@ class ETraceVmap(SequenceDriverMixin, brainstate.nn.Vmap):
         super().__init__(module, in_axes, out_axes, vmap_states, vmap_out_states, axis_name, axis_size)
         self._filters = Held((vmap_states, vmap_out_states))
         self._functions = Held((None, None, None))
+        module._draw_apart()
 
     def _vmap_shape(self) -> Shape:
         state = next(iter(self.module.hidden_states.values()))

@@ -768,6 +768,45 @@ def test_memory_in_an_attribute(start):
     assert len(model.log) == 1
 
 
+def counts(m, x):
+    m.k += 1
+    m.h.value = matmul(x, m.w.value) + (0.5 if m.k % 2 else 0.0) * m.h.value
+
+
+def is_first(m, x):
+    m.h.value = matmul(x, m.w.value) + (0.0 if m.k else 0.5) * m.h.value
+    m.k = False
+
+
+def keeps_a_list(m, x):
+    m.k[0] = m.k[0] * 2
+    m.h.value = matmul(x, m.w.value) + m.k[0] * m.h.value
+
+
+@pytest.mark.parametrize("step, start", [(counts, 0), (is_first, True), (keeps_a_list, [0.1])])
+def test_a_number_in_an_attribute_that_a_compiled_step_does_not_move(step, start):
+    """It is warned of, and neither compilation nor a comparison uses it up."""
+    model = Model(step, k=start)
+    (record,) = braintrace.compile_etrace_graph(model, X).explain(kind="state_not_hidden")
+    assert record.level is WARNING and "'k' of Model" in record.message
+    assert model.k == start and model.k is start
+    with pytest.warns(braintrace.CompilationWarning, match="'k' of Model"):
+        braintrace.compare(
+            model, X[None], step_fn=lambda call, x: (call(x), jnp.sum(model.h.value))[1], rules=["d_rtrl"]
+        )
+    assert model.k == start
+
+
+def test_a_number_that_is_filled_in_once_is_no_memory():
+    def step(m, x):
+        m.size = x.shape[-1] if m.size is None else m.size
+        m.h.value = 0.5 * m.h.value + matmul(x, m.w.value)
+
+    model = Model(step, size=None)
+    assert not braintrace.compile_etrace_graph(model, X).explain(kind="state_not_hidden")
+    assert model.size == X.shape[-1]
+
+
 def test_a_value_that_is_written_before_it_is_read_is_no_memory():
     def step(m, x):
         m.conductance = matmul(x, m.w.value)

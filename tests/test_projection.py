@@ -262,3 +262,18 @@ def test_spiking_neurons_with_units(rule):
     first, second = (jax.tree.leaves(g)[0] for g in grads)
     np.testing.assert_allclose(first, second, rtol=1e-9)
     assert jnp.abs(first).max() > 1e-3
+
+
+def test_samples_draw_their_own_signs():
+    """Mapped or not: signs that samples share would add up instead of averaging out."""
+    x = jnp.ones((6, 3))
+    for vmap in (False, True):
+        learner = braintrace.compile(braintrace.nn.GRUCell(3, 5), "uoro", x, batch_size=6, vmap=vmap)
+        of_samples = learner.module if vmap else learner
+        found = []
+        for _ in range(2):
+            learner(x)
+            found.append(np.sign(of_samples.etrace_s[0].value[..., 0]))
+            learner.reset_state()
+        np.testing.assert_array_equal(*found)
+        assert len(np.unique(found[0], axis=0)) > 1

@@ -84,10 +84,14 @@ class _Attributes:
         self.traced = {id(v) for value in self.values.values() for v in _leaves(value) if is_tracer(v)}
 
     def changed(self, node: brainstate.nn.Module, known: set[int]) -> list[tuple[str, list[Any]]]:
-        """Attributes that hold states, modules with states, or traced values that are not ``known``, and these."""
+        """Attributes that hold states, modules with states, or traced values that are not ``known``, and these.
+
+        And those whose numbers are others than before: counters and flags, which a compiled step does not move.
+        """
         found = []
         for name, value in vars(node).items():
-            if new := [v for v in _leaves(value) if id(v) not in known and _is_kept(v)]:
+            new = [v for v in _leaves(value) if id(v) not in known and _is_kept(v)]
+            if new or _differ(self.inner.get(name, self.values.get(name)), value):
                 found.append((name, new))
         return found
 
@@ -107,6 +111,12 @@ def _is_kept(v: Any) -> bool:
     if isinstance(v, brainstate.nn.Module):
         return bool(v.states())
     return is_tracer(v) or isinstance(v, brainstate.State)
+
+
+def _differ(old: Any, new: Any) -> bool:
+    """Whether numbers were there, and are others now; what is filled in for the first time is no memory."""
+    before, after = ([v for v in _leaves(tree) if isinstance(v, numbers.Number)] for tree in (old, new))
+    return bool(before) and (len(before) != len(after) or any(a is not b and a != b for a, b in zip(before, after)))
 
 
 def _leaves(value: Any) -> list[Any]:

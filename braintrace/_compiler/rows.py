@@ -295,13 +295,16 @@ def _row(
             k: ys[k] if k in folds else own_position(ys[k], y_shapes[k], fronts[k]) for k in y_shapes
         }
 
-    def whole(stacked: jax.Array, front: int = 0) -> jax.Array:
-        sizes = [varshape[k] for k in mixed]
-        axes = [front + k for k in mixed]
-        return jnp.moveaxis(stacked.reshape(*sizes, *stacked.shape[1:]), range(len(mixed)), axes)
+    def whole(stacked: jax.Array, shape: Shape = varshape, front: int = 0) -> jax.Array:
+        lead = len(varshape) - len(shape)
+        first = min(lead, *mixed)  # what lacks the axes in front has those of them along which positions were mixed
+        lacking = [1 for k in range(first, lead) if k not in mixed]
+        sizes, (_, *others) = [varshape[k] for k in mixed], stacked.shape
+        stacked = stacked.reshape(*sizes, *others[:front], *lacking, *others[front:])
+        return jnp.moveaxis(stacked, range(len(mixed)), [front + k - first for k in mixed])
 
     D, df = _by_position(read, dtype, varshape, mixed, scope)
-    found = {k: whole(df[k], fronts[k]) for k in y_shapes}
+    found = {k: whole(df[k], shape, fronts[k]) for k, shape in y_shapes.items()}
     if folds:
         # Every entry acts on one position, so that one pass from all positions gives all of them.
         found.update({k: y for k, y in cotangents(ones)[1].items() if k in folds and k in y_shapes})

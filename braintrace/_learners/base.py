@@ -136,6 +136,9 @@ class ETraceAlgorithm(SequenceDriverMixin, brainstate.nn.Module):
         known = (brainstate.ParamState, brainstate.HiddenState)
         return FlattedDict({p: s for p, s in self.path_to_states.items() if not isinstance(s, known)})
 
+    def _draw_apart(self) -> None:
+        """Have samples over which this learner is mapped draw random numbers of their own: shared noise stays noise."""
+
     def _states_of(self, kind: type) -> FlattedDict:
         return FlattedDict({p: s for p, s in self.path_to_states.items() if isinstance(s, kind)})
 

@@ -172,9 +172,14 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
         super().reset_state(batch_size, **kwargs)
         size, mapped = self._leading_size()
         front = (batch_size or size,) if mapped else ()
-        first = jax.random.key_data(self._key)
-        self.projection_rng.value = jnp.broadcast_to(first, (*front, *first.shape))
         self.projection_step.value = jnp.zeros(front, jnp.int32)
+        self._draw_apart()
+
+    def _draw_apart(self) -> None:
+        if self.is_compiled:
+            samples = self.projection_step.value.shape
+            keys = jax.random.split(self._key, samples) if samples else self._key
+            self.projection_rng.value = jax.random.key_data(keys)
 
     def _trace_states(self) -> Iterator[tuple[brainstate.State, int | None]]:
         relations = self.graph.hidden_param_op_relations
