@@ -317,13 +317,17 @@ class OneState(brainstate.nn.Module):
         new = jnp.tanh(carried[0] + y), carried[1] + 0.5 * y
         if self.kind == "tree":
             self.s.set_value(list(new))
+        elif self.kind == "parts moved":
+            moved = jnp.concatenate([v.reshape(1, *v.shape) for v in new])
+            self.s.value = jnp.moveaxis(moved, 0, -1)
         else:
             self.s.value = jnp.stack(new, -1)
-        return self.s.value[..., 0] + self.s.value[..., 1] ** 2
+        h, c = new if "parts" in self.kind else (self.s.value[..., 0], self.s.value[..., 1])
+        return h + c**2
 
 
 @pytest.mark.parametrize("batch", [None, 2, 4])
-@pytest.mark.parametrize("kind", ["group", "tree", "product"])
+@pytest.mark.parametrize("kind", ["group", "tree", "product", "parts", "parts moved"])
 def test_several_variables_in_one_state_equal_several_states(kind, batch):
     separate = problem_of("ModelB", batch=batch, steps=3)
     model = OneState(kind)

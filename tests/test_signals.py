@@ -151,3 +151,87 @@ def test_modulator_errors_leave_the_learner_as_it_was(modulator, error):
     plain = braintrace.compile(Leaky(), "pp_prop", jnp.zeros(2), decay_or_rank=0.9)
     with pytest.raises(TypeError, match="modulator"):
         plain(jnp.ones(2), modulator=1.0)
+
+
+# -- EProp: outputs read hidden values, or what is made of them
+
+
+def spike(v):
+    return jax.nn.sigmoid(4 * (v - 0.2))
+
+
+class Neurons(brainstate.nn.Module):
+    """``v <- .8 v + x W``, spikes of it, and a reset behind them."""
+
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+        self.w = brainstate.ParamState(jnp.asarray(W, jnp.float32))
+        self.v, self.z = (brainstate.HiddenState(jnp.zeros(3)) for _ in "vz")
+
+    def update(self, x):
+        v = 0.8 * self.v.value + braintrace.matmul(x, self.w.value)
+        z = spike(v)
+        if self.output == "spikes kept":
+            self.z.value = z
+            z = self.z.value
+        self.v.value = v if self.output in ("voltage", "spikes") else v - 0.3 * jax.lax.stop_gradient(z)
+        return self.v.value if self.output == "voltage" else z
+
+
+def textbook(kappa):
+    """E-prop with the filter behind the slope of the spike, in NumPy."""
+    v, trace, filtered, found = np.zeros(3), np.zeros((2, 3)), np.zeros((2, 3)), np.zeros((2, 3))
+    for x in XS:
+        v = 0.8 * v + x @ W
+        z = np.asarray(spike(v))
+        trace = 0.8 * trace + x[:, None]
+        filtered = kappa * filtered + 4 * z * (1 - z) * trace
+        found = found + LOSS * filtered
+        v = v - 0.3 * z
+    return found
+
+
+def of_neurons(output, **options):
+    """The gradient of a sum of losses."""
+    learner = braintrace.compile(Neurons(output), "eprop", jnp.zeros(2), **options)
+    grads = learner.etrace_grad(
+        jnp.asarray(XS, jnp.float32), step_fn=lambda x: (learner(x) * LOSS).sum(), reduction="sum"
+    )
+    return np.asarray(grads["w",])
+
+
+RANDOM = dict(feedback="random", random_feedback_key=0)
+
+
+@pytest.mark.filterwarnings("error::braintrace.CompilationWarning")
+@pytest.mark.filterwarnings("ignore:.*state_mismatch", "ignore:etrace_grad and etrace_evolve")
+@pytest.mark.parametrize(
+    "output, options, kinds",
+    [
+        ("spikes kept", dict(kappa_filter_decay=0.6), []),
+        ("spikes kept", RANDOM, []),
+        ("voltage", dict(kappa_filter_decay=0.6), []),
+        ("spikes", {}, []),
+        ("spikes", RANDOM, []),
+        ("spikes", dict(kappa_filter_decay=0.6), ["filter_misses_slope"]),
+        ("before the reset", {}, []),
+        ("before the reset", dict(kappa_filter_decay=0.6), ["signal_bypasses_filter"]),
+        ("before the reset", RANDOM, ["signal_bypasses_filter"]),
+    ],
+)
+def test_eprop_says_what_its_filter_and_its_matrix_do_not_see(output, options, kinds):
+    if kinds:
+        with pytest.raises(braintrace.CompilationWarning, match=rf"\[{kinds[0]}\] The output reads.*'v'.*HiddenState"):
+            of_neurons(output, **options)
+    else:
+        of_neurons(output, **options)
+
+
+@pytest.mark.filterwarnings("ignore::braintrace.CompilationWarning")
+def test_eprop_of_spikes_that_are_kept_is_that_of_the_paper():
+    np.testing.assert_allclose(of_neurons("spikes kept", kappa_filter_decay=0.6), textbook(0.6), rtol=1e-5)
+    np.testing.assert_allclose(of_neurons("before the reset"), textbook(0.0), rtol=1e-5)
+    for output in ("spikes", "before the reset"):
+        with pytest.raises(AssertionError):
+            np.testing.assert_allclose(of_neurons(output, kappa_filter_decay=0.6), textbook(0.6), rtol=0.1)

@@ -62,6 +62,8 @@ class DiagnosticKind(str, enum.Enum):  # noqa: UP042
     STATE_NOT_HIDDEN = "state_not_hidden"
     RECURRENT_MIXING = "recurrent_mixing"
     WEIGHT_VARIES = "weight_varies"
+    FILTER_MISSES_SLOPE = "filter_misses_slope"
+    SIGNAL_BYPASSES_FILTER = "signal_bypasses_filter"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flatten import flatten
 from .frame import Origin
 from .policy import ControlFlowPolicy
+from .stored import read_from_stored
 from .tracing import check_structure, traced_with_numbers
 
 __all__ = ["ModuleInfo", "extract_module_info"]
@@ -217,6 +218,7 @@ def info_of_call(model: brainstate.nn.Module, call: Call, control_flow: ControlF
     complex_hidden = _complex_parts(closed, {paths[i]: states[i] for i in hidden}, ends)
     if complex_hidden:
         closed = with_real_parts(closed, {ends[p]: part for p, part in complex_hidden.items()})
+    closed = read_from_stored(closed, [o for _, o in ends.values()])
     jaxpr = open_jaxpr(closed)
     made = made_at(jaxpr.eqns)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from .._binding import Binding, Fixed, Gradients, Operands, Signals
+from .._compiler.diagnostics import CompilationRecord
 from .._compiler.relations import HiddenParamOpRelation
 from .._compiler.step import StepRecord
 from .._types import PyTree, Shape, path_str
@@ -104,6 +105,10 @@ class Engine(abc.ABC):
     def forms(self) -> dict[int, tuple[str, int]]:
         """In words what is kept for a relation, and how many bytes; what is shared counts where it comes first."""
         return {}
+
+    def remarks(self) -> list[CompilationRecord]:
+        """What users should know of the traces that their model gets."""
+        return []
 
     # -- a chunk of steps, whose records are there before the traces are touched
 

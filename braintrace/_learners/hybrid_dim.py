@@ -9,7 +9,6 @@ import brainstate
 import jax
 
 from .._binding import Binding
-from .._compiler.diagnostics import CompilationRecord
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.relations import HiddenParamOpRelation
 from .._engines.engine import bytes_of
@@ -114,9 +113,6 @@ class HybridDimVjpAlgorithm(IODimVjpAlgorithm):
         self._slot_traces = {k: EligibilityTrace(v) for k, v in zeros.exact.items()}
         self._allocate(zeros.filtered)
         self._forms = {w.key: w.factorised for w in engine.exact.weights}
-
-    def _remarks(self) -> list[CompilationRecord]:
-        return self._engine.remarks()
 
     def _make_engine(self, binding: Binding) -> HybridEngine:
         relations = binding.graph.hidden_param_op_relations

@@ -11,7 +11,6 @@ import brainunit as u
 import jax
 
 from .._binding import Binding
-from .._compiler.diagnostics import CompilationRecord
 from .._compiler.policy import ControlFlowPolicy
 from .._engines.engine import Engine
 from .._engines.io import IOEngine, IOTrace
@@ -212,9 +211,6 @@ class IODimVjpAlgorithm(ETraceVjpAlgorithm):
         if not dfs:
             raise ValueError(f"The parameter {path_str(path)!r} is trained by the current step alone: it has no trace.")
         return xs, dfs
-
-    def _remarks(self) -> list[CompilationRecord]:
-        return self._engine.remarks()
 
     def _make_engine(self, binding: Binding) -> Engine:
         decays = self._decays.of(binding.graph.hidden_param_op_relations)

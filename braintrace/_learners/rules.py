@@ -80,6 +80,12 @@ class EProp(ParamDimVjpAlgorithm):
     TypeError
         If ``config`` is given: the other arguments are its coordinates; for a ``kappa_filter_decay`` that is no number.
 
+    Warns
+    -----
+    CompilationWarning
+        If the output reads hidden values by a function that is not linear, such as a spike, or past the new value: the
+        filter is behind the traces of hidden states. Keep what the output reads, the spikes, in a ``HiddenState``.
+
     References
     ----------
     .. [1] G. Bellec et al., "A solution to the learning dilemma for recurrent networks of spiking neurons", Nature

@@ -13,7 +13,9 @@ from jax.tree_util import PyTreeDef
 
 from .._binding import Binding
 from .._compiler.call import Call, call_of
+from .._compiler.diagnostics import CompilationRecord
 from .._compiler.policy import ControlFlowPolicy
+from .._compiler.readout import unchanged_signals, unfiltered_slopes
 from .._compiler.scope import CEILING
 from .._credit import reverse_only
 from .._engines.engine import Engine, check_outputs
@@ -427,6 +429,14 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
 
     def _trace_forms(self) -> dict[int, tuple[str, int]]:
         return self._engine.forms()
+
+    def _remarks(self) -> list[CompilationRecord]:
+        config, records = self.config, self._engine.remarks()
+        if config.trace_filter == "kappa" or config.learning_signal == "random_feedback":
+            records += unchanged_signals(self.graph)
+        if config.trace_filter == "kappa":
+            records += unfiltered_slopes(self.graph)
+        return records
 
     def _can_record(self) -> bool:
         """Whether sequences may be driven chunk by chunk."""

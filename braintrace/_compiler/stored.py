@@ -1,0 +1,134 @@
+"""Values that are parts of what a hidden state stores are read from it, like the state itself.
+
+``h.value = h_new.reshape(shape); return f(h_new)`` and ``s.value = jnp.stack([v, w], -1); return f(v)`` say the same as
+``return f(h.value...)``: an output reads the new hidden value, and its signal has to meet the trace there.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._jax import Atom, ClosedJaxpr, JaxprEqn, Literal, Var, bind_equation, open_jaxpr, structs
+from .._program import behind, environment, made_at, read
+from .complex_states import before_cast
+
+__all__ = ["read_from_stored"]
+
+
+class _Part(NamedTuple):
+    """``value`` takes it out of ``whole``, which the equations with the numbers ``makers`` lead to."""
+
+    whole: Var
+    value: Callable[[jax.Array], jax.Array]
+    makers: Collection[int]
+
+
+def read_from_stored(closed: ClosedJaxpr, hidden: Sequence[int]) -> ClosedJaxpr:
+    """The same program; what is not on the way to a stored value reads the parts of it from there.
+
+    ``hidden`` are the numbers of the outputs that are hidden values.
+    """
+    jaxpr = open_jaxpr(closed)
+    made = made_at(jaxpr.eqns)
+    parts: dict[Var, _Part] = {}
+    for o in hidden:
+        for part, found in _parts(before_cast(jaxpr.outvars[o], jaxpr.eqns, made), jaxpr.eqns, made):
+            parts.setdefault(part, found)
+    of_equations = [
+        [_source(v, parts.get(v), n) if isinstance(v, Var) else v for v in e.invars] for n, e in enumerate(jaxpr.eqns)
+    ]
+    of_outputs = [v if o in hidden else _source(v, parts.get(v), None) for o, v in enumerate(jaxpr.outvars)]
+    used = [s for sources in (*of_equations, of_outputs) for s in sources if isinstance(s, _Part)]
+    if not used or any(e.effects for e in jaxpr.eqns):
+        return closed
+    order = _order(jaxpr.eqns, of_equations, {*jaxpr.invars, *jaxpr.constvars})
+    if order is None:
+        return closed
+
+    def step(*args: jax.Array) -> list[jax.Array]:
+        env = environment(closed, args)
+
+        def value(source: Atom | _Part) -> jax.Array:
+            return source.value(env[source.whole]) if isinstance(source, _Part) else read(env, source)
+
+        for n in order:
+            eqn = jaxpr.eqns[n]
+            env.update(zip(eqn.outvars, bind_equation(eqn, list(map(value, of_equations[n])))))
+        return list(map(value, of_outputs))
+
+    return jax.make_jaxpr(step)(*structs(jaxpr.invars))
+
+
+def _source(var: Atom, part: _Part | None, reader: int | None) -> Atom | _Part:
+    return var if part is None or reader in part.makers else part
+
+
+def _parts(whole: Atom, eqns: Sequence[JaxprEqn], made: Mapping[Var, int]) -> Iterator[tuple[Var, _Part]]:
+    """The variables that a stored value is made of by moving entries alone."""
+    if isinstance(whole, Literal) or whole not in made or not _taken_apart(eqns[made[whole]]):
+        return
+    makers = {made[e.outvars[0]] for e in behind(eqns, [whole])[0]}
+    pending: list[tuple[Var, Callable[[jax.Array], jax.Array]]] = [(whole, lambda x: x)]
+    while pending:
+        var, of_whole = pending.pop()
+        for source, back in _taken_apart(eqns[made[var]]):
+            if isinstance(source, Var) and source in made and jnp.issubdtype(source.aval.dtype, jnp.inexact):
+                value = lambda x, of_whole=of_whole, back=back: back(of_whole(x))  # noqa: E731
+                pending.append((source, value))
+                yield source, _Part(whole, value, makers)
+
+
+def _taken_apart(eqn: JaxprEqn) -> list[tuple[Atom, Callable[[jax.Array], jax.Array]]]:
+    """Operands of an equation that only moves entries, and how each is had from its result."""
+    name, params = eqn.primitive.name, eqn.params
+    shapes = [v.aval.shape for v in eqn.invars]
+    found: list[Callable[[jax.Array], jax.Array]] = []
+    if name == "concatenate":
+        axis = params["dimension"]
+        ends = np.cumsum([0, *(shape[axis] for shape in shapes)])
+        found = [functools.partial(_cut, a, b, axis) for a, b in itertools.pairwise(ends)]
+    elif name == "stack":
+        found = [functools.partial(_entry, i, params["axis"]) for i in range(len(shapes))]
+    elif name == "transpose":
+        back = tuple(np.argsort(params["permutation"]))
+        found = [lambda x: jax.lax.transpose(x, back)]
+    elif name in ("reshape", "squeeze", "expand_dims", "broadcast_in_dim") and len(shapes) == 1:
+        if math.prod(shapes[0]) == math.prod(eqn.outvars[0].aval.shape):
+            found = [lambda x: x.reshape(shapes[0])]
+    return list(zip(eqn.invars, found))
+
+
+def _cut(start: int, end: int, axis: int, x: jax.Array) -> jax.Array:
+    return jax.lax.slice_in_dim(x, start, end, axis=axis)
+
+
+def _entry(index: int, axis: int, x: jax.Array) -> jax.Array:
+    return jax.lax.index_in_dim(x, index, axis, keepdims=False)
+
+
+def _order(
+    eqns: Sequence[JaxprEqn], sources: Sequence[Sequence[Atom | _Part]], known: Collection[Var]
+) -> list[int] | None:
+    """The equations in an order in which every source is there; ``None`` if parts of two wholes need each other."""
+    there, order, pending = set(known), [], list(range(len(eqns)))
+    needs = [{s.whole if isinstance(s, _Part) else s for s in of if not isinstance(s, Literal)} for of in sources]
+    while pending:
+        later = []
+        for n in pending:
+            if needs[n] <= there:
+                order.append(n)
+                there.update(eqns[n].outvars)
+            else:
+                later.append(n)
+        if len(later) == len(pending):
+            return None
+        pending = later
+    return order
