@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
 import brainstate
 import brainunit as u
@@ -14,8 +15,8 @@ import numpy as np
 from ._types import MultiStepData, PyTree, Shape, SingleStepData
 
 __all__ = [
-    "check_mask", "check_step_fn", "check_weights", "chunk_length", "common_length", "loss_and_aux",
-    "one_of", "windows",
+    "check_batch_size", "check_mask", "check_step_fn", "check_weights", "checked_loss", "chunk_length",
+    "common_length", "loss_and_aux", "one_of", "windows",
 ]  # fmt: skip
 
 
@@ -23,21 +24,27 @@ def loss_and_aux(result: PyTree, has_aux: bool, shape: Shape) -> tuple[PyTree, P
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
         raise TypeError(f"With has_aux=True step_fn must return a pair (loss, aux), got {type(result).__name__}.")
     loss, aux = result if has_aux else (result, None)
+    return checked_loss("step_fn", loss, shape, "" if has_aux else "; for (loss, aux) pass has_aux=True"), aux
+
+
+def checked_loss(function: str, loss: PyTree, shape: Shape, for_pairs: str = "") -> PyTree:
+    """``loss``, which a function of that name has returned, if it is one."""
     if not isinstance(loss, (jax.Array, np.ndarray, np.generic, float, int)):
         unit = f" of unit {u.get_unit(loss)}; divide it by its unit" if isinstance(loss, u.Quantity) else ""
-        pair = "; for (loss, aux) pass has_aux=True" if isinstance(loss, tuple) and not has_aux else ""
+        pair = for_pairs if isinstance(loss, tuple) else ""
         raise TypeError(
-            f"step_fn must return the loss as an array without a unit, got {type(loss).__name__}{unit}{pair}."
+            f"{function} must return the loss as an array without a unit, got {type(loss).__name__}{unit}{pair}."
         )
     if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
         raise TypeError(
-            f"step_fn must return a loss that has a derivative, got one of dtype {jnp.result_type(loss)} (a count of "
-            "errors, say). Return a real, differentiable function of the output; pass counts on by has_aux=True."
+            f"{function} must return a loss that has a derivative, got one of dtype {jnp.result_type(loss)} (a count "
+            "of errors, say). Return a real, differentiable function of the output"
+            f"{'; pass counts on by has_aux=True' if for_pairs else ''}."
         )
     if jnp.shape(loss) != shape:
         advice = "one per step of the window" if shape else "a sum or an average over batch and features"
-        raise ValueError(f"step_fn must return a loss of shape {shape}, {advice}, got {jnp.shape(loss)}.")
-    return loss, aux
+        raise ValueError(f"{function} must return a loss of shape {shape}, {advice}, got {jnp.shape(loss)}.")
+    return loss
 
 
 def chunk_length(trace_chunk: object) -> int | None:
@@ -53,6 +60,11 @@ def chunk_length(trace_chunk: object) -> int | None:
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
+
+
+def check_batch_size(batch_size: Any) -> None:
+    if batch_size is not None and (isinstance(batch_size, (bool, str, float)) or np.ndim(batch_size)):
+        raise TypeError(f"batch_size must be an int or None, got {batch_size!r}.")
 
 
 def common_length(sequences: tuple[PyTree, ...]) -> int:

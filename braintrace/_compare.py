@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._arguments import check_mask, common_length
+from ._arguments import check_batch_size, check_mask, common_length
 from ._compared import CONVENTION, Rules, Run, run_of_learner, run_of_model, shares_by_lag, takes, undone
 from ._comparison import BPTT, Comparison
 from ._compile import _find
@@ -28,7 +28,7 @@ def compare(
     *sequences: PyTree,
     step_fn: Callable[..., PyTree],
     rules: Any = None,
-    decays: Iterable[float] = (),
+    decays: Iterable[float] | float = (),
     mask: PyTree = None,
     lags: int | Iterable[int] | None = None,
     at: int | Iterable[int] | None = None,
@@ -51,7 +51,7 @@ def compare(
     rules : mapping or list, optional
         Rules as in :func:`braintrace.compile`: a name, a class or an :class:`ETraceConfig`, or a pair of one and its
         options. Keys of a mapping are labels.
-    decays : list of float, optional
+    decays : float or list of float, optional
         Stands for ``pp_prop`` with each as ``decay_or_rank``.
     mask : array, shape ``(T,)``, optional
         Weight of each step's loss.
@@ -99,6 +99,7 @@ def compare(
     """
     if not is_outside():
         raise ValueError("compare returns numbers and a table: call it outside of jit and of other transformations.")
+    check_batch_size(batch_size)
     length = common_length(sequences)
     if isinstance(subject, SequenceDriverMixin) and callable(step_fn) and takes(step_fn, len(sequences)) is None:
         step_fn = _by_call(subject, step_fn)
@@ -108,7 +109,7 @@ def compare(
     lags, ends = _lags_and_ends(lags, at, np.asarray(mask))
     first = jax.tree.map(lambda x: x[0], sequences)
     if isinstance(subject, SequenceDriverMixin):
-        if rules is not None or [*decays] or batch_size is not None or vmap:
+        if rules is not None or _listed(decays) or batch_size is not None or vmap:
             raise TypeError(
                 f"rules, decays, batch_size and vmap are for a model, and {type(subject).__name__} is a learner, which "
                 "has its rule and its batch. Pass them with learner.model4compile, or the learner alone."
@@ -131,19 +132,22 @@ def compare(
     return Comparison(gradients, lags, shares)
 
 
-def _labelled(rules: Any, decays: Iterable[float]) -> Rules:
+def _labelled(rules: Any, decays: Any) -> Rules:
     is_pair = lambda x: isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], Mapping)  # noqa: E731
     if isinstance(rules, (str, type, ETraceConfig)) or is_pair(rules):
         rules = [rules]
-    entries = [*rules.items()] if isinstance(rules, Mapping) else [(None, rule) for rule in rules or ()]
-    entries += [(f"pp_prop {decay}", ("pp_prop", {"decay_or_rank": decay})) for decay in decays]
+    entries = [*rules.items()] if isinstance(rules, Mapping) else [(None, rule) for rule in _listed(rules)]
+    entries += [(f"pp_prop {d}", ("pp_prop", {"decay_or_rank": d})) for d in _listed(decays)]
+    for label, _ in entries:
+        if not isinstance(label, (str, type(None))):
+            raise TypeError(f"The keys of rules are labels, strings, got {label!r}.")
     found: Rules = {}
     for label, entry in entries:
         rule, options = entry if is_pair(entry) else (entry, {})
         _find(rule)
         if label is None:
             name = rule if isinstance(rule, str) else getattr(rule, "__name__", type(rule).__name__)
-            label = f"{name}({', '.join(f'{k}={v!r}' for k, v in options.items())})" if options else name
+            label = f"{name}({', '.join(f'{k}={_shown(v)}' for k, v in options.items())})" if options else name
         if label in found or label == BPTT:
             raise ValueError(f"The label {label!r} is taken. Pass rules as a mapping with a label for each.")
         found[label] = (rule, {**options, "config": rule} if isinstance(rule, ETraceConfig) else dict(options))
@@ -153,6 +157,17 @@ def _labelled(rules: Any, decays: Iterable[float]) -> Rules:
             "decays of pp_prop, such as [0.5, 0.9]."
         )
     return found
+
+
+def _listed(given: Any) -> list[Any]:
+    if given is None:
+        return []
+    return [*given] if isinstance(given, Iterable) else [given]
+
+
+def _shown(option: object) -> str:
+    text = repr(option)
+    return text if len(text) <= 40 and "\n" not in text else type(option).__name__
 
 
 def _by_call(learner: SequenceDriverMixin, step_fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
@@ -184,7 +199,7 @@ def _lags_and_ends(lags: Any, at: Any, mask: np.ndarray) -> tuple[tuple[int, ...
         if at is not None:
             raise ValueError("at says which losses are decomposed by lag. Pass lags too, such as lags=20.")
         return (), ()
-    found = tuple(range(lags)) if _is_int(lags) else tuple(lags)
+    found = tuple(range(lags)) if _is_int(lags) else tuple(np.ravel(lags))
     if not found or not all(map(_is_int, found)) or found[0] < 0 or any(a >= b for a, b in zip(found, found[1:])):
         raise ValueError(f"lags must be a positive number or increasing integers from 0 on, got {lags!r}.")
     if at is None:

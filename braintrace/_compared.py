@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._arguments import loss_and_aux
+from ._arguments import checked_loss
 from ._compile import _batch_in_place, _find, _first_sample
 from ._compiler.attributes import kept_attributes
 from ._learners.base import ETraceAlgorithm
@@ -269,7 +269,7 @@ def arguments_of(
         return model(*args, **kwargs)
 
     def probe(*slices: PyTree) -> None:
-        loss_and_aux(step_fn(recorded, *slices), False, ())
+        checked_loss("step_fn", step_fn(recorded, *slices), ())
 
     note = f"{CONVENTION}." if takes(step_fn, len(slices)) is None else ""
     with _noting(note), kept_attributes(model):

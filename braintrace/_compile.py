@@ -11,6 +11,7 @@ import brainstate
 import jax
 import jax.numpy as jnp
 
+from ._arguments import check_batch_size
 from ._learners.base import ETraceAlgorithm
 from ._learners.bootstrap import DNI
 from ._learners.config import ETraceConfig
@@ -151,6 +152,7 @@ def compile(
         raise ValueError("Pass at least one example input, with the shapes and dtypes of later calls.")
     if isinstance(verbose, bool) or verbose not in (0, 1, 2):
         raise ValueError(f"verbose must be 0, 1 or 2, got {verbose!r}.")
+    check_batch_size(batch_size)
     _check_arguments(model, example_inputs)
     learner = rule(model, **options)
     with contextlib.nullcontext() if seed is None else brainstate.random.seed_context(seed):

@@ -49,6 +49,8 @@ def shard(
         If the axes of the mesh are explicit, it has no such axis, no hidden state lies under a path, there is no
         batch, sizes are no multiples of those of the mesh, or the entries of a sparse matrix are in another order; the
         message names the path and the shape. If an array is not the same in all processes of the mesh.
+    NotImplementedError
+        For a batch of a mapped :class:`UORO` with convolutions.
     TypeError
         If ``learner`` or ``mesh`` is something else.
 
@@ -75,9 +77,13 @@ def shard(
     for axis in (*([] if batch is None else [batch]), *by_path.values()):
         if axis not in mesh.shape:
             raise ValueError(f"The mesh has no axis {axis!r}; it has {', '.join(map(repr, mesh.shape))}.")
-    one._layout = Layout(mesh, batch, by_path)
-    if one.is_compiled:
-        one._lay_out()
+    before, one._layout = one._layout, Layout(mesh, batch, by_path)
+    try:
+        if one.is_compiled:
+            one._lay_out()
+    except Exception:
+        one._layout = before
+        raise
 
 
 class Layout:

@@ -273,7 +273,7 @@ def parts_of_the_units(m, x):
 
 def written_in_place(m, x):
     y = matmul(x, m.w.value)
-    m.h.value = jnp.tanh((0.8 * m.h.value).at[..., 0].set(0.3).at[..., 1:].add(y[..., 1:]))
+    m.h.value = jnp.tanh((0.8 * m.h.value).at[..., 0].set(0.3).at[..., 1:].add(y[..., 1:]).at[..., 2:].mul(0.7))
 
 
 def keeps_old(m, x):

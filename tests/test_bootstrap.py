@@ -288,6 +288,12 @@ def test_refusals():
         (dict(chunk_size=4), ValueError, "6 is no multiple of chunk_size=4"),
         (dict(chunk_size=2.0), TypeError, "chunk_size must be a Python int"),
         (dict(batch_size=5), ValueError, r"batch_size=5, '[hc]' is initialised with shape \(5, 3\).*for \(2, 3\)"),
+        (dict(loss_fn=lambda out: out[0], batch_size=BATCH), ValueError, "loss_fn must return a loss of shape"),
+        (
+            dict(loss_fn=lambda out: None, batch_size=BATCH),
+            TypeError,
+            "loss_fn must return the loss as an array.*got NoneType",
+        ),
     ]:
         with pytest.raises(error, match=message):
             fit(dni, xs, **options)

@@ -860,7 +860,7 @@ def test_a_warning_of_compile_points_at_its_caller(vmap):
     model = Model(mixed_by(jax.nn.softmax))
     with pytest.warns(braintrace.CompilationWarning, match="recurrent_mixing") as shown:
         braintrace.compile(
-            model, "pp_prop", X[None] if vmap else X, batch_size=vmap or None, vmap=vmap, decay_or_rank=0.9
+            model, "pp_prop", X[None] if vmap else X, batch_size=1 if vmap else None, vmap=vmap, decay_or_rank=0.9
         )
     assert {w.filename for w in shown} == {__file__} and len(shown) == 2
 
@@ -914,7 +914,7 @@ def test_a_record_shows_what_it_has():
 
 def test_names_of_kinds_and_levels():
     assert [level.value for level in DiagnosticLevel] == ["info", "warning", "error"]
-    assert len(DiagnosticKind) == 35 and all(kind.value == kind.name.lower() == kind for kind in DiagnosticKind)
+    assert len(DiagnosticKind) == 37 and all(kind.value == kind.name.lower() == kind for kind in DiagnosticKind)
     with pytest.raises(ValueError):
         compiled(leaky).explain(kind="nothing")
 

@@ -370,6 +370,7 @@ def test_layouts_that_are_refused(options, message):
     learner = braintrace.compile(braintrace.nn.GRUCell(2, 3), "d_rtrl", jnp.zeros(2))
     with pytest.raises(ValueError, match=f"(?s){message}"):
         braintrace.shard(learner, ONE, **options)
+    assert learner._layout is None
     for wrong in ((learner.model4compile, ONE), (learner, 8)):
         with pytest.raises(TypeError):
             braintrace.shard(*wrong)
@@ -417,3 +418,29 @@ def test_crossings_are_seen():
 
 if __name__ == "__main__":
     child()
+
+
+def test_a_mapped_uoro_does_not_spread_a_convolution():
+    """XLA gives another gradient of the kernel of every sample there."""
+
+    class Net(brainstate.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution = braintrace.nn.Conv1d((6, 2), 3, 3)
+
+        def init_state(self, batch_size=None, **_):
+            self.h = brainstate.HiddenState(jnp.zeros((6, 3) if batch_size is None else (batch_size, 6, 3)))
+
+        def update(self, x):
+            self.h.value = jnp.tanh(0.5 * self.h.value + self.convolution(x))
+            return self.h.value
+
+    x = jnp.ones((4, 6, 2))
+    for rule, vmap in (("uoro", True), ("uoro", False), ("d_rtrl", True)):
+        learner = braintrace.compile(Net(), rule, x, batch_size=4, vmap=vmap)
+        if (rule, vmap) == ("uoro", True):
+            with pytest.raises(NotImplementedError, match="'convolution.weight'.*without vmap"):
+                braintrace.shard(learner, ONE, batch="batch")
+            assert learner.module._layout is None
+        else:
+            braintrace.shard(learner, ONE, batch="batch")

@@ -78,6 +78,11 @@ def changes_structure(m, x):
     return x
 
 
+def draws(m, x):
+    m.k.value = jax.random.split(m.k.value)[0]
+    return leaky(m, x)
+
+
 def compiles_within(m, x):
     raw().compile_graph(x)
     return leaky(m, x)
@@ -327,6 +332,7 @@ ROWS = [  # what is called, the exception, what the message names
     (lambda: learner_of()({"x": X}), ValueError, "structure"),
     (lambda: learner_of()(jnp.ones(3)), ValueError, r"\(3,\).*\(2,\)"),
     (lambda: learner_of()(MultiStepData(jnp.ones((6, 3)))), ValueError, r"\(6, 3\).*\(2,\)"),
+    (lambda: compile(Model(draws, k=HiddenState(jax.random.key(0))), "d_rtrl", X), TypeError, "'k'.*ShortTermState"),
     (lambda: learner_of(leaky)(X * 1j), ValueError, "complex64.*float32.*'h' changes its dtype"),
     (lambda: learner_of()(MultiStepData(jnp.asarray(1.0))), ValueError, "scalar"),
     (lambda: learner_of()(MultiStepData(XS[:0])), ValueError, "length 0"),

@@ -323,6 +323,13 @@ def _check_states(
         is_quantity = lambda x: isinstance(x, u.Quantity)  # noqa: E731
         check_structure(path, old, new)
         old_leaves, new_leaves = (jax.tree.leaves(v, is_leaf=is_quantity) for v in (old, new))
+        if isinstance(state, brainstate.HiddenState) and any(
+            jax.numpy.issubdtype(getattr(v, "dtype", float), jax.dtypes.prng_key) for v in old_leaves
+        ):
+            raise TypeError(
+                f"The HiddenState {path_str(path)!r} holds a random key, which no trace can follow. Keep it in a "
+                "brainstate.ShortTermState."
+            )
         shapes = [tuple(jax.numpy.shape(u.get_mantissa(v))) for v in old_leaves]
         new_shapes_of = [tuple(v.shape) for v in new_leaves]
         if shapes != new_shapes_of:

@@ -115,8 +115,7 @@ INDEXED = {
     "dynamic_slice": (0,),
     "dynamic_update_slice": (0, 1),
     "scatter": (0, 2),
-    "scatter-add": (0, 2),
-    "scatter_add": (0, 2),
+    **{f"scatter{join}{how}": (0, 2) for join in "-_" for how in ("add", "sub", "mul", "min", "max")},
 }
 
 

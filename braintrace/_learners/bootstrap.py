@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from .._arguments import common_length
+from .._arguments import checked_loss, common_length
 from .._compiler.policy import ControlFlowPolicy
 from .._compiler.scope import CEILING
 from .._types import Held, MultiStepData, Path, PyTree, Shape, path_str
@@ -246,7 +246,8 @@ class DNI(ParamDimVjpAlgorithm):
         if self.synthesizer is None:
             raise RuntimeError(
                 "The learner has no synthesizer. Call "
-                "attach_synthesizer(braintrace.SyntheticGradient(learner.group_signal_shapes())) first."
+                "attach_synthesizer(braintrace.SyntheticGradient(learner.group_signal_shapes())) first, or make it "
+                "with synthesizer=...; in compare the rule is ('dni', {'synthesizer': ...})."
             )
         return self.synthesizer
 
@@ -361,7 +362,7 @@ def train_synthetic_gradient(
     regression = _Regression(synthesizer, optimizer, lr)
 
     def window_loss(window: PyTree) -> jax.Array:
-        return loss_of(learner(MultiStepData(window)))
+        return checked_loss("loss_fn", loss_of(learner(MultiStepData(window))), ())
 
     def present() -> dict[int, jax.Array]:
         return learner._packed({p: s.value for p, s in learner.hidden_states.items()})

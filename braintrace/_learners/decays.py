@@ -98,7 +98,8 @@ def _decay(value: object) -> float:
         if not 0.0 <= float(value) < 1.0:
             raise ValueError(f"As a decay, decay_or_rank must lie in [0, 1), got {value}. Ranks are ints.")
         return float(value)
-    raise ValueError(f"decay_or_rank takes a float, an int, or a pair of these, got {type(value).__name__}.")
+    number = "; it is a number of Python or NumPy, float(x) of an array" if hasattr(value, "dtype") else ""
+    raise ValueError(f"decay_or_rank takes a float, an int, or a pair of these, got {type(value).__name__}{number}.")
 
 
 def _decay_of_time(tau: u.Quantity) -> float:

@@ -181,6 +181,17 @@ class RandomProjectionVjpAlgorithm(ETraceVjpAlgorithm):
             keys = jax.random.split(self._key, samples) if samples else self._key
             self.projection_rng.value = jax.random.key_data(keys)
 
+    def _lay_out(self) -> None:
+        mapped = bool(self.projection_step.value.shape)
+        convolutions = [r for r in self.graph.hidden_param_op_relations if r.primitive.name.startswith("etp_conv")]
+        if self._layout is not None and self._layout.batch is not None and mapped and convolutions:
+            raise NotImplementedError(
+                f"The convolution at {path_str(convolutions[0].path)!r} would get another gradient on several devices: "
+                "XLA partitions the gradient of a mapped kernel, one for each sample, in a wrong way. Compile the "
+                "learner with batch_size=... and without vmap, or shard it without batch."
+            )
+        super()._lay_out()
+
     def _trace_states(self) -> Iterator[tuple[brainstate.State, int | None]]:
         relations = self.graph.hidden_param_op_relations
         wider = lambda r, g: len(g.varshape) > r.y_var.aval.ndim  # noqa: E731

@@ -49,7 +49,7 @@ def random_feedback(signal: jax.Array, matrix: jax.Array) -> jax.Array:
 
 def expand_modulator(modulator: PyTree, group: HiddenGroup, dtype: DTypeLike) -> jax.Array:
     """A third factor as a signal of shape ``V + (S,)``: a scalar, an array of shape V, or one that broadcasts."""
-    if isinstance(modulator, (list, tuple)):
+    if not (hasattr(modulator, "shape") or isinstance(modulator, numbers.Number)):
         raise TypeError(f"The modulator must be a scalar or an array, got a {type(modulator).__name__}.")
     shape = (*group.varshape, group.num_state)
     value = jnp.asarray(modulator, dtype)
