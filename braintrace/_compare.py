@@ -138,9 +138,6 @@ def _labelled(rules: Any, decays: Any) -> Rules:
         rules = [rules]
     entries = [*rules.items()] if isinstance(rules, Mapping) else [(None, rule) for rule in _listed(rules)]
     entries += [(f"pp_prop {d}", ("pp_prop", {"decay_or_rank": d})) for d in _listed(decays)]
-    for label, _ in entries:
-        if not isinstance(label, (str, type(None))):
-            raise TypeError(f"The keys of rules are labels, strings, got {label!r}.")
     found: Rules = {}
     for label, entry in entries:
         rule, options = entry if is_pair(entry) else (entry, {})

@@ -189,7 +189,7 @@ class Comparison:
 
     def _sections(self) -> Iterator[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
         columns: tuple[str, ...] = ("parameter", "rule", "cosine", "norm ratio", "same sign")
-        rows: list[tuple[str, ...]] = [(_name(r.parameter), r.rule, *map(_number, r[2:])) for r in self.table]
+        rows: list[tuple[str, ...]] = [(_name(r.parameter), str(r.rule), *map(_number, r[2:])) for r in self.table]
         if len(self.rules) > 1:
             best = self.best
             columns += ("best",)
@@ -198,7 +198,7 @@ class Comparison:
         if self.lags:
             shown = sorted({int(i) for i in np.linspace(0, len(self.lags) - 1, min(10, len(self.lags)))})
             cosines = {label: self.by_lag[label][ALL].cosine for label in self.rules}
-            lagged: list[tuple[str, ...]] = [(k, *(_number(v[i]) for i in shown)) for k, v in cosines.items()]
+            lagged: list[tuple[str, ...]] = [(str(k), *(_number(v[i]) for i in shown)) for k, v in cosines.items()]
             yield "Cosine by lag, all parameters", ("rule", *(str(self.lags[i]) for i in shown)), lagged
 
     def __str__(self) -> str:

@@ -42,10 +42,13 @@ def read_from_stored(closed: ClosedJaxpr, hidden: Sequence[int]) -> ClosedJaxpr:
     for o in hidden:
         for part, found in _parts(before_cast(jaxpr.outvars[o], jaxpr.eqns, made), jaxpr.eqns, made):
             parts.setdefault(part, found)
-    of_equations = [
-        [_source(v, parts.get(v), n) if isinstance(v, Var) else v for v in e.invars] for n, e in enumerate(jaxpr.eqns)
-    ]
-    of_outputs = [v if o in hidden else _source(v, parts.get(v), None) for o, v in enumerate(jaxpr.outvars)]
+
+    def source(var: Atom, reader: int | None) -> Atom | _Part:
+        part = None if isinstance(var, Literal) else parts.get(var)
+        return var if part is None or reader in part.makers else part
+
+    of_equations = [[source(v, n) for v in e.invars] for n, e in enumerate(jaxpr.eqns)]
+    of_outputs = [v if o in hidden else source(v, None) for o, v in enumerate(jaxpr.outvars)]
     used = [s for sources in (*of_equations, of_outputs) for s in sources if isinstance(s, _Part)]
     if not used or any(e.effects for e in jaxpr.eqns):
         return closed
@@ -65,10 +68,6 @@ def read_from_stored(closed: ClosedJaxpr, hidden: Sequence[int]) -> ClosedJaxpr:
         return list(map(value, of_outputs))
 
     return jax.make_jaxpr(step)(*structs(jaxpr.invars))
-
-
-def _source(var: Atom, part: _Part | None, reader: int | None) -> Atom | _Part:
-    return var if part is None or reader in part.makers else part
 
 
 def _parts(whole: Atom, eqns: Sequence[JaxprEqn], made: Mapping[Var, int]) -> Iterator[tuple[Var, _Part]]:
