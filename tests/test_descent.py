@@ -211,10 +211,10 @@ def test_d_rtrl_is_back_propagation_without_recurrent_operations(model, mode, in
     ours = ours if in_chunks else jax.tree.map(lambda *steps: sum(steps) / len(steps), *ours)
     expected = backprop(model, mode)
     assert_close(ours, {path: expected[path] for path in ours})
-    # The same comparison tells a rule that is no back-propagation apart.
-    approximate, _ = gradients(model, "pp_prop", mode, IN_PLACE, True)
-    with pytest.raises(AssertionError):
-        assert_close(approximate, {path: expected[path] for path in approximate}, 1e-3)
+    if in_chunks and mode == "batched":  # the same comparison tells a rule that is no back-propagation apart
+        approximate, _ = gradients(model, "pp_prop", mode, IN_PLACE, True)
+        with pytest.raises(AssertionError):
+            assert_close(approximate, {path: expected[path] for path in approximate}, 1e-3)
 
 
 @pytest.mark.parametrize("rule", ["pp_prop", "EProp"])
