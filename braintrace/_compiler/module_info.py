@@ -218,7 +218,7 @@ def info_of_call(model: brainstate.nn.Module, call: Call, control_flow: ControlF
     complex_hidden = _complex_parts(closed, {paths[i]: states[i] for i in hidden}, ends)
     if complex_hidden:
         closed = with_real_parts(closed, {ends[p]: part for p, part in complex_hidden.items()})
-    closed = read_from_stored(closed, [o for _, o in ends.values()])
+    closed = read_from_stored(closed, dict(ends.values()))
     jaxpr = open_jaxpr(closed)
     made = made_at(jaxpr.eqns)
 

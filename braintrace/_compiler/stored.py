@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._jax import Atom, ClosedJaxpr, JaxprEqn, Literal, Var, bind_equation, open_jaxpr, structs
-from .._program import behind, environment, made_at, read
+from .._program import before, behind, environment, made_at, read
 from .complex_states import before_cast
+from .frame import is_marked
 
 __all__ = ["read_from_stored"]
 
@@ -31,28 +32,32 @@ class _Part(NamedTuple):
     makers: Collection[int]
 
 
-def read_from_stored(closed: ClosedJaxpr, hidden: Sequence[int]) -> ClosedJaxpr:
-    """The same program; what is not on the way to a stored value reads the parts of it from there.
+def read_from_stored(closed: ClosedJaxpr, hidden: Mapping[int, int]) -> ClosedJaxpr:
+    """The same program; outputs, and operations that lead to other groups, read the parts of stored values from there.
 
-    ``hidden`` are the numbers of the outputs that are hidden values.
+    ``hidden`` has the number of the output of every hidden value, by that of its input. A value whose past is in
+    another state is read where it is: its trace is that of the other state.
     """
     jaxpr = open_jaxpr(closed)
-    made = made_at(jaxpr.eqns)
+    eqns, made = jaxpr.eqns, made_at(jaxpr.eqns)
+    wholes = {i: before_cast(jaxpr.outvars[o], eqns, made) for i, o in hidden.items()}
     parts: dict[Var, _Part] = {}
-    for o in hidden:
-        for part, found in _parts(before_cast(jaxpr.outvars[o], jaxpr.eqns, made), jaxpr.eqns, made):
-            parts.setdefault(part, found)
+    olds = {jaxpr.invars[i] for i in hidden}
+    for i, whole in wholes.items():
+        for part, found in _parts(whole, eqns, made):
+            if olds.intersection(_within(eqns, made, [part])) == {jaxpr.invars[i]}:
+                parts.setdefault(part, found)
+    if not parts:
+        return closed
+    transitions = {made[v] for v in _within(eqns, made, wholes.values()) if v in made and not is_marked(eqns[made[v]])}
 
     def source(var: Atom, reader: int | None) -> Atom | _Part:
-        part = None if isinstance(var, Literal) else parts.get(var)
+        part = None if isinstance(var, Literal) or reader in transitions else parts.get(var)
         return var if part is None or reader in part.makers else part
 
-    of_equations = [[source(v, n) for v in e.invars] for n, e in enumerate(jaxpr.eqns)]
-    of_outputs = [v if o in hidden else source(v, None) for o, v in enumerate(jaxpr.outvars)]
-    used = [s for sources in (*of_equations, of_outputs) for s in sources if isinstance(s, _Part)]
-    if not used or any(e.effects for e in jaxpr.eqns):
-        return closed
-    order = _order(jaxpr.eqns, of_equations, {*jaxpr.invars, *jaxpr.constvars})
+    of_equations = [[source(v, n) for v in e.invars] for n, e in enumerate(eqns)]
+    of_outputs = [v if o in hidden.values() else source(v, None) for o, v in enumerate(jaxpr.outvars)]
+    order = _order(eqns, of_equations, {*jaxpr.invars, *jaxpr.constvars})
     if order is None:
         return closed
 
@@ -63,11 +68,15 @@ def read_from_stored(closed: ClosedJaxpr, hidden: Sequence[int]) -> ClosedJaxpr:
             return source.value(env[source.whole]) if isinstance(source, _Part) else read(env, source)
 
         for n in order:
-            eqn = jaxpr.eqns[n]
-            env.update(zip(eqn.outvars, bind_equation(eqn, list(map(value, of_equations[n])))))
+            env.update(zip(eqns[n].outvars, bind_equation(eqns[n], list(map(value, of_equations[n])))))
         return list(map(value, of_outputs))
 
     return jax.make_jaxpr(step)(*structs(jaxpr.invars))
+
+
+def _within(eqns: Sequence[JaxprEqn], made: Mapping[Var, int], ends: Iterable[Atom]) -> set[Var]:
+    """What leads to some values without a marked operation between."""
+    return set(before(eqns, made, ends, lambda v: v not in made or not is_marked(eqns[made[v]])))
 
 
 def _parts(whole: Atom, eqns: Sequence[JaxprEqn], made: Mapping[Var, int]) -> Iterator[tuple[Var, _Part]]:
@@ -116,8 +125,13 @@ def _entry(index: int, axis: int, x: jax.Array) -> jax.Array:
 def _order(
     eqns: Sequence[JaxprEqn], sources: Sequence[Sequence[Atom | _Part]], known: Collection[Var]
 ) -> list[int] | None:
-    """The equations in an order in which every source is there; ``None`` if parts of two wholes need each other."""
-    there, order, pending = set(known), [], list(range(len(eqns)))
+    """The equations in an order in which every source is there.
+
+    ``None`` if parts of two wholes need each other, or side effects would come in another order.
+    """
+    there: set[Var] = set(known)
+    order: list[int] = []
+    pending = list(range(len(eqns)))
     needs = [{s.whole if isinstance(s, _Part) else s for s in of if not isinstance(s, Literal)} for of in sources]
     while pending:
         later = []
@@ -130,4 +144,5 @@ def _order(
         if len(later) == len(pending):
             return None
         pending = later
-    return order
+    with_effects = [n for n in order if eqns[n].effects]
+    return order if with_effects == sorted(with_effects) else None
