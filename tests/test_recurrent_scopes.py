@@ -696,31 +696,32 @@ def test_groups_that_a_rule_for_recurrent_mixing_keeps_apart(rule, options):
 
 
 class Gain(brainstate.nn.Module):
-    """A parameter per unit, which knows of no batch, in front of recurrent weights."""
+    """A gain, which knows of no batch and perhaps of fewer axes, in front of recurrent weights."""
 
-    def __init__(self):
+    def __init__(self, shape):
         super().__init__()
-        self.a = brainstate.ParamState(jnp.array([0.5, -0.8, 1.2]))
-        self.u = brainstate.ParamState(jnp.asarray(np.random.default_rng(0).normal(size=(3, 3))))
+        self.a = brainstate.ParamState(jnp.resize(jnp.array([0.5, -0.8, 1.2]), shape))
+        self.u = braintrace.nn.Linear(3, 3, w_init=np.random.default_rng(0).normal(size=(3, 3)), b_init=None)
 
     def init_state(self, batch_size=None, **_):
-        self.h = brainstate.HiddenState(jnp.zeros(3 if batch_size is None else (batch_size, 3)))
+        self.h = brainstate.HiddenState(jnp.zeros((2, 3) if batch_size is None else (batch_size, 2, 3)))
 
     def update(self, x):
         gained = braintrace.element_wise(self.a.value) * self.h.value
-        self.h.value = jnp.tanh(x + 0.5 * self.h.value + braintrace.matmul(gained, self.u.value))
+        self.h.value = jnp.tanh(x + 0.5 * self.h.value + self.u(gained))
         return self.h.value
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("shape", [(2, 3), (3,), ()])
 @pytest.mark.parametrize("algorithm, options", [("ostl_recurrent", {}), (braintrace.SnAp, {"n": 1})])
-def test_an_operation_without_a_batch_axis_in_front_of_recurrent_weights(algorithm, options):
-    xs = jnp.asarray(np.random.default_rng(1).normal(size=(4, 2, 3)))
+def test_an_operation_without_a_batch_axis_in_front_of_recurrent_weights(algorithm, options, shape):
+    xs = jnp.asarray(np.random.default_rng(1).normal(size=(4, 2, 2, 3)))
 
     def gradients(xs, **how):
-        learner = braintrace.compile(Gain(), algorithm, xs[0], **options, **how)
+        learner = braintrace.compile(Gain(shape), algorithm, xs[0], **options, **how)
         grads = learner.etrace_grad(xs, step_fn=lambda x: (learner(x) ** 2).sum(), reduction="sum")
-        return {path: np.asarray(g) for path, g in grads.items()}
+        return {path: np.asarray(jax.tree.leaves(g)[0]) for path, g in grads.items()}
 
     found, samples = gradients(xs, batch_size=2), [gradients(xs[:, b]) for b in range(2)]
     for path, g in found.items():

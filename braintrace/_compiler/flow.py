@@ -85,7 +85,7 @@ def through_operation(eqn: JaxprEqn, inputs: list[Labels], constants: Mapping[Va
     own = own_label(y.aval.shape, p.lead(y.aval, eqn.params))
     for source, read in inputs[p.x_index].items():
         label = labels.get(source)
-        if label is None or sum(source in of for of in inputs) > 1:
+        if label is None or len(read) < len(own) or sum(source in of for of in inputs) > 1:
             continue
         x = own_label(read[0].shape, len(own) - 1)
         apart = [k for k in range(1, len(own)) if np.all((read[k] == x[k]) | (read[k] == NONE))]

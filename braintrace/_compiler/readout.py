@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from .._jax import eval_jaxpr, open_jaxpr, reads, structs
-from .._types import Path, PyTree, path_str
+from .._program import before, made_at
+from .._types import Path, path_str
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .groups import HiddenGroup
 from .step import Zeros
@@ -45,28 +46,29 @@ def unchanged_signals(graph: ETraceGraph) -> list[CompilationRecord]:
 def unfiltered_slopes(graph: ETraceGraph) -> list[CompilationRecord]:
     """On outputs that read new values by a function that is not linear: spikes, say."""
     records = []
-    for g in graph.hidden_groups:
-        if g.index in graph.traced and _slope_varies(graph, g):
-            names = ", ".join(repr(path_str(p)) for p in g.hidden_paths)
-            message = (
-                f"The output reads {names} by a function whose slope changes from step to step (spikes, tanh, a gate). "
-                "The filter sums traces without that slope, and the gradient can point away from that of "
-                "back-propagation. Keep what the readout takes, such as the spikes, in a brainstate.HiddenState of its "
-                "own, and read it from there: the trace of that state has the slope."
-            )
-            kind = DiagnosticKind.FILTER_MISSES_SLOPE
-            records.append(CompilationRecord(kind, DiagnosticLevel.WARNING, message, hidden_paths=g.hidden_paths))
+    for g in _with_varying_slopes(graph):
+        names = ", ".join(repr(path_str(p)) for p in g.hidden_paths)
+        message = (
+            f"The output reads {names} by a function whose slope changes from step to step (spikes, tanh, a gate). The "
+            "filter sums traces without that slope, and the gradient can point away from that of back-propagation. "
+            "Keep what the readout takes, such as the spikes, in a brainstate.HiddenState of its own, and read it from "
+            "there: the trace of that state has the slope."
+        )
+        kind = DiagnosticKind.FILTER_MISSES_SLOPE
+        records.append(CompilationRecord(kind, DiagnosticLevel.WARNING, message, hidden_paths=g.hidden_paths))
     return records
 
 
-def _slope_varies(graph: ETraceGraph, group: HiddenGroup) -> bool:
-    """Whether the derivative of an output by a new value depends on more than parameters."""
+def _with_varying_slopes(graph: ETraceGraph) -> list[HiddenGroup]:
+    """Groups by whose new values an output has a derivative that depends on more than what stays as it is."""
     step, info = graph.step, graph.module_info
     flat = structs(open_jaxpr(step.program).invars)
-    invals, _, zeros = jax.tree.unflatten(step.in_tree, flat)
-    new = {p: zeros.new[p] for p in group.hidden_paths if p in zeros.new}
+    invals, operands, zeros = jax.tree.unflatten(step.in_tree, flat)
+    groups = [g for g in graph.hidden_groups if g.index in graph.traced]
+    paths = [p for g in groups for p in g.hidden_paths if p in zeros.new]
+    new = {p: zeros.new[p] for p in paths}
 
-    def signals(flat: Sequence[jax.Array], new: dict[Path, jax.Array], bars: list[jax.Array]) -> PyTree:
+    def signals(flat: Sequence[jax.Array], new: dict[Path, jax.Array], bars: list[jax.Array]) -> list[jax.Array]:
         invals, operands, zeros = jax.tree.unflatten(step.in_tree, flat)
 
         def outputs(new: dict[Path, jax.Array]) -> list[jax.Array]:
@@ -74,11 +76,24 @@ def _slope_varies(graph: ETraceGraph, group: HiddenGroup) -> bool:
             outs = eval_jaxpr(step.program, *jax.tree.leaves((invals, operands, shifted)))
             return [out for out in outs[: info.num_var_out] if jnp.issubdtype(out.dtype, jnp.inexact)]
 
-        _, pull = jax.vjp(outputs, new)
-        return pull(bars)
+        found = jax.vjp(outputs, new)[1](bars)[0]
+        return [found[p] for p in paths]
 
     outs = open_jaxpr(step.program).outvars[: info.num_var_out]
     bars = [s for s in structs(outs) if jnp.issubdtype(s.dtype, jnp.inexact)]
     closed = jax.make_jaxpr(signals)(flat, new, bars)
-    read = reads(closed, [True] * len(open_jaxpr(closed).outvars))
-    return any(r and v not in info.invar_to_weight_path for v, r in zip(info.jaxpr.invars, read[: len(invals)]))
+    stay = info.invar_to_weight_path.keys() | set(info.jaxpr.outvars)  # an unwritten state is an output as it is
+    changing = set(info.jaxpr.invars) - stay
+    made = made_at(info.jaxpr.eqns)
+    changes = [v in changing for v in info.jaxpr.invars]
+    for r, own in zip(graph.operations, operands):
+        for key in sorted(own):
+            behind = before(info.jaxpr.eqns, made, [r.trainable_vars[key]])
+            changes.append(bool(r.varying) or not changing.isdisjoint(behind))
+
+    def varies(group: HiddenGroup) -> bool:
+        read = reads(closed, [p in group.hidden_paths for p in paths])
+        return any(r and change for r, change in zip(read, changes))
+
+    assert len(changes) == len(invals) + len(jax.tree.leaves(operands))
+    return [g for g in groups if varies(g)]
