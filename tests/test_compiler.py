@@ -797,14 +797,37 @@ def test_a_number_in_an_attribute_that_a_compiled_step_does_not_move(step, start
     assert model.k == start
 
 
-def test_a_number_that_is_filled_in_once_is_no_memory():
+def sizes(m, x):
+    m.k = x.shape[-1]
+
+
+def builds(m, x):
+    if not m.k:
+        m.k = True
+        m.built = [2.0]
+
+
+@pytest.mark.parametrize("write, start, end", [(sizes, 0, 2), (sizes, None, 2), (builds, False, True)])
+def test_a_number_that_the_step_does_not_read_is_no_memory(write, start, end):
+    """It is what the step has written."""
+
     def step(m, x):
-        m.size = x.shape[-1] if m.size is None else m.size
+        write(m, x)
         m.h.value = 0.5 * m.h.value + matmul(x, m.w.value)
 
-    model = Model(step, size=None)
+    model = Model(step, k=start, built=None)
     assert not braintrace.compile_etrace_graph(model, X).explain(kind="state_not_hidden")
-    assert model.size == X.shape[-1]
+    assert model.k == end and (write is sizes or model.built == [2.0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), np.bool_(True), {"calls": 1}])
+def test_what_stays_the_same_is_not_written(value):
+    def step(m, x):
+        m.k = {"calls": 1} if isinstance(value, dict) else type(value)(value)
+        m.h.value = (0.0 if m.k else 0.5) * m.h.value + matmul(x, m.w.value)
+
+    model = Model(step, k=value)
+    assert not braintrace.compile_etrace_graph(model, X).explain(kind="state_not_hidden")
 
 
 def test_a_value_that_is_written_before_it_is_read_is_no_memory():

@@ -343,6 +343,32 @@ def test_several_variables_in_one_state_equal_several_states(kind, batch):
         assert_close({"W": ours[("W", "weight")]}, {"W": expected[("layers", 0, "W", "weight")]})
 
 
+class KeepsSpikes(brainstate.nn.Module):
+    """A reset by spikes, of which another state keeps a record in another shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = ParamState(jnp.array([[0.5, -0.3, 0.8], [0.2, 0.9, -0.4]]))
+        self.v, self.z = HiddenState(jnp.zeros(3)), HiddenState(jnp.zeros((3, 1)))
+
+    def update(self, x):
+        v = 0.8 * self.v.value + models.matmul(x, self.w.value)
+        z = jax.nn.sigmoid(3 * v)
+        self.v.value, self.z.value = v - 0.5 * z, z[:, None]
+        return z * jnp.arange(1.0, 4.0)
+
+
+def test_what_has_its_past_in_another_state_is_read_where_it_is():
+    """D_RTRL on positions apart is back-propagation, whatever else is kept of them."""
+    xs = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2)), jnp.float32)
+    model = KeepsSpikes()
+    learner = learner_of(model, xs[0], "D_RTRL")
+    ours = jit(lambda: learner.etrace_grad(xs, step_fn=lambda x: (learner(x) ** 2).sum(), reduction="sum"))()
+    model = KeepsSpikes()
+    exact = jit(grad(lambda: for_loop(lambda x: (model(x) ** 2).sum(), xs).sum(), model.states(ParamState)))()
+    assert_close({"w": ours["w",]}, {"w": exact["w",]})
+
+
 @pytest.mark.parametrize("model", ["gru", "lif-coba-hard", "ReadsOld", "Beside"])
 def test_gradients_of_inputs_and_states(model):
     """Ordinary reverse mode through one step, at any step."""

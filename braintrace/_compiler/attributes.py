@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import numbers
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import brainstate
@@ -18,15 +19,24 @@ from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 __all__ = ["Written", "kept_attributes"]
 
 
-_NUMBERS = (numbers.Number, np.ndarray, jax.Array)  # a single one becomes a part of the program, not a constant
+_NUMBERS = (
+    numbers.Number,
+    np.generic,
+    np.ndarray,
+    jax.Array,
+)  # a single one becomes a part of the program, not a constant
 
 
 class Written(NamedTuple):
-    """An attribute that a step has written, and what it held before."""
+    """An attribute that a step has written, and what it held before.
+
+    ``put(True)`` gives it what the step has written, if that are numbers, ``put(False)`` what it held before.
+    """
 
     title: str
     kind: str  # of the module
     old: list[Any]
+    put: Callable[[bool], None] | None = None
 
     def is_read(self, constants: Collection[object]) -> bool:
         """Whether the step may have read the old value, which is then one of its constants."""
@@ -65,10 +75,11 @@ def kept_attributes(model: brainstate.nn.Module) -> Iterator[list[Written]]:
         for path, node, old in before:
             for name, leaves in old.changed(node, known):
                 of = written if all(map(is_tracer, leaves)) else made
-                of.append(Written(path_str((*path, name)), type(node).__name__, _leaves(old.values.get(name))))
+                put = None if leaves else functools.partial(old.put, node, name, old.copied(vars(node)[name]))
+                of.append(Written(path_str((*path, name)), type(node).__name__, _leaves(old.values.get(name)), put))
                 old.restore(node, name)
     if made:
-        title, kind, _ = made[0]
+        title, kind = made[0].title, made[0].kind
         raise ValueError(
             f"{title!r} is a state, or has some, and is made inside the update of {kind}, where every step would make "
             f"it anew. Make it in init_state or __init__ of {kind}, and only use it in update."
@@ -80,7 +91,7 @@ class _Attributes:
 
     def __init__(self, node: brainstate.nn.Module):
         self.values = dict(vars(node))
-        self.inner = {k: v.copy() for k, v in self.values.items() if isinstance(v, (list, dict))}
+        self.inner = {k: self.copied(v) for k, v in self.values.items() if isinstance(v, (list, dict))}
         self.traced = {id(v) for value in self.values.values() for v in _leaves(value) if is_tracer(v)}
 
     def changed(self, node: brainstate.nn.Module, known: set[int]) -> list[tuple[str, list[Any]]]:
@@ -95,16 +106,30 @@ class _Attributes:
                 found.append((name, new))
         return found
 
+    @staticmethod
+    def copied(value: Any) -> Any:
+        return value.copy() if isinstance(value, (list, dict)) else value
+
+    def put(self, node: brainstate.nn.Module, name: str, new: Any, moved: bool) -> None:
+        """Give an attribute a new value, in the container that it holds if it is one, or the old one."""
+        self.restore(node, name)
+        if moved and type(new) is type(self.values[name]) and isinstance(new, (list, dict)):
+            _fill(self.values[name], new)
+        elif moved:
+            vars(node)[name] = new
+
     def restore(self, node: brainstate.nn.Module, name: str) -> None:
         if name not in self.values:
             del vars(node)[name]
             return
         value = vars(node)[name] = self.values[name]
-        if isinstance(value, list):
-            value[:] = self.inner[name]
-        elif isinstance(value, dict):
-            value.clear()
-            value.update(self.inner[name])
+        if name in self.inner:
+            _fill(value, self.inner[name])
+
+
+def _fill(container: Any, content: Any) -> None:
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(content)
 
 
 def _is_kept(v: Any) -> bool:
@@ -115,9 +140,16 @@ def _is_kept(v: Any) -> bool:
 
 def _differ(old: Any, new: Any) -> bool:
     """Whether numbers were there, and are others now; what is filled in for the first time is no memory."""
-    before, after = ([v for v in _leaves(tree) if isinstance(v, numbers.Number)] for tree in (old, new))
-    return bool(before) and (len(before) != len(after) or any(a is not b and a != b for a, b in zip(before, after)))
+    before, after = ([v for v in _leaves(tree) if isinstance(v, (numbers.Number, np.generic))] for tree in (old, new))
+    return bool(before) and (len(before) != len(after) or not all(map(_same, before, after)))
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or a == b or (a != a and b != b)
 
 
 def _leaves(value: Any) -> list[Any]:
-    return jax.tree.leaves(value, is_leaf=lambda v: isinstance(v, (brainstate.State, brainstate.nn.Module)))
+    try:
+        return jax.tree.leaves(value, is_leaf=lambda v: isinstance(v, (brainstate.State, brainstate.nn.Module)))
+    except ValueError:  # keys that cannot be sorted
+        return []

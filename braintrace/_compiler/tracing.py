@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import brainstate
 import brainunit as u
 import jax
+import numpy as np
 from jax.tree_util import PyTreeDef
 
-from .._jax import Jaxpr, Literal, consts_of, is_tracer, open_jaxpr
+from .._jax import ClosedJaxpr, Jaxpr, Literal, consts_of, is_tracer, open_jaxpr
 from .._types import Path, PyTree, path_str
-from .attributes import kept_attributes
+from .attributes import Written, kept_attributes
 from .call import Call
 from .diagnostics import CompilationRecord
 
@@ -136,11 +137,33 @@ def _traced(model: brainstate.nn.Module, call: Call, numbers: Mapping[str, PyTre
             return model(*args, **keywords, **call.options)
 
     args = jax.tree.map(_abstract, (call.args, dict(call.keywords), numbers))
-    function = brainstate.transform.StatefulFunction(step, return_only_write=False, name="braintrace")
-    with _one_at_a_time(), _same_states(model), kept_attributes(model) as written, _initialised():
-        function.make_jaxpr(*args)
-    constants = consts_of(function.get_jaxpr(*args))
-    return TracedStep(function, args, [w.record() for w in written if w.is_read(constants)])
+
+    def traced() -> tuple[brainstate.transform.StatefulFunction, list[Written]]:
+        function = brainstate.transform.StatefulFunction(step, return_only_write=False, name="braintrace")
+        with _one_at_a_time(), _same_states(model), kept_attributes(model) as written, _initialised():
+            function.make_jaxpr(*args)
+        return function, written
+
+    function, written = traced()
+    program = function.get_jaxpr(*args)
+    if moves := [w.put for w in written if w.put is not None]:
+        # Numbers that the step has written: whether it reads them shows in the program that it is with them.
+        for put in moves:
+            put(True)
+        is_memory = True
+        try:
+            is_memory = not _are_equal(traced()[0].get_jaxpr(*args), program)
+        finally:
+            for put in moves:
+                put(not is_memory)
+        written = [w for w in written if is_memory or w.put is None]
+    return TracedStep(function, args, [w.record() for w in written if w.is_read(consts_of(program))])
+
+
+def _are_equal(a: ClosedJaxpr, b: ClosedJaxpr) -> bool:
+    consts = list(zip(consts_of(a), consts_of(b)))
+    same = all(x is y or not (is_tracer(x) or is_tracer(y)) and np.array_equal(x, y) for x, y in consts)
+    return same and str(open_jaxpr(a)) == str(open_jaxpr(b))
 
 
 def _abstract(x: PyTree) -> PyTree:
