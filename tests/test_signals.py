@@ -235,3 +235,13 @@ def test_eprop_of_spikes_that_are_kept_is_that_of_the_paper():
     for output in ("spikes", "before the reset"):
         with pytest.raises(AssertionError):
             np.testing.assert_allclose(of_neurons(output, kappa_filter_decay=0.6), textbook(0.6), rtol=0.1)
+
+
+def test_constants_among_the_outputs_have_no_slope():
+    class Constants(Neurons):
+        def update(self, x):
+            super().update(x)
+            return self.v.value, 1.0
+
+    learner = braintrace.compile(Constants("voltage"), "eprop", jnp.zeros(2), kappa_filter_decay=0.5)
+    assert learner(jnp.ones(2))[1] == 1.0

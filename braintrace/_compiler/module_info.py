@@ -215,8 +215,7 @@ def info_of_call(model: brainstate.nn.Module, call: Call, control_flow: ControlF
     )
     hidden = {i: positions[i][0] for i, s in enumerate(states) if isinstance(s, brainstate.HiddenState)}
     ends = {paths[i]: (first_in + place, first_out + place) for i, place in hidden.items()}
-    complex_hidden = _complex_parts(closed, {paths[i]: states[i] for i in hidden}, ends)
-    if complex_hidden:
+    if complex_hidden := _complex_parts(closed, {paths[i]: states[i] for i in hidden}, ends):
         closed = with_real_parts(closed, {ends[p]: part for p, part in complex_hidden.items()})
     closed = read_from_stored(closed, dict(ends.values()))
     jaxpr = open_jaxpr(closed)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .._jax import eval_jaxpr, open_jaxpr, reads, structs
-from .._program import before, made_at
+from .._program import before, made_at, variables
 from .._types import Path, path_str
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .groups import HiddenGroup
@@ -22,10 +22,16 @@ from .step import Zeros
 if TYPE_CHECKING:
     from .graph import ETraceGraph
 
-__all__ = ["unchanged_signals", "unfiltered_slopes"]
+__all__ = ["remarks_on_outputs"]
 
 
-def unchanged_signals(graph: ETraceGraph) -> list[CompilationRecord]:
+def remarks_on_outputs(graph: ETraceGraph, filtered: bool, random: bool) -> list[CompilationRecord]:
+    """For traces behind a filter, and signals through a random matrix."""
+    changed = _unchanged_signals(graph) if filtered or random else []
+    return changed + (_unfiltered_slopes(graph) if filtered else [])
+
+
+def _unchanged_signals(graph: ETraceGraph) -> list[CompilationRecord]:
     """On outputs that read old values past the new ones: of what is before a reset or a clip, not of what is stored."""
     old = graph.step.zeros_like.old
     records = []
@@ -43,7 +49,7 @@ def unchanged_signals(graph: ETraceGraph) -> list[CompilationRecord]:
     return records
 
 
-def unfiltered_slopes(graph: ETraceGraph) -> list[CompilationRecord]:
+def _unfiltered_slopes(graph: ETraceGraph) -> list[CompilationRecord]:
     """On outputs that read new values by a function that is not linear: spikes, say."""
     records = []
     for g in _with_varying_slopes(graph):
@@ -82,8 +88,8 @@ def _with_varying_slopes(graph: ETraceGraph) -> list[HiddenGroup]:
     outs = open_jaxpr(step.program).outvars[: info.num_var_out]
     bars = [s for s in structs(outs) if jnp.issubdtype(s.dtype, jnp.inexact)]
     closed = jax.make_jaxpr(signals)(flat, new, bars)
-    stay = info.invar_to_weight_path.keys() | set(info.jaxpr.outvars)  # an unwritten state is an output as it is
-    changing = set(info.jaxpr.invars) - stay
+    unwritten = variables(info.jaxpr.outvars[info.num_var_out :])  # a state that is given back as it came
+    changing = set(info.jaxpr.invars) - info.invar_to_weight_path.keys() - set(unwritten)
     made = made_at(info.jaxpr.eqns)
     changes = [v in changing for v in info.jaxpr.invars]
     for r, own in zip(graph.operations, operands):

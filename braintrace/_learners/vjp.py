@@ -15,7 +15,7 @@ from .._binding import Binding
 from .._compiler.call import Call, call_of
 from .._compiler.diagnostics import CompilationRecord
 from .._compiler.policy import ControlFlowPolicy
-from .._compiler.readout import unchanged_signals, unfiltered_slopes
+from .._compiler.readout import remarks_on_outputs
 from .._compiler.scope import CEILING
 from .._credit import reverse_only
 from .._engines.engine import Engine, check_outputs
@@ -431,12 +431,8 @@ class ETraceVjpAlgorithm(ETraceAlgorithm):
         return self._engine.forms()
 
     def _remarks(self) -> list[CompilationRecord]:
-        config, records = self.config, self._engine.remarks()
-        if config.trace_filter == "kappa" or config.learning_signal == "random_feedback":
-            records += unchanged_signals(self.graph)
-        if config.trace_filter == "kappa":
-            records += unfiltered_slopes(self.graph)
-        return records
+        filtered, random = self.config.trace_filter == "kappa", self.config.learning_signal == "random_feedback"
+        return self._engine.remarks() + remarks_on_outputs(self.graph, filtered, random)
 
     def _can_record(self) -> bool:
         """Whether sequences may be driven chunk by chunk."""
