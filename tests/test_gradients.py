@@ -304,7 +304,7 @@ class OneState(brainstate.nn.Module):
         zeros = jnp.zeros((N,) if batch_size is None else (batch_size, N))
         self.s = (
             brainstate.HiddenTreeState([zeros, zeros])
-            if self.kind == "tree"
+            if "tree" in self.kind
             else brainstate.HiddenGroupState(jnp.zeros((*zeros.shape, 2)))
         )
 
@@ -315,7 +315,7 @@ class OneState(brainstate.nn.Module):
         if self.kind == "product":  # of the variables of each position, as of a linear system's propagator
             carried = jnp.moveaxis(self.s.value @ jnp.array([[0.6, -0.2], [0.3, 0.7]]), -1, 0)
         new = jnp.tanh(carried[0] + y), carried[1] + 0.5 * y
-        if self.kind == "tree":
+        if "tree" in self.kind:
             self.s.set_value(list(new))
         elif self.kind == "parts moved":
             moved = jnp.concatenate([v.reshape(1, *v.shape) for v in new])
@@ -327,7 +327,9 @@ class OneState(brainstate.nn.Module):
 
 
 @pytest.mark.parametrize("batch", [None, 2, 4])
-@pytest.mark.parametrize("kind", ["group", "tree", "product", "parts", "parts moved"])
+@pytest.mark.parametrize(
+    "kind", ["group", "tree", "product", "parts", "parts moved", "parts of a tree", "parts one by one"]
+)
 def test_several_variables_in_one_state_equal_several_states(kind, batch):
     separate = problem_of("ModelB", batch=batch, steps=3)
     model = OneState(kind)

@@ -15,11 +15,25 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from .._jax import Atom, ClosedJaxpr, JaxprEqn, Literal, Var, bind_equation, open_jaxpr, structs
+from .._jax import (
+    Atom,
+    ClosedJaxpr,
+    JaxprEqn,
+    Literal,
+    Var,
+    bind_equation,
+    consts_of,
+    is_tracer,
+    open_jaxpr,
+    structs,
+)
 from .._program import before, behind, environment, made_at, read
+from .._types import Shape
 from .complex_states import before_cast
 from .frame import is_marked
+from .movement import MOVES
 
 __all__ = ["read_from_stored"]
 
@@ -41,10 +55,11 @@ def read_from_stored(closed: ClosedJaxpr, hidden: Mapping[int, int]) -> ClosedJa
     jaxpr = open_jaxpr(closed)
     eqns, made = jaxpr.eqns, made_at(jaxpr.eqns)
     wholes = {i: before_cast(jaxpr.outvars[o], eqns, made) for i, o in hidden.items()}
+    constants = {v: c for v, c in zip(jaxpr.constvars, consts_of(closed)) if not is_tracer(c)}
     parts: dict[Var, _Part] = {}
     olds = {jaxpr.invars[i] for i in hidden}
     for i, whole in wholes.items():
-        for part, found in _parts(whole, eqns, made):
+        for part, found in _parts(whole, eqns, made, constants):
             if olds.intersection(_within(eqns, made, [part])) == {jaxpr.invars[i]}:
                 parts.setdefault(part, found)
     if not parts:
@@ -79,22 +94,26 @@ def _within(eqns: Sequence[JaxprEqn], made: Mapping[Var, int], ends: Iterable[At
     return set(before(eqns, made, ends, lambda v: v not in made or not is_marked(eqns[made[v]])))
 
 
-def _parts(whole: Atom, eqns: Sequence[JaxprEqn], made: Mapping[Var, int]) -> Iterator[tuple[Var, _Part]]:
+def _parts(
+    whole: Atom, eqns: Sequence[JaxprEqn], made: Mapping[Var, int], constants: Mapping[Var, ArrayLike]
+) -> Iterator[tuple[Var, _Part]]:
     """The variables that a stored value is made of by moving entries alone."""
-    if isinstance(whole, Literal) or whole not in made or not _taken_apart(eqns[made[whole]]):
+    if isinstance(whole, Literal) or whole not in made or not _taken_apart(eqns[made[whole]], constants):
         return
     makers = {made[e.outvars[0]] for e in behind(eqns, [whole])[0]}
     pending: list[tuple[Var, Callable[[jax.Array], jax.Array]]] = [(whole, lambda x: x)]
     while pending:
         var, of_whole = pending.pop()
-        for source, back in _taken_apart(eqns[made[var]]):
+        for source, back in _taken_apart(eqns[made[var]], constants):
             if isinstance(source, Var) and source in made and jnp.issubdtype(source.aval.dtype, jnp.inexact):
                 value = lambda x, of_whole=of_whole, back=back: back(of_whole(x))  # noqa: E731
                 pending.append((source, value))
                 yield source, _Part(whole, value, makers)
 
 
-def _taken_apart(eqn: JaxprEqn) -> list[tuple[Atom, Callable[[jax.Array], jax.Array]]]:
+def _taken_apart(
+    eqn: JaxprEqn, constants: Mapping[Var, ArrayLike]
+) -> list[tuple[Atom, Callable[[jax.Array], jax.Array]]]:
     """Operands of an equation that only moves entries, and how each is had from its result."""
     name, params = eqn.primitive.name, eqn.params
     shapes = [v.aval.shape for v in eqn.invars]
@@ -105,6 +124,13 @@ def _taken_apart(eqn: JaxprEqn) -> list[tuple[Atom, Callable[[jax.Array], jax.Ar
         found = [functools.partial(_cut, a, b, axis) for a, b in itertools.pairwise(ends)]
     elif name == "stack":
         found = [functools.partial(_entry, i, params["axis"]) for i in range(len(shapes))]
+    elif name == "scatter" and eqn.invars[1] in constants:  # of the `set_value` of a HiddenTreeState
+        numbers = np.arange(1, 1 + math.prod(shapes[2])).reshape(shapes[2])
+        index = np.asarray(constants[eqn.invars[1]])
+        landed = np.ravel(MOVES["scatter"](np.zeros(shapes[0], int), index, numbers, **params))
+        if np.array_equal(np.sort(landed[landed > 0]), numbers.ravel()):
+            found = [functools.partial(_gathered, np.argsort(landed)[-numbers.size :], shapes[2])]
+            return list(zip(eqn.invars[2:], found))
     elif name == "transpose":
         back = tuple(np.argsort(params["permutation"]))
         found = [lambda x: jax.lax.transpose(x, back)]
@@ -120,6 +146,14 @@ def _cut(start: int, end: int, axis: int, x: jax.Array) -> jax.Array:
 
 def _entry(index: int, axis: int, x: jax.Array) -> jax.Array:
     return jax.lax.index_in_dim(x, index, axis, keepdims=False)
+
+
+def _gathered(at: np.ndarray, shape: Shape, x: jax.Array) -> jax.Array:
+    flat = x.reshape(-1)
+    if np.array_equal(at, np.arange(x.size)):
+        return flat.reshape(shape)
+    entries = jax.lax.GatherDimensionNumbers(offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,))
+    return jax.lax.gather(flat, at[:, None], entries, (1,), mode="promise_in_bounds").reshape(shape)
 
 
 def _order(
