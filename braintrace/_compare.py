@@ -196,7 +196,7 @@ def _lags_and_ends(lags: Any, at: Any, mask: np.ndarray) -> tuple[tuple[int, ...
         if at is not None:
             raise ValueError("at says which losses are decomposed by lag. Pass lags too, such as lags=20.")
         return (), ()
-    found = tuple(range(lags)) if _is_int(lags) else tuple(np.ravel(lags))
+    found = tuple(range(lags)) if _is_int(lags) else tuple(_listed(lags))
     if not found or not all(map(_is_int, found)) or found[0] < 0 or any(a >= b for a, b in zip(found, found[1:])):
         raise ValueError(f"lags must be a positive number or increasing integers from 0 on, got {lags!r}.")
     if at is None:
@@ -204,7 +204,7 @@ def _lags_and_ends(lags: Any, at: Any, mask: np.ndarray) -> tuple[tuple[int, ...
         if not weighed.size:
             raise ValueError("The mask gives no loss a weight, so that none can be decomposed by lag. Pass at.")
         at = int(weighed[-1])
-    ends = (at,) if _is_int(at) else tuple(at)
+    ends = tuple(_listed(at))
     if not ends or not all(_is_int(end) and found[-1] <= end < len(mask) for end in ends):
         raise ValueError(
             f"Lags up to {found[-1]} need a loss at the steps {found[-1]} to {len(mask) - 1} of {len(mask)}, and at "

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any, TypeVar
 
 import jax
 
 __all__ = [
     "CompilationError", "CompilationWarning", "Held", "MultiStepData", "NotSupportedError", "Path", "PyTree", "Shape",
-    "SingleStepData", "cause_of", "first_as_one", "head", "in_one_line", "lies_under", "names_of", "path_str",
+    "SingleStepData", "cause_of", "first_as_one", "head", "in_one_line", "lies_under", "names_of", "path_str", "quoted",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -125,6 +125,10 @@ _DESCRIPTION = re.compile(r"\(<class '(?:\w+\.)*(\w+)'>.*?\)(?= // |$)")
 def path_str(path: Path) -> str:
     """A parameter or state path as the attribute access that reaches it."""
     return ".".join(names_of(path))
+
+
+def quoted(paths: Iterable[Path]) -> str:
+    return ", ".join(repr(path_str(p)) for p in paths)
 
 
 def names_of(key: Any) -> tuple[str, ...]:

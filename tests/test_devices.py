@@ -416,10 +416,6 @@ def test_crossings_are_seen():
     assert crossings(program) == [("all-gather", 7680), ("all-reduce", 3)]
 
 
-if __name__ == "__main__":
-    child()
-
-
 def test_a_mapped_uoro_does_not_spread_a_convolution():
     """XLA gives another gradient of the kernel of every sample there."""
 
@@ -444,3 +440,7 @@ def test_a_mapped_uoro_does_not_spread_a_convolution():
             assert learner.module._layout is None
         else:
             braintrace.shard(learner, ONE, batch="batch")
+
+
+if __name__ == "__main__":
+    child()

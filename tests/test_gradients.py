@@ -327,9 +327,7 @@ class OneState(brainstate.nn.Module):
 
 
 @pytest.mark.parametrize("batch", [None, 2, 4])
-@pytest.mark.parametrize(
-    "kind", ["group", "tree", "product", "parts", "parts moved", "parts of a tree", "parts one by one"]
-)
+@pytest.mark.parametrize("kind", ["group", "tree", "product", "parts", "parts moved", "parts of a tree"])
 def test_several_variables_in_one_state_equal_several_states(kind, batch):
     separate = problem_of("ModelB", batch=batch, steps=3)
     model = OneState(kind)

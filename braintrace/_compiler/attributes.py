@@ -19,12 +19,8 @@ from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 __all__ = ["Written", "kept_attributes"]
 
 
-_NUMBERS = (
-    numbers.Number,
-    np.generic,
-    np.ndarray,
-    jax.Array,
-)  # a single one becomes a part of the program, not a constant
+# A single one becomes a part of the program, not a constant.
+_NUMBERS = (numbers.Number, np.generic, np.ndarray, jax.Array)
 
 
 class Written(NamedTuple):

@@ -111,6 +111,12 @@ class ModuleInfo(NamedTuple):
         new = self.jaxpr.outvars[self.num_var_out :]
         return any(new[n] is not self.jaxpr.invars[self.first_state + n] for n in numbers)
 
+    @property
+    def changing(self) -> frozenset[Var]:
+        """Inputs that may be others at every step: neither parameters, nor states that the step does not write."""
+        steady = [v for n, v in enumerate(self.jaxpr.invars[self.first_state :]) if not self.writes([n])]
+        return frozenset(self.jaxpr.invars) - self.invar_to_weight_path.keys() - set(steady)
+
     def state_avals(self, path: Path) -> list[jax.core.ShapedArray | jax.ShapeDtypeStruct]:
         """Shape and dtype of the leaves of a state's value."""
         numbers = self.state_leaves[self.compiled_state_paths.index(path)]

@@ -25,6 +25,7 @@ class Step:
         self.info, self.flow = info, flow
         jaxpr = info.jaxpr
         self.number = {v: i for i, v in enumerate(jaxpr.invars)}
+        self.changing = info.changing
         self.made_at = made_at(jaxpr.eqns)
         self.outputs = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
         self.op_positions = {op.position for op in flow.ops}

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from .._jax import eval_jaxpr, open_jaxpr, reads, structs
-from .._program import before, made_at, variables
-from .._types import Path, path_str
+from .._program import before, made_at
+from .._types import Path, quoted
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .groups import HiddenGroup
 from .step import Zeros
@@ -38,11 +38,10 @@ def _unchanged_signals(graph: ETraceGraph) -> list[CompilationRecord]:
     for g in graph.hidden_groups:
         paths = tuple(p for p in g.hidden_paths if p in old)
         if g.index in graph.traced and paths:
-            names = ", ".join(repr(path_str(p)) for p in paths)
             message = (
-                f"The output reads what {names} held before the step past the new value (what is stored comes after a "
-                "reset or a clip, say). Credit that takes this way passes no filter and no random matrix. Keep what "
-                "the output reads in a brainstate.HiddenState of its own, and read it from there."
+                f"The output reads what {quoted(paths)} held before the step past the new value (what is stored comes "
+                "after a reset or a clip, say). Credit that takes this way passes no filter and no random matrix. Keep "
+                "what the output reads in a brainstate.HiddenState of its own, and read it from there."
             )
             kind = DiagnosticKind.SIGNAL_BYPASSES_FILTER
             records.append(CompilationRecord(kind, DiagnosticLevel.WARNING, message, hidden_paths=paths))
@@ -53,12 +52,11 @@ def _unfiltered_slopes(graph: ETraceGraph) -> list[CompilationRecord]:
     """On outputs that read new values by a function that is not linear: spikes, say."""
     records = []
     for g in _with_varying_slopes(graph):
-        names = ", ".join(repr(path_str(p)) for p in g.hidden_paths)
         message = (
-            f"The output reads {names} by a function whose slope changes from step to step (spikes, tanh, a gate). The "
-            "filter sums traces without that slope, and the gradient can point away from that of back-propagation. "
-            "Keep what the readout takes, such as the spikes, in a brainstate.HiddenState of its own, and read it from "
-            "there: the trace of that state has the slope."
+            f"The output reads {quoted(g.hidden_paths)} by a function whose slope changes from step to step (spikes, "
+            "tanh, a gate). The filter sums traces without that slope, and the gradient can point away from that of "
+            "back-propagation. Keep what the readout takes, such as the spikes, in a brainstate.HiddenState of its "
+            "own, and read it from there: the trace of that state has the slope."
         )
         kind = DiagnosticKind.FILTER_MISSES_SLOPE
         records.append(CompilationRecord(kind, DiagnosticLevel.WARNING, message, hidden_paths=g.hidden_paths))
@@ -88,9 +86,7 @@ def _with_varying_slopes(graph: ETraceGraph) -> list[HiddenGroup]:
     outs = open_jaxpr(step.program).outvars[: info.num_var_out]
     bars = [s for s in structs(outs) if jnp.issubdtype(s.dtype, jnp.inexact)]
     closed = jax.make_jaxpr(signals)(flat, new, bars)
-    unwritten = variables(info.jaxpr.outvars[info.num_var_out :])  # a state that is given back as it came
-    changing = set(info.jaxpr.invars) - info.invar_to_weight_path.keys() - set(unwritten)
-    made = made_at(info.jaxpr.eqns)
+    changing, made = info.changing, made_at(info.jaxpr.eqns)
     changes = [v in changing for v in info.jaxpr.invars]
     for r, own in zip(graph.operations, operands):
         for key in sorted(own):

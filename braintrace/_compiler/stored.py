@@ -29,7 +29,7 @@ from .._jax import (
     open_jaxpr,
     structs,
 )
-from .._program import before, behind, environment, made_at, read
+from .._program import before, environment, made_at, read
 from .._types import Shape
 from .complex_states import before_cast
 from .frame import is_marked
@@ -59,9 +59,14 @@ def read_from_stored(closed: ClosedJaxpr, hidden: Mapping[int, int]) -> ClosedJa
     parts: dict[Var, _Part] = {}
     olds = {jaxpr.invars[i] for i in hidden}
     for i, whole in wholes.items():
-        for part, found in _parts(whole, eqns, made, constants):
-            if olds.intersection(_within(eqns, made, [part])) == {jaxpr.invars[i]}:
-                parts.setdefault(part, found)
+        found = [
+            (part, value)
+            for part, value in _parts(whole, eqns, made, constants)
+            if olds.intersection(_within(eqns, made, [part])) == {jaxpr.invars[i]}
+        ]
+        makers = {made[v] for v in before(eqns, made, [whole]) if v in made} if found else set()
+        for part, value in found:
+            parts.setdefault(part, _Part(whole, value, makers))
     if not parts:
         return closed
     transitions = {made[v] for v in _within(eqns, made, wholes.values()) if v in made and not is_marked(eqns[made[v]])}
@@ -96,11 +101,10 @@ def _within(eqns: Sequence[JaxprEqn], made: Mapping[Var, int], ends: Iterable[At
 
 def _parts(
     whole: Atom, eqns: Sequence[JaxprEqn], made: Mapping[Var, int], constants: Mapping[Var, ArrayLike]
-) -> Iterator[tuple[Var, _Part]]:
-    """The variables that a stored value is made of by moving entries alone."""
-    if isinstance(whole, Literal) or whole not in made or not _taken_apart(eqns[made[whole]], constants):
+) -> Iterator[tuple[Var, Callable[[jax.Array], jax.Array]]]:
+    """The variables that a stored value is made of by moving entries alone, and how each is had from it."""
+    if isinstance(whole, Literal) or whole not in made:
         return
-    makers = {made[e.outvars[0]] for e in behind(eqns, [whole])[0]}
     pending: list[tuple[Var, Callable[[jax.Array], jax.Array]]] = [(whole, lambda x: x)]
     while pending:
         var, of_whole = pending.pop()
@@ -108,7 +112,7 @@ def _parts(
             if isinstance(source, Var) and source in made and jnp.issubdtype(source.aval.dtype, jnp.inexact):
                 value = lambda x, of_whole=of_whole, back=back: back(of_whole(x))  # noqa: E731
                 pending.append((source, value))
-                yield source, _Part(whole, value, makers)
+                yield source, value
 
 
 def _taken_apart(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import brainstate
 
 from .._jax import JaxprEqn, Var, source_line
 from .._program import variables
-from .._types import Path, path_str
+from .._types import Path, path_str, quoted
 from .diagnostics import CompilationRecord, DiagnosticKind, DiagnosticLevel
 from .flow import Flow, is_product
 from .groups import HiddenGroup
@@ -39,7 +39,7 @@ def unmarked_parameters(info: ModuleInfo, flow: Flow, influence: Influence) -> l
             elif not changed.issuperset(inputs):
                 met.append(eqn)
         of = sorted({p for _, hidden in products for p in hidden}, key=path_str)
-        what = ("multiplies " + _named(of)) if of else "is used"
+        what = ("multiplies " + quoted(of)) if of else "is used"
         where = [e for e, _ in products] or met
         line = source_line(where[0]) if where else ""
         records.append(
@@ -47,7 +47,7 @@ def unmarked_parameters(info: ModuleInfo, flow: Flow, influence: Influence) -> l
                 DiagnosticKind.RELATION_EXCLUDED_UNMARKED,
                 DiagnosticLevel.WARNING,
                 f"The parameter {path_str(path)!r} {what} in plain JAX{f' at {line}' if line else ''}, on its way to "
-                f"{_named(driven)}. No trace follows this: it gets the gradient of the current step only. Use "
+                f"{quoted(driven)}. No trace follows this: it gets the gradient of the current step only. Use "
                 f"{_operation(where)} or a layer of braintrace.nn there.",
                 weight_path=path,
                 hidden_paths=driven,
@@ -82,7 +82,7 @@ def untraced_memory(
         CompilationRecord(
             DiagnosticKind.STATE_NOT_HIDDEN,
             DiagnosticLevel.WARNING,
-            f"The {type(memory.states[p]).__name__} {path_str(p)!r} keeps what {_named(fed[p])} did for later steps, "
+            f"The {type(memory.states[p]).__name__} {path_str(p)!r} keeps what {quoted(fed[p])} did for later steps, "
             f"where {reader}. {memory.why(p, fed[p])}",
             weight_path=next((s for s in fed[p] if s in info.weight_path_to_invars), None),
             hidden_paths=influence.driven(onward[p]),
@@ -136,7 +136,7 @@ class _Memory:
             if p in self.hidden and not set(fed[p]).isdisjoint(driven):
                 continue  # see `coupled_groups`
             if driven:
-                readers[p] = f"{_named(driven)} {'reads' if len(driven) == 1 else 'read'} it"
+                readers[p] = f"{quoted(driven)} {'reads' if len(driven) == 1 else 'read'} it"
                 continue
             reached = influence.of([v for vs in kept[p] for v in vs] if p in self.hidden else kept[p][0])
             enters = any(not reached.isdisjoint(variables(op.eqn.invars)) for op in influence.flow.ops)
@@ -151,7 +151,7 @@ class _Memory:
         for _ in fed:
             for p in fed.keys() - readers.keys():
                 if to := [q for q in readers if q != p and not onward[p].isdisjoint(kept[q][1])]:
-                    readers[p] = f"{_named(to)} takes it over"
+                    readers[p] = f"{quoted(to)} takes it over"
         return readers
 
     def _returns(self, path: Path, fed: Sequence[Path], reached: set[Var]) -> bool:
@@ -204,8 +204,8 @@ def mixing_transitions(
                 CompilationRecord(
                     DiagnosticKind.RECURRENT_MIXING,
                     DiagnosticLevel.WARNING,
-                    f"The new value of {_named(dict.fromkeys(mixed))} depends on old values at other positions. Traces "
-                    f"of {_named(of)} keep what a position does to itself only; the current step is exact. Use a rule "
+                    f"The new value of {quoted(dict.fromkeys(mixed))} depends on old values at other positions. Traces "
+                    f"of {quoted(of)} keep what a position does to itself only; the current step is exact. Use a rule "
                     "that sees the mixing (OSTLRecurrent, SnAp, UORO), or leave the mixing out.",
                     weight_path=of[0],
                     hidden_paths=tuple(dict.fromkeys(mixed)),
@@ -241,8 +241,8 @@ def fixed_products(
                 CompilationRecord(
                     DiagnosticKind.RECURRENT_MIXING,
                     DiagnosticLevel.WARNING,
-                    f"The {eqn.primitive.name}{f' at {line}' if line else ''} takes {_named(sources)} to "
-                    f"{_named(targets)} without a parameter. Traces of {_named(of)} leave it out, as they do every "
+                    f"The {eqn.primitive.name}{f' at {line}' if line else ''} takes {quoted(sources)} to "
+                    f"{quoted(targets)} without a parameter. Traces of {quoted(of)} leave it out, as they do every "
                     "product of hidden values, with what a position does to itself in it; the current step is exact. "
                     "Use a rule that sees the mixing (OSTLRecurrent, SnAp, UORO), or write what a position does to "
                     "itself apart from it.",
@@ -281,8 +281,8 @@ def coupled_groups(
                 CompilationRecord(
                     DiagnosticKind.RECURRENT_MIXING,
                     DiagnosticLevel.WARNING,
-                    f"The hidden states {_named(paths)} depend on each other, and {why}, so that they form "
-                    f"{len(members)} groups. Traces of {_named(of)} keep what a group does to itself; what it does to "
+                    f"The hidden states {quoted(paths)} depend on each other, and {why}, so that they form "
+                    f"{len(members)} groups. Traces of {quoted(of)} keep what a group does to itself; what it does to "
                     "another one and back gets no credit in later steps. Give states of the same units one shape, or "
                     "several values per unit as a brainstate.HiddenGroupState of shape (..., k).",
                     weight_path=of[0],
@@ -296,7 +296,3 @@ def _parameters_of(groups: Sequence[HiddenGroup], relations: Sequence[HiddenPara
     """Those that have traces in some of the groups."""
     found = (p for r in relations if any(g in r.hidden_groups for g in groups) for p in r.parameter_paths)
     return list(dict.fromkeys(found))
-
-
-def _named(paths: Iterable[Path]) -> str:
-    return ", ".join(repr(path_str(p)) for p in paths)

@@ -52,14 +52,7 @@ def is_varying(step: Step, op: MarkedOp, own: Trained) -> bool:
 
 def is_steady(step: Step, var: Atom) -> bool:
     """Whether a variable depends on nothing but parameters, and states that the step does not write."""
-    info, jaxpr = step.info, step.info.jaxpr
-    for root in before(jaxpr.eqns, step.made_at, [var]):
-        place = step.number.get(root)
-        if place is None or root in info.invar_to_weight_path:
-            continue
-        if place < info.first_state or info.writes([place - info.first_state]):
-            return False
-    return True
+    return step.changing.isdisjoint(before(step.info.jaxpr.eqns, step.made_at, [var]))
 
 
 def _read_backward(step: Step, op: MarkedOp, own: Trained) -> list[int]:
